@@ -1,0 +1,252 @@
+//! The hand-off: who owns a VM, as written down.
+//!
+//! At every instant at most one QEMU may run the VM, and at least one can be resumed. Three rules give that:
+//!
+//! 1. The source *releases*: it stores [`Step::Released`], then says so. From then on it never resumes by itself.
+//! 2. The target stores [`Step::Committed`] durably, then lets its QEMU run. That store is the commit.
+//! 3. The source takes the VM back only if it never released it, or if the target proves that its QEMU is dead
+//!    ([`Step::Dead`] is stored after the process was waited for, and a dead migration never commits).
+//!
+//! Both ends keep one [`Record`] per VM. After a crash the owner is found from these records alone: [`at_source`] and
+//! [`at_target`] say what a restarted agent does, [`answer`] what a target says when it is asked.
+
+use thiserror::Error;
+
+/// Identity of one try to migrate one VM: random, chosen by the source.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct MigrationId(pub [u8; 16]);
+
+impl std::fmt::Debug for MigrationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{self}")
+    }
+}
+
+impl std::fmt::Display for MigrationId {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl std::str::FromStr for MigrationId {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        let mut id = [0; 16];
+        if text.len() != 32 || !text.is_ascii() {
+            return Err(());
+        }
+        for (at, byte) in id.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(&text[at * 2..at * 2 + 2], 16).map_err(|_| ())?;
+        }
+        Ok(Self(id))
+    }
+}
+
+/// Counts the tries to migrate a VM over its whole life. It travels with the VM, so that an old message or record can
+/// never be mistaken for a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub struct Generation(pub u64);
+
+impl Generation {
+    /// The generation of the next try.
+    #[must_use]
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
+    }
+}
+
+/// Which end of a migration wrote a record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The host that ran the VM when the migration began.
+    Source,
+    /// The host that is to run it.
+    Target,
+}
+
+/// How far an end has come, as far as ownership goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Source: the migration is under way and the VM is ours. It may be stopped for it.
+    Sending,
+    /// Source: the VM was handed out. It must not be resumed here without the target's proof.
+    Released,
+    /// Source: the target runs it. What is left of it here is to be ended.
+    Gone,
+    /// Source: the migration is over and the VM is ours.
+    Kept,
+    /// Target: a QEMU waits for the VM and must not run it.
+    Incoming,
+    /// Target: the VM is ours; its QEMU may not have been told yet.
+    Committed,
+    /// Target: the VM is ours and was seen running.
+    Running,
+    /// Target: the QEMU that waited is dead; this migration never commits.
+    Dead,
+}
+
+impl Step {
+    /// The word used in records and messages to people.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Sending => "sending",
+            Self::Released => "released",
+            Self::Gone => "gone",
+            Self::Kept => "kept",
+            Self::Incoming => "incoming",
+            Self::Committed => "committed",
+            Self::Running => "running",
+            Self::Dead => "dead",
+        }
+    }
+
+    /// The step with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        use Step::*;
+        [Sending, Released, Gone, Kept, Incoming, Committed, Running, Dead]
+            .into_iter()
+            .find(|step| step.word() == word)
+    }
+
+    /// Which end writes this step.
+    pub fn role(self) -> Role {
+        match self {
+            Self::Sending | Self::Released | Self::Gone | Self::Kept => Role::Source,
+            Self::Incoming | Self::Committed | Self::Running | Self::Dead => Role::Target,
+        }
+    }
+
+    /// Whether the record must have reached the disk before the migration goes on. Only the target's are: a source
+    /// that loses its host loses its QEMU with it, and cannot resume anything by mistake.
+    pub fn must_be_durable(self) -> bool {
+        matches!(self, Self::Incoming | Self::Committed | Self::Dead)
+    }
+}
+
+/// What one end has written down about the latest migration of a VM.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// Which try this is.
+    pub id: MigrationId,
+    /// Its place in the VM's life.
+    pub generation: Generation,
+    /// Name of the VM.
+    pub vm: String,
+    /// Name of the host at the other end.
+    pub peer: String,
+    /// How far it has come.
+    pub step: Step,
+}
+
+/// Where records are kept. One record per VM and host: the latest try.
+pub trait Journal {
+    /// Replaces the VM's record. When [`Step::must_be_durable`], it has reached the disk on return.
+    ///
+    /// # Errors
+    /// [`JournalError`] when it could not be stored; the earlier record may or may not be there still.
+    fn store(&mut self, record: &Record) -> Result<(), JournalError>;
+
+    /// The VM's record, if there is one.
+    ///
+    /// # Errors
+    /// [`JournalError`] when there is one and it cannot be read.
+    fn load(&self, vm: &str) -> Result<Option<Record>, JournalError>;
+}
+
+/// A record could not be stored or read.
+#[derive(Debug, Error)]
+#[error("the migration record of VM {vm} could not be {what}: {why}")]
+pub struct JournalError {
+    /// Name of the VM.
+    pub vm: String,
+    /// "stored" or "read".
+    pub what: &'static str,
+    /// The cause.
+    pub why: String,
+}
+
+/// What a restarted source agent does about a VM that its record names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SourceRecovery {
+    /// Make sure that the VM runs here, as before the migration.
+    Resume,
+    /// Keep it stopped and ask the target.
+    Ask,
+    /// End what is left of it here.
+    End,
+    /// Nothing: the migration was over.
+    Nothing,
+}
+
+/// Reads a source's record after a crash of its agent.
+pub fn at_source(step: Step) -> SourceRecovery {
+    match step {
+        Step::Sending => SourceRecovery::Resume,
+        Step::Released => SourceRecovery::Ask,
+        Step::Gone => SourceRecovery::End,
+        _ => SourceRecovery::Nothing,
+    }
+}
+
+/// What a restarted target agent does about a VM that its record names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TargetRecovery {
+    /// End the QEMU that waits, wait for its death, then store [`Step::Dead`].
+    Kill,
+    /// Let the QEMU run (again), then store [`Step::Running`].
+    Continue,
+    /// Nothing: the VM is ours like any other, or not at all.
+    Nothing,
+}
+
+/// Reads a target's record after a crash of its agent.
+pub fn at_target(step: Step) -> TargetRecovery {
+    match step {
+        Step::Incoming => TargetRecovery::Kill,
+        Step::Committed => TargetRecovery::Continue,
+        _ => TargetRecovery::Nothing,
+    }
+}
+
+/// What a target says when the source asks who owns a VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ownership {
+    /// The target owns the VM: the source ends its own.
+    Target,
+    /// The target's QEMU is dead and this migration never commits: the VM is the source's.
+    Source,
+    /// The target is still at it: ask again.
+    Undecided,
+    /// The target cannot prove either (no record of this try, or its QEMU died between the commit and the first sight
+    /// of it running): an operator decides.
+    Unknown,
+}
+
+/// Answers a source that asks about migration `id` of generation `generation`.
+///
+/// `record` is the target's record of that VM; `qemu_lives` whether the QEMU of that record is alive.
+pub fn answer(
+    id: MigrationId,
+    generation: Generation,
+    record: Option<&Record>,
+    qemu_lives: bool,
+) -> Ownership {
+    let Some(record) = record.filter(|record| record.step.role() == Role::Target) else {
+        // The VM came here and left again: a newer record of ours as its source proves that it was ours.
+        return match record {
+            Some(record) if record.generation > generation => Ownership::Target,
+            _ => Ownership::Unknown,
+        };
+    };
+    if record.id != id {
+        return if record.generation > generation { Ownership::Target } else { Ownership::Unknown };
+    }
+    match record.step {
+        Step::Running => Ownership::Target,
+        Step::Committed if qemu_lives => Ownership::Target,
+        Step::Committed => Ownership::Unknown,
+        Step::Dead => Ownership::Source,
+        _ => Ownership::Undecided,
+    }
+}

@@ -1,0 +1,664 @@
+//! The source's state machine.
+//!
+//! ```text
+//! Recording -> Negotiating -> Offered -> Opening -> Arming -> Sending <-> Scanning     the VM runs
+//!                                                                            |
+//!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
+//!                                               |
+//!                                           Released -> (Asking) -> Ending -> Done     the VM is not ours to resume
+//! ```
+//!
+//! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
+//! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
+
+use crate::handoff::{Generation, MigrationId, Ownership, Record, Step};
+use crate::policy::{Convergence, Observation, Verdict};
+use crate::progress::{Progress, Status};
+use crate::units::{Bytes, Pages, Rate};
+use crate::wire::message::{Hello, Offer, Reason, Release, Text};
+use crate::wire::{Message, VERSION_MAX, VERSION_MIN};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// How long the target may take to answer the first message.
+const WELCOME_WAIT: Duration = Duration::from_secs(10);
+/// How long the target may take to start a QEMU: seconds on a busy host, more with huge pages to reserve.
+const ACCEPT_WAIT: Duration = Duration::from_secs(120);
+/// How long a local step (tracking, scan, stop) may take before the try is given up.
+const LOCAL_WAIT: Duration = Duration::from_secs(60);
+/// How long pages may fail to move before the target counts as gone.
+const STALL_WAIT: Duration = Duration::from_secs(30);
+/// How long the target may take to load the device state and answer.
+const LOAD_WAIT: Duration = Duration::from_secs(60);
+/// How long the target may take to say that it committed before it is asked.
+const COMMIT_WAIT: Duration = Duration::from_secs(5);
+/// First pause between questions to a target that does not answer; it doubles.
+const ASK_PAUSE_MIN: Duration = Duration::from_millis(100);
+/// Longest pause between questions.
+const ASK_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// How long after the release an operator is told that the owner is not known.
+const ATTENTION_AFTER: Duration = Duration::from_secs(10);
+/// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
+const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
+/// Most page streams: the barrier set is a 64-bit mask, and more streams than this never helped anyone.
+pub const STREAMS_MAX: u32 = 64;
+
+/// What a migration is asked to do.
+#[derive(Clone, Debug)]
+pub struct SourceParameters {
+    /// Identity of this try.
+    pub id: MigrationId,
+    /// Name of the host the VM goes to.
+    pub peer: String,
+    /// The VM, as it is offered to the target.
+    pub offer: Offer,
+    /// Longest time the VM may be stopped.
+    pub downtime_limit: Duration,
+    /// When to stop the VM even if that limit cannot be kept.
+    pub timeout: Option<Duration>,
+}
+
+/// What happens to the source.
+#[derive(Clone, Debug)]
+pub enum SourceInput {
+    /// A message of the target.
+    Message(Message),
+    /// The control connection or a stream is lost.
+    Disconnected(String),
+    /// [`SourceAction::Record`] is stored.
+    Recorded,
+    /// [`SourceAction::Record`] could not be stored.
+    RecordFailed(String),
+    /// [`SourceAction::OpenStreams`] is done.
+    Opened,
+    /// [`SourceAction::Track`] is done; the send-set holds these pages.
+    Tracked(Pages),
+    /// Figures have changed: bytes of page data and descriptors written to the streams so far.
+    Sent(Bytes),
+    /// [`SourceAction::Scan`] is done; the send-set holds these pages.
+    Scanned(Pages),
+    /// [`SourceAction::Stop`] is done: the VM is stopped, its device state saved, and the send-set, these pages, final.
+    Stopped(Pages),
+    /// [`SourceAction::Finish`] is done; a peek has found these pages written since the last scan.
+    Finished(Pages),
+    /// [`SourceAction::Resume`] is done: the VM runs here.
+    Resumed,
+    /// [`SourceAction::Resume`] failed.
+    ResumeFailed(String),
+    /// The target has answered [`SourceAction::Ask`].
+    Answered(Ownership),
+    /// [`SourceAction::Ask`] got no answer.
+    AskFailed(String),
+    /// [`SourceAction::End`] is done: the VM's QEMU here is dead.
+    Ended,
+    /// A local step failed.
+    Failed(String),
+    /// The user cancels.
+    Cancel,
+    /// The user changes the downtime limit.
+    DowntimeLimit(Duration),
+    /// Time has passed.
+    Tick,
+}
+
+/// What the source wants done, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceAction {
+    /// Store a record.
+    Record(Record),
+    /// Send a message on the control connection.
+    Send(Message),
+    /// Open this many page streams.
+    OpenStreams(u32),
+    /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
+    Track,
+    /// Move the send-set to the streams as this round, and end the round on each.
+    SendRound(u32),
+    /// Scan: the send-set becomes what was written since the last scan.
+    Scan,
+    /// Stop the VM, save its device state, scan again, and add what was written to the send-set.
+    Stop,
+    /// Send the send-set as this last round, the device state and [`Message::StateEnd`]; then peek.
+    Finish(u32),
+    /// Make the VM run here.
+    Resume,
+    /// End tracking, and close the streams and the control connection.
+    Release,
+    /// Ask the target who owns the VM.
+    Ask,
+    /// End the VM's QEMU here and wait for its death.
+    End,
+    /// The migration is over.
+    Over(Outcome),
+}
+
+/// How a migration ended at the source.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The target runs the VM.
+    Completed,
+    /// The target refused; the VM runs here, untouched.
+    Refused(Vec<Reason>),
+    /// It failed; the VM runs here.
+    Failed(String),
+    /// It was cancelled; the VM runs here.
+    Cancelled,
+    /// It failed, and the VM could not be resumed here either.
+    Stranded(String),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    Recording,
+    Negotiating,
+    Offered,
+    Opening,
+    Arming,
+    Sending { round: u32, began: Duration, sent_before: Bytes, barriers: u64 },
+    Scanning { round_time: Duration },
+    Stopping,
+    Finishing { round: u32, barriers: u64, quiet: bool, loaded: bool },
+    Releasing,
+    Released,
+    Asking { pause: Duration },
+    Ending,
+    Undoing(Outcome),
+    Over,
+}
+
+/// The source of one migration.
+#[derive(Debug)]
+pub struct Source {
+    parameters: SourceParameters,
+    convergence: Convergence,
+    state: State,
+    began: Duration,
+    deadline: Option<Duration>,
+    actions: VecDeque<SourceAction>,
+    progress: Progress,
+    stopped_at: Option<Duration>,
+    released_at: Option<Duration>,
+    touched: bool,
+    connected: bool,
+    last_sent: Bytes,
+    cancelling: bool,
+}
+
+impl Source {
+    /// A migration that begins now, with an open control connection.
+    pub fn new(parameters: SourceParameters, now: Duration) -> Self {
+        let mut source = Self::in_state(parameters, State::Recording, now);
+        source.connected = true;
+        source.record(Step::Sending);
+        source.wait(now, LOCAL_WAIT);
+        source
+    }
+
+    /// A migration that an earlier life of this agent released, and whose owner is to be found.
+    pub fn recover(record: &Record, now: Duration) -> Self {
+        let offer = Offer { vm: record.vm.clone(), generation: record.generation.0, ..Offer::default() };
+        let parameters = SourceParameters {
+            id: record.id,
+            peer: record.peer.clone(),
+            offer,
+            downtime_limit: Duration::ZERO,
+            timeout: None,
+        };
+        let mut source = Self::in_state(parameters, State::Over, now);
+        source.released_at = Some(now);
+        source.stopped_at = Some(now);
+        source.ask(now);
+        source
+    }
+
+    fn in_state(parameters: SourceParameters, state: State, now: Duration) -> Self {
+        let ram_total = Bytes(parameters.offer.blocks.iter().map(|block| block.bytes).sum());
+        Self {
+            convergence: Convergence::new(parameters.downtime_limit, parameters.timeout),
+            parameters,
+            state,
+            began: now,
+            deadline: None,
+            actions: VecDeque::new(),
+            progress: Progress { ram_total, ..Progress::default() },
+            stopped_at: None,
+            released_at: None,
+            touched: false,
+            connected: false,
+            last_sent: Bytes(0),
+            cancelling: false,
+        }
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll(&mut self) -> Option<SourceAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`SourceInput::Tick`] is due, unless something else happens first.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// The figures of this migration. The driver adds what only it can count (normal, duplicate, device state).
+    pub fn progress(&self) -> &Progress {
+        &self.progress
+    }
+
+    /// True while the VM can still be kept: after the release a cancellation comes too late.
+    pub fn can_cancel(&self) -> bool {
+        !matches!(
+            self.state,
+            State::Released | State::Asking { .. } | State::Ending | State::Over | State::Undoing(_)
+        )
+    }
+
+    /// QEMU's word for where the migration is.
+    pub fn status(&self, now: Duration) -> Status {
+        match &self.state {
+            State::Recording | State::Negotiating | State::Offered | State::Opening | State::Arming => {
+                Status::Setup
+            }
+            State::Sending { .. } | State::Scanning { .. } => Status::Active,
+            State::Undoing(_) if self.cancelling => Status::Cancelling,
+            State::Released | State::Asking { .. } if self.needs_attention(now) => Status::Unresolved,
+            State::Undoing(Outcome::Stranded(_)) => Status::Unresolved,
+            State::Undoing(_) => Status::Failed,
+            State::Over => Status::Completed,
+            _ => Status::Device,
+        }
+    }
+
+    /// True when the VM was released long ago and the target has not said who owns it.
+    pub fn needs_attention(&self, now: Duration) -> bool {
+        matches!(self.state, State::Released | State::Asking { .. })
+            && self.released_at.is_some_and(|at| now.saturating_sub(at) >= ATTENTION_AFTER)
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, input: SourceInput, now: Duration) {
+        if self.state != State::Over {
+            self.progress.total_time = now.saturating_sub(self.began);
+        }
+        match input {
+            SourceInput::Message(message) => self.on_message(message, now),
+            SourceInput::Disconnected(why) => self.on_disconnected(why, now),
+            SourceInput::Recorded => self.on_recorded(now),
+            SourceInput::RecordFailed(why) => self.on_record_failed(why),
+            SourceInput::Opened if self.state == State::Opening => {
+                self.touched = true;
+                self.enter(State::Arming, SourceAction::Track, now, LOCAL_WAIT);
+            }
+            SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
+            SourceInput::Sent(bytes) => self.on_sent(bytes, now),
+            SourceInput::Scanned(pages) => self.on_scanned(pages, now),
+            SourceInput::Stopped(pages) if self.state == State::Stopping => self.on_stopped(pages, now),
+            SourceInput::Finished(pages) => self.on_finished(pages),
+            SourceInput::Resumed => self.over(),
+            SourceInput::ResumeFailed(why) => self.on_resume_failed(why),
+            SourceInput::Answered(ownership) => self.on_answer(ownership, now),
+            SourceInput::AskFailed(_) => self.ask_later(now),
+            SourceInput::Ended if self.state == State::Ending => {
+                self.state = State::Over;
+                self.actions.push_back(SourceAction::Release);
+                self.actions.push_back(SourceAction::Over(Outcome::Completed));
+            }
+            SourceInput::Failed(why) => self.fail(Outcome::Failed(why)),
+            SourceInput::Cancel if self.can_cancel() => {
+                self.cancelling = true;
+                self.fail(Outcome::Cancelled);
+            }
+            SourceInput::DowntimeLimit(limit) => self.convergence.set_downtime_limit(limit),
+            SourceInput::Tick => self.on_tick(now),
+            _ => {}
+        }
+    }
+
+    fn on_message(&mut self, message: Message, now: Duration) {
+        match (message, &self.state) {
+            (Message::Welcome(welcome), State::Negotiating) => {
+                if !(VERSION_MIN..=VERSION_MAX).contains(&welcome.version) {
+                    return self.fail(Outcome::Failed(format!(
+                        "the target chose protocol version {}, this host speaks {VERSION_MIN} to {VERSION_MAX}",
+                        welcome.version
+                    )));
+                }
+                let offer = Message::Offer(self.parameters.offer.clone());
+                self.enter(State::Offered, SourceAction::Send(offer), now, ACCEPT_WAIT);
+            }
+            (Message::Accepted(_), State::Offered) => {
+                let streams = self.parameters.offer.streams;
+                self.enter(State::Opening, SourceAction::OpenStreams(streams), now, LOCAL_WAIT);
+            }
+            (Message::Refused(refused), State::Negotiating | State::Offered) => {
+                self.fail(Outcome::Refused(refused.reasons));
+            }
+            (Message::Barrier(barrier), _) => self.on_barrier(barrier.round, barrier.stream, now),
+            (Message::Loaded(_), State::Finishing { loaded: false, barriers, .. })
+                if *barriers == self.all_barriers() =>
+            {
+                if let State::Finishing { loaded, .. } = &mut self.state {
+                    *loaded = true;
+                }
+                self.release_when_ready();
+            }
+            (Message::Committed(committed), State::Released | State::Asking { .. })
+                if committed.generation == self.parameters.offer.generation =>
+            {
+                self.on_answer(Ownership::Target, now);
+            }
+            (Message::NotCommitted(text), State::Released | State::Asking { .. }) => {
+                self.take_back(Outcome::Failed(text.text));
+            }
+            (Message::Abort(text), _) => self.on_disconnected(text.text, now),
+            (other, _) => {
+                self.on_disconnected(format!("the target sent {} out of turn", name_of(&other)), now)
+            }
+        }
+    }
+
+    fn on_disconnected(&mut self, why: String, now: Duration) {
+        self.connected = false;
+        match self.state {
+            State::Released => self.ask(now),
+            State::Asking { .. } | State::Ending | State::Undoing(_) | State::Over => {}
+            _ => self.fail(Outcome::Failed(why)),
+        }
+    }
+
+    fn on_recorded(&mut self, now: Duration) {
+        match self.state {
+            State::Recording => {
+                let hello = Hello {
+                    version_min: VERSION_MIN,
+                    version_max: VERSION_MAX,
+                    id: self.parameters.id.0.to_vec(),
+                    software: env!("CARGO_PKG_VERSION").into(),
+                };
+                self.enter(State::Negotiating, SourceAction::Send(Message::Hello(hello)), now, WELCOME_WAIT);
+            }
+            State::Releasing => {
+                self.released_at = Some(now);
+                let release = Release { generation: self.parameters.offer.generation };
+                self.enter(State::Released, SourceAction::Send(Message::Release(release)), now, COMMIT_WAIT);
+            }
+            State::Ending => self.actions.push_back(SourceAction::End),
+            _ => {}
+        }
+    }
+
+    fn on_record_failed(&mut self, why: String) {
+        match self.state {
+            State::Recording | State::Releasing => self.fail(Outcome::Failed(why)),
+            // The target's record decides; ours only saves a question after a crash.
+            State::Ending => self.actions.push_back(SourceAction::End),
+            _ => {}
+        }
+    }
+
+    fn on_tracked(&mut self, pages: Pages, now: Duration) {
+        self.progress.setup_time = now.saturating_sub(self.began);
+        self.begin_round(1, pages, now);
+    }
+
+    fn begin_round(&mut self, round: u32, pages: Pages, now: Duration) {
+        self.progress.rounds = round;
+        self.progress.ram_remaining = pages.bytes();
+        let state = State::Sending { round, began: now, sent_before: self.last_sent, barriers: 0 };
+        self.enter(state, SourceAction::SendRound(round), now, STALL_WAIT);
+    }
+
+    fn on_sent(&mut self, bytes: Bytes, now: Duration) {
+        if bytes == self.last_sent {
+            return;
+        }
+        let more = Bytes(bytes.0.saturating_sub(self.last_sent.0));
+        self.last_sent = bytes;
+        self.progress.transferred = bytes;
+        self.progress.ram_remaining = Bytes(self.progress.ram_remaining.0.saturating_sub(more.0));
+        if matches!(self.state, State::Sending { .. } | State::Finishing { .. }) {
+            self.wait(now, STALL_WAIT);
+        }
+    }
+
+    fn on_barrier(&mut self, got: u32, stream: u32, now: Duration) {
+        let all = self.all_barriers();
+        let bit = 1u64.checked_shl(stream).unwrap_or(0) & all;
+        let (State::Sending { round, barriers, .. } | State::Finishing { round, barriers, .. }) =
+            &mut self.state
+        else {
+            return self.on_disconnected(format!("the target confirmed round {got} out of turn"), now);
+        };
+        if got != *round || bit == 0 || *barriers & bit != 0 {
+            let round = *round;
+            return self.on_disconnected(
+                format!("the target confirmed round {got} on stream {stream} during round {round}"),
+                now,
+            );
+        }
+        *barriers |= bit;
+        if *barriers != all {
+            return;
+        }
+        self.progress.ram_remaining = Bytes(0);
+        match self.state {
+            State::Sending { began, sent_before, .. } => self.on_round_over(began, sent_before, now),
+            _ => self.wait(now, LOAD_WAIT),
+        }
+    }
+
+    fn on_round_over(&mut self, began: Duration, sent_before: Bytes, now: Duration) {
+        let sent = Bytes(self.last_sent.0.saturating_sub(sent_before.0));
+        let round_time = now.saturating_sub(began);
+        if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
+            self.progress.bandwidth = Rate::measured(sent, round_time).or(self.progress.bandwidth);
+        }
+        self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
+    }
+
+    fn on_scanned(&mut self, pages: Pages, now: Duration) {
+        let State::Scanning { round_time } = self.state else { return };
+        let bandwidth = self.progress.bandwidth.unwrap_or(Rate(1));
+        self.progress.dirty_pages_rate = (pages.0 as f64 / round_time.as_secs_f64().max(1e-6)) as u64;
+        self.progress.expected_downtime = Some(bandwidth.time_for(pages.bytes()));
+        self.progress.ram_remaining = pages.bytes();
+        let elapsed = now.saturating_sub(self.began);
+        match self.convergence.decide(Observation { residual: pages.bytes(), bandwidth, elapsed }) {
+            Verdict::Round => self.begin_round(self.progress.rounds + 1, pages, now),
+            Verdict::Stop => {
+                self.stopped_at = Some(now);
+                self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
+            }
+        }
+    }
+
+    fn on_stopped(&mut self, pages: Pages, now: Duration) {
+        let round = self.progress.rounds + 1;
+        self.progress.rounds = round;
+        self.progress.ram_remaining = pages.bytes();
+        let state = State::Finishing { round, barriers: 0, quiet: false, loaded: false };
+        self.enter(state, SourceAction::Finish(round), now, STALL_WAIT);
+    }
+
+    fn on_finished(&mut self, found: Pages) {
+        let State::Finishing { quiet, .. } = &mut self.state else { return };
+        if found != Pages(0) {
+            let pages = found.0;
+            return self.fail(Outcome::Failed(format!(
+                "{pages} pages were written after the VM was stopped and scanned; something else writes its memory"
+            )));
+        }
+        *quiet = true;
+        self.release_when_ready();
+    }
+
+    /// The point of no return is the store of this record: all RAM and state are at the target, complete.
+    fn release_when_ready(&mut self) {
+        if matches!(self.state, State::Finishing { quiet: true, loaded: true, .. }) {
+            self.state = State::Releasing;
+            self.record(Step::Released);
+        }
+    }
+
+    fn on_answer(&mut self, ownership: Ownership, now: Duration) {
+        if !matches!(self.state, State::Released | State::Asking { .. }) {
+            return;
+        }
+        match ownership {
+            Ownership::Target => {
+                self.progress.downtime = self.stopped_at.map(|at| now.saturating_sub(at));
+                self.state = State::Ending;
+                self.record(Step::Gone);
+                self.deadline = None;
+            }
+            Ownership::Source => {
+                self.take_back(Outcome::Failed("the target's QEMU died before it owned the VM".into()));
+            }
+            Ownership::Undecided | Ownership::Unknown => self.ask_later(now),
+        }
+    }
+
+    fn ask(&mut self, now: Duration) {
+        self.state = State::Asking { pause: ASK_PAUSE_MIN };
+        self.actions.push_back(SourceAction::Ask);
+        self.deadline = None;
+        let _ = now;
+    }
+
+    fn ask_later(&mut self, now: Duration) {
+        if let State::Asking { pause } = &mut self.state {
+            let wait = *pause;
+            *pause = (wait * 2).min(ASK_PAUSE_MAX);
+            self.wait(now, wait);
+        }
+    }
+
+    fn on_tick(&mut self, now: Duration) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        match &self.state {
+            State::Released => self.ask(now),
+            State::Asking { .. } => self.actions.push_back(SourceAction::Ask),
+            State::Ending | State::Undoing(_) | State::Over => {}
+            state => {
+                let what = waiting_for(state);
+                self.fail(Outcome::Failed(format!("gave up waiting for {what}")));
+            }
+        }
+    }
+
+    /// Before the release: the VM stays ours, whatever the target does.
+    fn fail(&mut self, outcome: Outcome) {
+        if !matches!(
+            self.state,
+            State::Released | State::Asking { .. } | State::Ending | State::Undoing(_) | State::Over
+        ) {
+            self.take_back(outcome);
+        }
+    }
+
+    /// The guest first: it runs before anything else is taken down.
+    fn take_back(&mut self, outcome: Outcome) {
+        self.actions.clear();
+        self.deadline = None;
+        let text = match &outcome {
+            Outcome::Cancelled => "the migration was cancelled".into(),
+            Outcome::Failed(why) | Outcome::Stranded(why) => why.clone(),
+            _ => String::new(),
+        };
+        let stopped = self.stopped_at.is_some();
+        self.state = State::Undoing(outcome);
+        if stopped {
+            self.actions.push_back(SourceAction::Resume);
+        }
+        if self.connected && self.released_at.is_none() {
+            self.actions.push_back(SourceAction::Send(Message::Abort(Text { text })));
+        }
+        self.actions.push_back(SourceAction::Release);
+        if !stopped {
+            self.over();
+        }
+    }
+
+    fn on_resume_failed(&mut self, why: String) {
+        if let State::Undoing(outcome) = &mut self.state {
+            let before = match outcome {
+                Outcome::Failed(before) => before.clone(),
+                _ => "the migration was cancelled".into(),
+            };
+            *outcome = Outcome::Stranded(format!("{before}; and the VM could not be resumed here: {why}"));
+            self.over();
+        }
+    }
+
+    fn over(&mut self) {
+        if let State::Undoing(outcome) = &self.state {
+            let outcome = outcome.clone();
+            if !matches!(outcome, Outcome::Stranded(_)) {
+                self.record(Step::Kept);
+            }
+            self.state = State::Over;
+            self.actions.push_back(SourceAction::Over(outcome));
+        }
+    }
+
+    fn enter(&mut self, state: State, action: SourceAction, now: Duration, wait: Duration) {
+        self.state = state;
+        self.actions.push_back(action);
+        self.wait(now, wait);
+    }
+
+    fn wait(&mut self, now: Duration, wait: Duration) {
+        self.deadline = Some(now + wait);
+    }
+
+    fn record(&mut self, step: Step) {
+        self.actions.push_back(SourceAction::Record(Record {
+            id: self.parameters.id,
+            generation: Generation(self.parameters.offer.generation),
+            vm: self.parameters.offer.vm.clone(),
+            peer: self.parameters.peer.clone(),
+            step,
+        }));
+    }
+
+    fn all_barriers(&self) -> u64 {
+        match self.parameters.offer.streams {
+            streams if streams >= STREAMS_MAX => u64::MAX,
+            streams => (1 << streams) - 1,
+        }
+    }
+}
+
+fn waiting_for(state: &State) -> &'static str {
+    match state {
+        State::Negotiating => "the target's first answer",
+        State::Offered => "the target to start a QEMU",
+        State::Sending { .. } => "pages to move: the target takes none",
+        State::Finishing { .. } => "the target to load the VM",
+        _ => "a step on this host",
+    }
+}
+
+/// A message's name in errors.
+pub(crate) fn name_of(message: &Message) -> &'static str {
+    match message {
+        Message::Hello(_) => "a hello",
+        Message::Welcome(_) => "a welcome",
+        Message::Offer(_) => "an offer",
+        Message::Accepted(_) => "an acceptance",
+        Message::Refused(_) => "a refusal",
+        Message::Barrier(_) => "a barrier",
+        Message::StateEnd(_) => "the end of the device state",
+        Message::Loaded(_) => "that it has loaded the VM",
+        Message::Release(_) => "a release",
+        Message::Committed(_) => "that it owns the VM",
+        Message::NotCommitted(_) => "that it does not own the VM",
+        Message::Abort(_) => "an abort",
+        Message::Query(_) => "a query",
+        Message::Answer(_) => "an answer",
+        Message::Stream(_) => "a stream",
+    }
+}

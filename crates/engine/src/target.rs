@@ -1,0 +1,432 @@
+//! The target's state machine.
+//!
+//! ```text
+//! Greeting -> Admitting -> Recording -> Preparing -> Receiving -> Loading -> Loaded      never runs the VM
+//!                                                                              |
+//!                                              Over <- Starting <- Committing <-+        owns the VM
+//! ```
+//!
+//! Until the release everything that goes wrong ends the waiting QEMU, waits for its death and writes that down
+//! ([`Step::Dead`]). The durable store of [`Step::Committed`] is the commit: after it the VM is ours, and only the proven
+//! death of a QEMU that never ran gives it back.
+
+use crate::handoff::{Generation, MigrationId, Record, Step};
+use crate::source::{STREAMS_MAX, name_of};
+use crate::wire::message::{
+    Accepted, Barrier, Committed, Hello, Loaded, Offer, Reason, Refused, StateEnd, Text, Welcome,
+};
+use crate::wire::{Message, VERSION_MAX, VERSION_MIN, batch};
+use std::collections::VecDeque;
+use std::time::Duration;
+
+/// How long the source may take to say what it wants.
+const OFFER_WAIT: Duration = Duration::from_secs(10);
+/// How long starting a QEMU and making it wait may take.
+const PREPARE_WAIT: Duration = Duration::from_secs(110);
+/// How long nothing may arrive before the source counts as gone.
+const STALL_WAIT: Duration = Duration::from_secs(60);
+/// How long the load may take.
+const LOAD_WAIT: Duration = Duration::from_secs(55);
+/// How long the source may take to release a VM that is complete.
+const RELEASE_WAIT: Duration = Duration::from_secs(30);
+
+/// What happens to the target.
+#[derive(Clone, Debug)]
+pub enum TargetInput {
+    /// A message of the source.
+    Message(Message),
+    /// The control connection or a stream is lost, or carried something that is not the protocol.
+    Disconnected(String),
+    /// [`TargetAction::Check`] found nothing against the VM.
+    Admitted,
+    /// [`TargetAction::Check`] or [`TargetAction::Prepare`] found reasons why the VM cannot come here.
+    Refused(Vec<Reason>),
+    /// [`TargetAction::Record`] is stored; it took this long.
+    Recorded(Duration),
+    /// [`TargetAction::Record`] could not be stored.
+    RecordFailed(String),
+    /// [`TargetAction::Prepare`] is done: a QEMU waits.
+    Prepared,
+    /// Pages have arrived.
+    Received,
+    /// A round ended on a stream, and all of it is installed.
+    RoundEnd {
+        /// Which stream.
+        stream: u32,
+        /// Which round.
+        round: u32,
+    },
+    /// [`TargetAction::Load`] is done: this many blocks were compared and equal.
+    Loaded(u32),
+    /// [`TargetAction::Run`] is done: the VM runs; its resume took this long.
+    Running(Duration),
+    /// [`TargetAction::Run`] failed and the VM does not run.
+    RunFailed(String),
+    /// [`TargetAction::Kill`] is done: no QEMU of this migration lives.
+    Dead,
+    /// A local step failed.
+    Failed(String),
+    /// The user cancels here.
+    Cancel,
+    /// Time has passed.
+    Tick,
+}
+
+/// What the target wants done, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum TargetAction {
+    /// Send a message on the control connection.
+    Send(Message),
+    /// Look for every reason why this VM cannot come here; touch nothing but the VM's name.
+    Check(Offer),
+    /// Store a record.
+    Record(Record),
+    /// Start a QEMU that waits, and compare what it is with what was offered.
+    Prepare(Offer),
+    /// Load the device state, compare digests if there are any, and leave the VM paused.
+    Load(StateEnd),
+    /// Let the VM run. The record of the commit is on disk.
+    Run,
+    /// Tell the network where the VM is now.
+    Announce,
+    /// End the waiting QEMU and wait for its death. There may be none.
+    Kill,
+    /// The migration is over.
+    Over(Result<(), String>),
+}
+
+#[derive(Clone, Debug, PartialEq)]
+enum State {
+    Greeting,
+    Admitting,
+    Recording,
+    Preparing,
+    Receiving,
+    Loading,
+    Loaded,
+    Committing,
+    Starting { record: Duration },
+    Ending { why: String, released: bool, reasons: Vec<Reason> },
+    Burying { why: String },
+    Over,
+}
+
+/// The target of one migration.
+#[derive(Debug)]
+pub struct Target {
+    id: MigrationId,
+    peer: String,
+    state: State,
+    offer: Option<Offer>,
+    rounds: Vec<u32>,
+    state_end: Option<StateEnd>,
+    deadline: Option<Duration>,
+    actions: VecDeque<TargetAction>,
+    connected: bool,
+    recorded: bool,
+    prepare_began: Duration,
+    load_began: Duration,
+}
+
+impl Target {
+    /// A migration that `peer` has begun with this message.
+    pub fn new(hello: &Hello, peer: &str, now: Duration) -> Self {
+        let mut target = Self {
+            id: MigrationId::default(),
+            peer: peer.into(),
+            state: State::Greeting,
+            offer: None,
+            rounds: Vec::new(),
+            state_end: None,
+            deadline: Some(now + OFFER_WAIT),
+            actions: VecDeque::new(),
+            connected: true,
+            recorded: false,
+            prepare_began: now,
+            load_began: now,
+        };
+        target.greet(hello);
+        target
+    }
+
+    fn greet(&mut self, hello: &Hello) {
+        let version = hello.version_max.min(VERSION_MAX);
+        let Ok(id) = <[u8; 16]>::try_from(hello.id.as_slice()) else {
+            return self.refuse("protocol", "the migration's identity is not 16 bytes".into());
+        };
+        self.id = MigrationId(id);
+        if version < VERSION_MIN || version < hello.version_min {
+            let (min, max) = (hello.version_min, hello.version_max);
+            return self.refuse(
+                "protocol-version",
+                format!(
+                    "the source speaks protocol {min} to {max}, this host {VERSION_MIN} to {VERSION_MAX}"
+                ),
+            );
+        }
+        let software = env!("CARGO_PKG_VERSION").into();
+        self.actions.push_back(TargetAction::Send(Message::Welcome(Welcome { version, software })));
+    }
+
+    fn refuse(&mut self, code: &str, text: String) {
+        self.end(text.clone(), vec![Reason { code: code.into(), text }]);
+    }
+
+    /// The next thing to do, if any.
+    pub fn poll(&mut self) -> Option<TargetAction> {
+        self.actions.pop_front()
+    }
+
+    /// When [`TargetInput::Tick`] is due, unless something else happens first.
+    pub fn deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
+    /// Identity of the migration.
+    pub fn id(&self) -> MigrationId {
+        self.id
+    }
+
+    /// True once the VM is ours.
+    pub fn owns(&self) -> bool {
+        matches!(self.state, State::Starting { .. })
+    }
+
+    /// Takes in what happened at `now`.
+    pub fn handle(&mut self, input: TargetInput, now: Duration) {
+        match input {
+            TargetInput::Message(message) => self.on_message(message, now),
+            TargetInput::Disconnected(why) => self.on_disconnected(why),
+            TargetInput::Admitted if self.state == State::Admitting => {
+                self.state = State::Recording;
+                self.record(Step::Incoming);
+            }
+            TargetInput::Refused(reasons) if matches!(self.state, State::Admitting | State::Preparing) => {
+                let why = reasons.first().map_or_else(String::new, |reason| reason.text.clone());
+                self.end(why, reasons);
+            }
+            TargetInput::Recorded(took) => self.on_recorded(took, now),
+            TargetInput::RecordFailed(why) => self.on_record_failed(why),
+            TargetInput::Prepared if self.state == State::Preparing => {
+                let prepare_us = micros(now.saturating_sub(self.prepare_began));
+                self.state = State::Receiving;
+                self.deadline = Some(now + STALL_WAIT);
+                self.send(Message::Accepted(Accepted { prepare_us }));
+            }
+            TargetInput::Received if self.state == State::Receiving => self.deadline = Some(now + STALL_WAIT),
+            TargetInput::RoundEnd { stream, round } => self.on_round_end(stream, round, now),
+            TargetInput::Loaded(blocks_verified) if self.state == State::Loading => {
+                let load_us = micros(now.saturating_sub(self.load_began));
+                self.state = State::Loaded;
+                self.deadline = Some(now + RELEASE_WAIT);
+                self.send(Message::Loaded(Loaded { load_us, blocks_verified }));
+            }
+            TargetInput::Running(took) => self.on_running(took),
+            TargetInput::RunFailed(why) => self.on_run_failed(why),
+            TargetInput::Dead => self.on_dead(),
+            TargetInput::Failed(why) => self.fail(why),
+            TargetInput::Cancel => self.fail("the migration was cancelled at the target".into()),
+            TargetInput::Tick => self.on_tick(now),
+            _ => {}
+        }
+    }
+
+    fn on_message(&mut self, message: Message, now: Duration) {
+        match (message, &self.state) {
+            (Message::Offer(offer), State::Greeting) => self.on_offer(offer, now),
+            (Message::StateEnd(end), State::Receiving) if self.state_end.is_none() => {
+                self.state_end = Some(end);
+                self.load_when_complete(now);
+            }
+            (Message::Release(release), State::Loaded) if Some(release.generation) == self.generation() => {
+                self.state = State::Committing;
+                self.deadline = None;
+                self.record(Step::Committed);
+            }
+            (Message::Abort(text), _) => self.on_disconnected(format!("the source gave up: {}", text.text)),
+            (other, _) => self.on_disconnected(format!("the source sent {} out of turn", name_of(&other))),
+        }
+    }
+
+    fn on_offer(&mut self, offer: Offer, now: Duration) {
+        if offer.streams == 0 || offer.streams > STREAMS_MAX {
+            return self.refuse("protocol", format!("{} page streams were asked for", offer.streams));
+        }
+        if offer.blocks.len() > batch::BLOCKS_MAX {
+            return self.refuse("protocol", format!("{} blocks of RAM were offered", offer.blocks.len()));
+        }
+        self.rounds = vec![0; offer.streams as usize];
+        self.state = State::Admitting;
+        self.prepare_began = now;
+        self.deadline = Some(now + PREPARE_WAIT);
+        self.actions.push_back(TargetAction::Check(offer.clone()));
+        self.offer = Some(offer);
+    }
+
+    fn on_disconnected(&mut self, why: String) {
+        self.connected = false;
+        self.fail(why);
+    }
+
+    fn on_recorded(&mut self, took: Duration, now: Duration) {
+        match (&self.state, &self.offer) {
+            (State::Recording, Some(offer)) => {
+                self.recorded = true;
+                self.actions.push_back(TargetAction::Prepare(offer.clone()));
+                self.state = State::Preparing;
+                self.deadline = Some(now + PREPARE_WAIT);
+            }
+            (State::Committing, _) => {
+                self.state = State::Starting { record: took };
+                self.actions.push_back(TargetAction::Run);
+            }
+            (State::Burying { why }, _) => {
+                let why = why.clone();
+                self.over(Err(why));
+            }
+            _ => {}
+        }
+    }
+
+    fn on_record_failed(&mut self, why: String) {
+        match &self.state {
+            // Whether the commit reached the disk is not known: only a dead QEMU makes either reading safe.
+            State::Recording | State::Committing => {
+                let released = self.state == State::Committing;
+                self.kill(format!("the record could not be stored: {why}"), released, Vec::new());
+            }
+            // Without the record of its death a restarted agent would find no QEMU, which says the same.
+            State::Burying { why } => {
+                let why = why.clone();
+                self.over(Err(why));
+            }
+            _ => {}
+        }
+    }
+
+    fn on_round_end(&mut self, stream: u32, round: u32, now: Duration) {
+        if self.state != State::Receiving {
+            return;
+        }
+        let Some(last) = self.rounds.get_mut(stream as usize) else {
+            return self.fail(format!("the source ended a round on stream {stream}, which does not exist"));
+        };
+        if round != *last + 1 {
+            let last = *last;
+            return self
+                .fail(format!("the source ended round {round} after round {last} on stream {stream}"));
+        }
+        *last = round;
+        self.deadline = Some(now + STALL_WAIT);
+        self.send(Message::Barrier(Barrier { round, stream }));
+        self.load_when_complete(now);
+    }
+
+    fn load_when_complete(&mut self, now: Duration) {
+        let Some(end) = &self.state_end else { return };
+        if self.rounds.iter().all(|round| *round == end.last_round) {
+            self.actions.push_back(TargetAction::Load(end.clone()));
+            self.state = State::Loading;
+            self.load_began = now;
+            self.deadline = Some(now + LOAD_WAIT);
+        }
+    }
+
+    fn on_running(&mut self, took: Duration) {
+        let State::Starting { record } = self.state else { return };
+        let generation = self.generation().unwrap_or_default();
+        self.actions.push_back(TargetAction::Announce);
+        self.send(Message::Committed(Committed {
+            generation,
+            record_us: micros(record),
+            resume_us: micros(took),
+        }));
+        self.record(Step::Running);
+        self.over(Ok(()));
+    }
+
+    fn on_run_failed(&mut self, why: String) {
+        if matches!(self.state, State::Starting { .. }) {
+            self.kill(format!("the VM could not be started at the target: {why}"), true, Vec::new());
+        }
+    }
+
+    fn on_dead(&mut self) {
+        let State::Ending { why, released, reasons } = self.state.clone() else { return };
+        if self.recorded {
+            self.record(Step::Dead);
+        }
+        if released {
+            self.send(Message::NotCommitted(Text { text: why.clone() }));
+        } else if !reasons.is_empty() {
+            self.send(Message::Refused(Refused { reasons }));
+        } else {
+            self.send(Message::Abort(Text { text: why.clone() }));
+        }
+        match self.recorded {
+            true => self.state = State::Burying { why },
+            false => self.over(Err(why)),
+        }
+    }
+
+    fn on_tick(&mut self, now: Duration) {
+        if self.deadline.is_none_or(|deadline| now < deadline) {
+            return;
+        }
+        self.deadline = None;
+        self.fail("the target gave up waiting: nothing came from the source, or a step took too long".into());
+    }
+
+    fn fail(&mut self, why: String) {
+        self.end(why, Vec::new());
+    }
+
+    /// Ends a try that has not been released. After the release only our own QEMU can fail it.
+    fn end(&mut self, why: String, reasons: Vec<Reason>) {
+        match self.state {
+            State::Committing
+            | State::Starting { .. }
+            | State::Ending { .. }
+            | State::Burying { .. }
+            | State::Over => {}
+            _ => self.kill(why, false, reasons),
+        }
+    }
+
+    fn kill(&mut self, why: String, released: bool, reasons: Vec<Reason>) {
+        self.actions.clear();
+        self.deadline = None;
+        self.state = State::Ending { why, released, reasons };
+        self.actions.push_back(TargetAction::Kill);
+    }
+
+    fn over(&mut self, result: Result<(), String>) {
+        self.state = State::Over;
+        self.actions.push_back(TargetAction::Over(result));
+    }
+
+    fn send(&mut self, message: Message) {
+        if self.connected {
+            self.actions.push_back(TargetAction::Send(message));
+        }
+    }
+
+    fn record(&mut self, step: Step) {
+        let Some(offer) = &self.offer else { return };
+        self.actions.push_back(TargetAction::Record(Record {
+            id: self.id,
+            generation: Generation(offer.generation),
+            vm: offer.vm.clone(),
+            peer: self.peer.clone(),
+            step,
+        }));
+    }
+
+    fn generation(&self) -> Option<u64> {
+        self.offer.as_ref().map(|offer| offer.generation)
+    }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,298 @@
+//! Control messages. Protobuf fields evolve: an old build skips what it does not know, a new one sees defaults.
+//!
+//! Field numbers are frozen once released; PROTOCOL.md lists them.
+
+/// What travels in a frame of kind *message*.
+#[derive(Clone, PartialEq, prost::Message)]
+pub(crate) struct Envelope {
+    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
+    pub(crate) body: Option<Message>,
+}
+
+/// A control message.
+#[derive(Clone, PartialEq, prost::Oneof)]
+pub enum Message {
+    /// First message on every connection, from the side that opened it.
+    #[prost(message, tag = "1")]
+    Hello(Hello),
+    /// Target: the version that will be spoken.
+    #[prost(message, tag = "2")]
+    Welcome(Welcome),
+    /// Source: the VM, and what it needs.
+    #[prost(message, tag = "3")]
+    Offer(Offer),
+    /// Target: a QEMU waits for the VM.
+    #[prost(message, tag = "4")]
+    Accepted(Accepted),
+    /// Target: every reason why this VM cannot come here.
+    #[prost(message, tag = "5")]
+    Refused(Refused),
+    /// Target: everything up to the end of a round on a stream is installed.
+    #[prost(message, tag = "6")]
+    Barrier(Barrier),
+    /// Source: the device state is complete, and this was the last round.
+    #[prost(message, tag = "7")]
+    StateEnd(StateEnd),
+    /// Target: the device state is loaded and the VM is paused, complete.
+    #[prost(message, tag = "8")]
+    Loaded(Loaded),
+    /// Source: the VM is yours.
+    #[prost(message, tag = "9")]
+    Release(Release),
+    /// Target: the VM is mine and runs.
+    #[prost(message, tag = "10")]
+    Committed(Committed),
+    /// Target: the VM did not start here and never will; its QEMU is dead.
+    #[prost(message, tag = "11")]
+    NotCommitted(Text),
+    /// Either side, before the release: this try is over.
+    #[prost(message, tag = "12")]
+    Abort(Text),
+    /// Source, on a connection of its own: who owns this VM?
+    #[prost(message, tag = "13")]
+    Query(Query),
+    /// Target: the answer to a query.
+    #[prost(message, tag = "14")]
+    Answer(Answer),
+    /// Source, on a connection of its own: a page stream begins.
+    #[prost(message, tag = "15")]
+    Stream(Stream),
+}
+
+/// Opens a control connection.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Hello {
+    /// First version the sender speaks.
+    #[prost(uint32, tag = "1")]
+    pub version_min: u32,
+    /// Last version the sender speaks.
+    #[prost(uint32, tag = "2")]
+    pub version_max: u32,
+    /// The migration this connection is for: 16 bytes.
+    #[prost(bytes = "vec", tag = "3")]
+    pub id: Vec<u8>,
+    /// Version of the software, for logs.
+    #[prost(string, tag = "4")]
+    pub software: String,
+}
+
+/// Settles the version.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Welcome {
+    /// The version both speak.
+    #[prost(uint32, tag = "1")]
+    pub version: u32,
+    /// Version of the software, for logs.
+    #[prost(string, tag = "2")]
+    pub software: String,
+}
+
+/// One block of RAM.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Block {
+    /// QEMU's name of it.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// Its used length.
+    #[prost(uint64, tag = "2")]
+    pub bytes: u64,
+    /// False when its bytes will not travel: the target rebuilds it.
+    #[prost(bool, tag = "3")]
+    pub travels: bool,
+}
+
+/// A VM that wants to come.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Offer {
+    /// Name of the VM.
+    #[prost(string, tag = "1")]
+    pub vm: String,
+    /// The try's place in the VM's life.
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    /// The user's own QEMU command line.
+    #[prost(string, repeated, tag = "3")]
+    pub argv: Vec<String>,
+    /// Resolved machine type.
+    #[prost(string, tag = "4")]
+    pub machine: String,
+    /// Resolved CPU model.
+    #[prost(string, tag = "5")]
+    pub cpu: String,
+    /// Blocks of RAM; descriptors name them by their place in this list.
+    #[prost(message, repeated, tag = "6")]
+    pub blocks: Vec<Block>,
+    /// What both ends must agree on, a line each.
+    #[prost(string, repeated, tag = "7")]
+    pub fingerprint: Vec<String>,
+    /// Page streams that will be opened.
+    #[prost(uint32, tag = "8")]
+    pub streams: u32,
+    /// Whether RAM is to be proved equal before the VM runs.
+    #[prost(bool, tag = "9")]
+    pub verify: bool,
+    /// Version of the source's QEMU.
+    #[prost(string, tag = "10")]
+    pub qemu: String,
+}
+
+/// The target is ready for pages.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Accepted {
+    /// How long the target took to get ready, in microseconds.
+    #[prost(uint64, tag = "1")]
+    pub prepare_us: u64,
+}
+
+/// Why something cannot be done.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reason {
+    /// A word for scripts.
+    #[prost(string, tag = "1")]
+    pub code: String,
+    /// A sentence for people.
+    #[prost(string, tag = "2")]
+    pub text: String,
+}
+
+/// All that speaks against the VM coming here.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Refused {
+    /// The reasons, at least one.
+    #[prost(message, repeated, tag = "1")]
+    pub reasons: Vec<Reason>,
+}
+
+/// A round is complete on a stream.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Barrier {
+    /// The round, from 1.
+    #[prost(uint32, tag = "1")]
+    pub round: u32,
+    /// The stream, from 0.
+    #[prost(uint32, tag = "2")]
+    pub stream: u32,
+}
+
+/// Digest of a block's content.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct BlockDigest {
+    /// Place of the block in the offer.
+    #[prost(uint32, tag = "1")]
+    pub block: u32,
+    /// 32 bytes.
+    #[prost(bytes = "vec", tag = "2")]
+    pub digest: Vec<u8>,
+}
+
+/// The device state is complete.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct StateEnd {
+    /// Bytes of device state in all.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+    /// The last round; the state is loaded when it is complete on every stream.
+    #[prost(uint32, tag = "2")]
+    pub last_round: u32,
+    /// Digests of the blocks when the offer asked to verify.
+    #[prost(message, repeated, tag = "3")]
+    pub digests: Vec<BlockDigest>,
+}
+
+/// The VM is complete at the target and paused.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Loaded {
+    /// How long the load took, in microseconds.
+    #[prost(uint64, tag = "1")]
+    pub load_us: u64,
+    /// Blocks whose digest was compared and was equal.
+    #[prost(uint32, tag = "2")]
+    pub blocks_verified: u32,
+}
+
+/// The VM changes hands.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Release {
+    /// The offer's generation, again.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+}
+
+/// The target owns the VM and runs it.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Committed {
+    /// The offer's generation, again.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// How long the durable record took, in microseconds.
+    #[prost(uint64, tag = "2")]
+    pub record_us: u64,
+    /// How long the resume took, in microseconds.
+    #[prost(uint64, tag = "3")]
+    pub resume_us: u64,
+}
+
+/// A message to people.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Text {
+    /// What happened.
+    #[prost(string, tag = "1")]
+    pub text: String,
+}
+
+/// Asks who owns a VM.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Query {
+    /// The migration: 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// Name of the VM.
+    #[prost(string, tag = "2")]
+    pub vm: String,
+    /// The try's place in the VM's life.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+}
+
+/// Who owns the VM, as far as the target can prove it.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Answer {
+    /// 1 the target, 2 the source, 3 undecided, 4 unknown. Others count as unknown.
+    #[prost(uint32, tag = "1")]
+    pub owner: u32,
+}
+
+/// Opens a page stream.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Stream {
+    /// The migration: 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// Which stream, from 0.
+    #[prost(uint32, tag = "2")]
+    pub index: u32,
+}
+
+impl From<crate::handoff::Ownership> for Answer {
+    fn from(ownership: crate::handoff::Ownership) -> Self {
+        use crate::handoff::Ownership::*;
+        let owner = match ownership {
+            Target => 1,
+            Source => 2,
+            Undecided => 3,
+            Unknown => 4,
+        };
+        Self { owner }
+    }
+}
+
+impl From<Answer> for crate::handoff::Ownership {
+    fn from(answer: Answer) -> Self {
+        match answer.owner {
+            1 => Self::Target,
+            2 => Self::Source,
+            3 => Self::Undecided,
+            _ => Self::Unknown,
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! The ioctls of a userfaultfd that belongs to another process's memory.
+//!
+//! Source: ioctl_userfaultfd(2), the kernel's Documentation/admin-guide/mm/userfaultfd.rst and `fs/userfaultfd.c`. Every
+//! address is one of the *other* process; only the source of a copy is ours.
+
+use std::ffi::c_void;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use linux_raw_sys::general::{
+    UFFD_API, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
+    UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_range, uffdio_register, uffdio_zeropage,
+};
+use linux_raw_sys::ioctl;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
+
+use crate::page::Span;
+
+const _: () = assert!(size_of::<uffdio_api>() == 24 && size_of::<uffdio_range>() == 16);
+const _: () = assert!(size_of::<uffdio_register>() == 32 && size_of::<uffdio_zeropage>() == 32);
+const _: () = assert!(size_of::<uffdio_copy>() == 40);
+
+/// `USERFAULTFD_IOC_NEW`, `_IO(0xAA, 0)`: on `/dev/userfaultfd`, makes a userfaultfd for the calling process.
+pub(crate) const IOC_NEW: u64 = 0xAA00;
+
+/// The features that tracking asks for; together they also mark a leftover as ours.
+pub(crate) const TRACK_FEATURES: u64 =
+    (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
+
+/// The features that installing asks for. Without WP_UNPOPULATED and without any protecting, registering changes nothing for
+/// the process; with WP_ASYNC even a stray protection resolves in the kernel, so nothing ever waits for us.
+pub(crate) const INSTALL_FEATURES: u64 = (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
+
+/// A userfaultfd of another process.
+#[derive(Debug)]
+pub(crate) struct Uffd(OwnedFd);
+
+/// How far a copy or a zeroing got, and why it stopped there.
+pub(crate) struct Progress {
+    pub(crate) bytes: u64,
+    pub(crate) stopped: Option<io::Error>,
+}
+
+impl Uffd {
+    /// Takes the descriptor and negotiates features. EINVAL: the kernel does not have them.
+    pub(crate) fn with_features(fd: OwnedFd, features: u64) -> io::Result<Uffd> {
+        let uffd = Uffd(fd);
+        let mut api = uffdio_api { api: UFFD_API.into(), features, ioctls: 0 };
+        uffd.call(ioctl::UFFDIO_API, &mut api)?;
+        Ok(uffd)
+    }
+
+    /// Registers the span for write-protect events, which WP_ASYNC resolves in the kernel.
+    pub(crate) fn register_wp(&self, span: Span) -> io::Result<()> {
+        let mut arg = uffdio_register { range: range(span), mode: UFFDIO_REGISTER_MODE_WP.into(), ioctls: 0 };
+        self.call(ioctl::UFFDIO_REGISTER, &mut arg)
+    }
+
+    /// Undoes the registration of the span; its pages are writable again at once.
+    pub(crate) fn unregister(&self, span: Span) -> io::Result<()> {
+        self.call(ioctl::UFFDIO_UNREGISTER, &mut range(span))
+    }
+
+    /// Copies bytes (whole pages) to `addr`, where no page may be yet: EEXIST stops it there.
+    pub(crate) fn copy(&self, addr: u64, bytes: &[u8]) -> Progress {
+        let len = bytes.len() as u64;
+        let mut arg = uffdio_copy { dst: addr, src: bytes.as_ptr() as u64, len, mode: 0, copy: 0 };
+        let result = self.call(ioctl::UFFDIO_COPY, &mut arg);
+        progress(result, arg.copy, len)
+    }
+
+    /// Makes the pages of the span zero without storage, where no page may be yet: EEXIST stops it there.
+    pub(crate) fn zero(&self, span: Span) -> Progress {
+        let mut arg = uffdio_zeropage { range: range(span), mode: 0, zeropage: 0 };
+        let result = self.call(ioctl::UFFDIO_ZEROPAGE, &mut arg);
+        progress(result, arg.zeropage, span.len)
+    }
+
+    fn call<T: Argument>(&self, opcode: u32, arg: &mut T) -> io::Result<()> {
+        // SAFETY:
+        // - `Call` passes a structure that is valid for the whole call; `Argument` is implemented only for the kernel's
+        //   own structures, and each method above pairs its opcode with the structure that ioctl_userfaultfd(2) names.
+        // - The one pointer inside (the source of a copy) is to a slice that its method borrows, and is only read.
+        Ok(unsafe { rustix::ioctl::ioctl(&self.0, Call { opcode, arg }) }?)
+    }
+}
+
+fn range(span: Span) -> uffdio_range {
+    uffdio_range { start: span.addr, len: span.len }
+}
+
+/// A failed call tells in `done` how many bytes it did (EAGAIN), or the negated error.
+fn progress(result: io::Result<()>, done: i64, asked: u64) -> Progress {
+    match result {
+        Ok(()) => Progress { bytes: asked, stopped: None },
+        Err(e) if done > 0 => Progress { bytes: (done as u64).min(asked), stopped: Some(e) },
+        Err(e) => Progress { bytes: 0, stopped: Some(e) },
+    }
+}
+
+/// The kernel's structures that may be passed to a userfaultfd.
+trait Argument {}
+impl Argument for uffdio_api {}
+impl Argument for uffdio_range {}
+impl Argument for uffdio_register {}
+impl Argument for uffdio_copy {}
+impl Argument for uffdio_zeropage {}
+
+struct Call<'a, T> {
+    opcode: u32,
+    arg: &'a mut T,
+}
+
+// SAFETY:
+// - The opcode comes from linux-raw-sys; the size encoded in it is that of the structure (asserted above for each).
+// - The pointer is to a structure borrowed mutably for the whole call.
+// - The result of a userfaultfd's ioctl carries nothing besides success: the structure itself is the answer.
+unsafe impl<T: Argument> Ioctl for Call<'_, T> {
+    type Output = ();
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        self.opcode as Opcode
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        (&raw mut *self.arg).cast()
+    }
+
+    unsafe fn output_from_ptr(_: IoctlOutput, _: *mut c_void) -> rustix::io::Result<()> {
+        Ok(())
+    }
+}

@@ -1,0 +1,319 @@
+//! Device state alone, out of one QEMU and into another, with nothing but what every QEMU build has.
+//!
+//! Xen's command `xen-save-devices-state` writes all device state and no RAM. With `live: true` on a stopped VM it
+//! also gives up the disks (`qmp_xen_save_devices_state` in QEMU's `migration/savevm.c`). The file lacks the
+//! configuration section, which `qemu_loadvm_state` asks for in an incoming stream, so [`complete`] adds it.
+//!
+//! The target loads with capability `late-block-activate`: it is then paused, and the disks stay the source's until
+//! `cont`. That makes `cont` the one instant at which the VM changes hands.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, Mode, OFlags, memfd_create, open};
+use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use serde_json::{Value, json};
+
+use super::qmp::{QmpError, Ticket, Version};
+use super::{COMMAND_WITHIN, DRAIN_WITHIN, OUR_FDS, Qemu};
+use crate::types::{LentFd, RunState, SaveTicket, VmmError};
+use crate::Vmm;
+
+/// The most device state that is taken: real VMs have 33 KiB to some MiB (large virtio-gpu and tpm states).
+const STATE_BYTES_MAX: u64 = 256 << 20;
+/// How long a target may take to load: 5 ms on an idle host, more when its pages come from swap.
+const LOAD_WITHIN: Duration = Duration::from_secs(30);
+/// The pipe into the target holds a usual state whole, so that it is written in one go.
+const PIPE_BYTES: usize = 1 << 20;
+/// The name of the pipe's end in the target.
+const PIPE_NAME: &str = "sterna-incoming";
+/// QEMU's `QEMU_VM_FILE_MAGIC` and `QEMU_VM_FILE_VERSION` (migration/savevm.h), big-endian as they are written.
+const HEADER: [u8; 8] = *b"QEVM\0\0\0\x03";
+/// QEMU's `QEMU_VM_EOF`: the last byte of a whole state.
+const SECTION_EOF: u8 = 0;
+/// QEMU's `QEMU_VM_VMDESCRIPTION`.
+const SECTION_DESCRIPTION: u8 = 6;
+/// QEMU's `QEMU_VM_CONFIGURATION`.
+const SECTION_CONFIGURATION: u8 = 7;
+/// From here on `migrate-incoming` can be told not to exit when the load fails, so that the reason can be asked for.
+const HAS_EXIT_ON_ERROR: Version = Version::new(9, 1);
+
+/// What a [`Qemu`] remembers of saves and loads.
+#[derive(Debug, Default)]
+pub(super) struct Devices {
+    /// Set when the VM was seen running, taken by a save: QEMU 7.2 aborts at a second save without `cont`.
+    ran_since_save: bool,
+    prepared: Option<Prepared>,
+    saving: Option<Ticket>,
+    saves: u64,
+    /// Our end of the pipe into a waiting target.
+    incoming: Option<OwnedFd>,
+}
+
+/// Where a save goes to.
+#[derive(Debug)]
+struct Prepared {
+    file: File,
+    lent: LentFd,
+    machine: String,
+}
+
+pub(super) fn prepare_save(qemu: &mut Qemu) -> Result<(), VmmError> {
+    if qemu.devices.prepared.is_some() {
+        return Ok(());
+    }
+    let machine = qemu.machine_type()?;
+    let memfd = memfd_create("sterna-devices", MemfdFlags::CLOEXEC).map_err(host("making a memfd"))?;
+    let file = File::from(memfd);
+    // QEMU takes a descriptor of a set only when its access mode is exactly the one that it asks for.
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let writer = open(path, flags, Mode::empty()).map_err(host("opening a memfd to write"))?;
+    let lent = qemu.lend_fd(writer.as_fd())?;
+    qemu.devices.prepared = Some(Prepared { file, lent, machine });
+    Ok(())
+}
+
+pub(super) fn pause(qemu: &mut Qemu) -> Result<(), VmmError> {
+    match qemu.status()? {
+        RunState::Running => qemu.devices.ran_since_save = true,
+        RunState::Paused => return Ok(()),
+        state => {
+            let detail = "only a running VM can be paused; let it run first";
+            return Err(VmmError::WrongState { operation: "pause", state, detail });
+        }
+    }
+    let operation = "stop the VM";
+    qemu.qmp.execute("stop", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    match qemu.status()? {
+        RunState::Paused => Ok(()),
+        // The disk can fail, or the guest can panic, while it is being stopped.
+        state => Err(VmmError::WrongState { operation: "pause", state, detail: "it did not become paused" }),
+    }
+}
+
+pub(super) fn save_begin(qemu: &mut Qemu) -> Result<SaveTicket, VmmError> {
+    let operation = "save";
+    let state = qemu.status()?;
+    if state != RunState::Paused {
+        return Err(VmmError::WrongState { operation, state, detail: "pause it first" });
+    }
+    if !qemu.devices.ran_since_save {
+        let detail = "it has not run since the last save, or since we know it, and QEMU 7.2 aborts at a second \
+                      save; resume and pause it first";
+        return Err(VmmError::Order { operation, detail });
+    }
+    let Some(prepared) = &qemu.devices.prepared else {
+        return Err(VmmError::Order { operation, detail: "prepare the save first" });
+    };
+    let filename = format!("/dev/fdset/{}", prepared.lent.set);
+    let args = json!({ "filename": filename, "live": true });
+    // Taken before the command is sent: an answer that never comes must not allow a second try.
+    qemu.devices.ran_since_save = false;
+    let sent = qemu.qmp.send("xen-save-devices-state", args, COMMAND_WITHIN);
+    qemu.devices.saving = Some(sent.map_err(|e| qemu.explain("save its devices", e))?);
+    qemu.devices.saves += 1;
+    Ok(SaveTicket(qemu.devices.saves))
+}
+
+pub(super) fn save_finish(qemu: &mut Qemu, ticket: SaveTicket) -> Result<Vec<u8>, VmmError> {
+    let operation = "finish a save";
+    let out_of_order = VmmError::Order { operation, detail: "this save is not the one that goes on" };
+    if ticket.0 != qemu.devices.saves {
+        return Err(out_of_order);
+    }
+    let Some(waited) = qemu.devices.saving.take() else { return Err(out_of_order) };
+    qemu.qmp.wait(&waited, DRAIN_WITHIN).map_err(|e| qemu.explain("save its devices", e))?;
+    let Some(prepared) = &qemu.devices.prepared else { return Err(out_of_order) };
+    complete(&read_whole(&prepared.file)?, &prepared.machine)
+}
+
+pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
+    match qemu.status()? {
+        RunState::Running => {}
+        state @ (RunState::Inmigrate | RunState::FinishMigrate | RunState::SaveVm) => {
+            let detail = "it would run by itself later; load its state first";
+            return Err(VmmError::WrongState { operation: "resume", state, detail });
+        }
+        _ => run(qemu)?,
+    }
+    qemu.devices.ran_since_save = true;
+    drop_prepared(qemu);
+    Ok(())
+}
+
+fn run(qemu: &mut Qemu) -> Result<(), VmmError> {
+    qemu.qmp.execute("cont", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain("run the VM", e))?;
+    match qemu.status()? {
+        RunState::Running => Ok(()),
+        state => Err(VmmError::WrongState { operation: "resume", state, detail: "it did not start to run" }),
+    }
+}
+
+/// Closes QEMU's end of the file. Only now: QEMU before 9 closes the descriptors of a set only while the VM runs
+/// (`monitor_fdset_cleanup`), so this also ends what an earlier try while it was stopped could not.
+fn drop_prepared(qemu: &mut Qemu) {
+    let Some(prepared) = qemu.devices.prepared.take() else { return };
+    if let Err(error) = qemu.take_back_fd(prepared.lent) {
+        tracing::warn!(%error, "QEMU keeps an empty file of ours open until it exits");
+    }
+}
+
+fn read_whole(file: &File) -> Result<Vec<u8>, VmmError> {
+    let failed = |source| VmmError::Host { operation: "reading the saved device state", source };
+    let bytes = file.metadata().map_err(failed)?.len();
+    if bytes > STATE_BYTES_MAX {
+        return Err(VmmError::State { detail: format!("{bytes} bytes are more than {STATE_BYTES_MAX}") });
+    }
+    let mut state = vec![0; usize::try_from(bytes).unwrap_or_default()];
+    file.read_exact_at(&mut state, 0).map_err(failed)?;
+    Ok(state)
+}
+
+/// Makes an incoming migration stream of what `xen-save-devices-state` writes.
+///
+/// QEMU's format (`migration/savevm.c`): header; the configuration section, which names the machine type; the
+/// sections of the devices; end; a description in JSON, whose content nothing reads.
+fn complete(state: &[u8], machine: &str) -> Result<Vec<u8>, VmmError> {
+    let wrong = |detail: &str| VmmError::State { detail: detail.to_owned() };
+    let sections = state.strip_prefix(&HEADER).ok_or_else(|| wrong("it does not begin as QEMU's version 3 does"))?;
+    if sections.last() != Some(&SECTION_EOF) {
+        return Err(wrong("it is cut off"));
+    }
+    let name_bytes = u32::try_from(machine.len()).map_err(|_| wrong("the machine type's name is too long"))?;
+    let description = b"{}";
+    let mut stream = Vec::with_capacity(state.len() + machine.len() + 16);
+    stream.extend(HEADER);
+    stream.push(SECTION_CONFIGURATION);
+    stream.extend(name_bytes.to_be_bytes());
+    stream.extend(machine.as_bytes());
+    stream.extend(sections);
+    stream.push(SECTION_DESCRIPTION);
+    stream.extend((description.len() as u32).to_be_bytes());
+    stream.extend(description);
+    Ok(stream)
+}
+
+pub(super) fn prepare_load(qemu: &mut Qemu) -> Result<(), VmmError> {
+    let state = qemu.status()?;
+    if state != RunState::Inmigrate || qemu.devices.incoming.is_some() {
+        let detail = "only a QEMU that waits for its state can be loaded, and once only";
+        return Err(VmmError::WrongState { operation: "prepare_load", state, detail });
+    }
+    let on = |name: &str| json!({ "capability": name, "state": true });
+    let capabilities = json!({ "capabilities": [on("late-block-activate"), on("events")] });
+    qemu.ask("migrate-set-capabilities", capabilities, "wait with the disks")?;
+    // QEMU announces a loaded VM although it is paused; switches must follow only when it runs.
+    qemu.ask("migrate-set-parameters", json!({ "announce-rounds": 0 }), "wait with its announcement")?;
+    qemu.devices.incoming = Some(open_pipe(qemu)?);
+    let mut args = json!({ "uri": format!("fd:{PIPE_NAME}") });
+    if qemu.version() >= HAS_EXIT_ON_ERROR {
+        args["exit-on-error"] = json!(false);
+    }
+    qemu.ask("migrate-incoming", args, "wait for its device state").map(drop)
+}
+
+fn open_pipe(qemu: &mut Qemu) -> Result<OwnedFd, VmmError> {
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).map_err(host("making a pipe"))?;
+    // Smaller will do, only slower: not root's limit is 1 MiB in all.
+    let _ = fcntl_setpipe_size(&writer, PIPE_BYTES);
+    rustix::io::ioctl_fionbio(&writer, true).map_err(host("setting up a pipe"))?;
+    qemu.qmp
+        .execute_with_fds("getfd", json!({ "fdname": PIPE_NAME }), &[reader.as_fd()], COMMAND_WITHIN)
+        .map_err(|error| qemu.explain("take a pipe", error))?;
+    Ok(writer)
+}
+
+pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
+    let Some(pipe) = qemu.devices.incoming.take() else {
+        return Err(VmmError::Order { operation: "load", detail: "prepare the load first" });
+    };
+    let end = Instant::now() + LOAD_WITHIN;
+    qemu.qmp.forget_events();
+    // A reader that is gone is QEMU refusing the state: its own reason is better than ours.
+    let written = write_by(pipe, state, end);
+    if written.is_err() || !wait_loaded(qemu, end)? {
+        return Err(load_failed(qemu));
+    }
+    match qemu.status()? {
+        RunState::Paused | RunState::Prelaunch => Ok(()),
+        state => Err(VmmError::WrongState { operation: "load", state, detail: "a loaded target must be paused" }),
+    }
+}
+
+fn write_by(pipe: OwnedFd, state: &[u8], end: Instant) -> std::io::Result<()> {
+    let mut pipe = File::from(pipe);
+    let mut rest = state;
+    while !rest.is_empty() {
+        match pipe.write(rest) {
+            Ok(n) => rest = rest.get(n..).unwrap_or_default(),
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => wait_writable(&pipe, end)?,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn wait_writable(pipe: &File, end: Instant) -> std::io::Result<()> {
+    let left = end.saturating_duration_since(Instant::now());
+    let left = Timespec::try_from(left).map_err(|_| std::io::ErrorKind::InvalidInput)?;
+    match poll(&mut [PollFd::new(pipe, PollFlags::OUT)], Some(&left)) {
+        Ok(0) => Err(std::io::ErrorKind::TimedOut.into()),
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// Waits for QEMU's word on the load: true when it is done, false when it failed.
+fn wait_loaded(qemu: &mut Qemu, end: Instant) -> Result<bool, VmmError> {
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        match qemu.qmp.next_event(&["MIGRATION"], left) {
+            Ok(event) if event.data["status"] == "completed" => return Ok(true),
+            Ok(event) if event.data["status"] == "failed" => return Ok(false),
+            Ok(_) => {}
+            Err(QmpError::Closed { .. }) => return Ok(false),
+            Err(error) => return Err(qemu.explain("load its device state", error)),
+        }
+    }
+}
+
+/// Since 9.1 QEMU stays and tells the reason; before, it exits and the reason is in its log.
+fn load_failed(qemu: &mut Qemu) -> VmmError {
+    let told = qemu.qmp.execute("query-migrate", Value::Null, COMMAND_WITHIN).ok();
+    let told = told.as_ref().and_then(|answer| answer["error-desc"].as_str()).unwrap_or("it gave no reason by QMP");
+    // The end of the log is written before the process exits, but maybe not yet when the connection closes.
+    if qemu.version() < HAS_EXIT_ON_ERROR {
+        qemu.process.wait_exit(COMMAND_WITHIN);
+    }
+    VmmError::LoadFailed { reason: format!("{told}; the end of its log: {}", qemu.log_end()) }
+}
+
+fn host(operation: &'static str) -> impl Fn(Errno) -> VmmError {
+    move |errno| VmmError::Host { operation, source: errno.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_stream_gets_the_configuration_section_that_qemu_asks_for() {
+        let stream = complete(b"QEVM\0\0\0\x03\x04abc\0", "pc-q35-7.2").unwrap();
+        assert_eq!(stream, b"QEVM\0\0\0\x03\x07\0\0\0\x0apc-q35-7.2\x04abc\0\x06\0\0\0\x02{}");
+    }
+
+    #[test]
+    fn what_is_no_whole_state_is_refused() {
+        for state in [&b""[..], b"QEVM", b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x04abc", b"QEVM\0\0\0\x02\x04\0"] {
+            let error = complete(state, "pc").unwrap_err();
+            assert!(matches!(error, VmmError::State { .. }), "{state:?}: {error}");
+        }
+    }
+}
