@@ -1,2 +1,29 @@
-//! Placeholder.
+//! The host daemon: it drives engine, memory, vmm and transport, and is the one owner of each VM's migration.
+//!
+//! ```text
+//! api          REST on a Unix socket           agent        VMs, migrations: what both ask of each other
+//! peer         TLS port: who calls, and why    source/target   one thread owns one migration and performs what
+//! journal      records of the hand-off                          the engine's state machine wants done
+//! registry     VMs, found again after a restart   pages        the bulk path: send-sets, senders, receivers
+//! ```
+//!
+//! Start reading at [`Agent`], then `source.rs` (a migration as a list of performed actions).
 #![forbid(unsafe_code)]
+
+mod agent;
+pub mod api;
+pub mod config;
+mod control;
+mod host;
+mod journal;
+pub mod model;
+mod pages;
+mod peer;
+mod progress;
+mod recovery;
+mod registry;
+mod source;
+mod target;
+
+pub use agent::{Agent, AgentError};
+pub use config::Config;

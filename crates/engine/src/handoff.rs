@@ -194,7 +194,9 @@ pub fn at_source(step: Step) -> SourceRecovery {
 pub enum TargetRecovery {
     /// End the QEMU that waits, wait for its death, then store [`Step::Dead`].
     Kill,
-    /// Let the QEMU run (again), then store [`Step::Running`].
+    /// Store the record again, then let the QEMU run (again), then store [`Step::Running`]. What a restarted agent reads
+    /// may be in the page cache only, if the crash came before the sync: running on it, and losing the host, would
+    /// leave a record that gives the VM back although it has run here.
     Continue,
     /// Nothing: the VM is ours like any other, or not at all.
     Nothing,
@@ -212,9 +214,9 @@ pub fn at_target(step: Step) -> TargetRecovery {
 /// What a target says when the source asks who owns a VM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ownership {
-    /// The target owns the VM: the source ends its own.
+    /// The target owns the VM and has run it: the source ends its own. Never taken back.
     Target,
-    /// The target's QEMU is dead and this migration never commits: the VM is the source's.
+    /// The target's QEMU is dead and this migration never commits: the VM is the source's. Never taken back.
     Source,
     /// The target is still at it: ask again.
     Undecided,
@@ -244,7 +246,8 @@ pub fn answer(
     }
     match record.step {
         Step::Running => Ownership::Target,
-        Step::Committed if qemu_lives => Ownership::Target,
+        // The start can still fail, which gives the VM back: a source that ended its own by then would have lost it.
+        Step::Committed if qemu_lives => Ownership::Undecided,
         Step::Committed => Ownership::Unknown,
         Step::Dead => Ownership::Source,
         _ => Ownership::Undecided,

@@ -660,5 +660,6 @@ pub(crate) fn name_of(message: &Message) -> &'static str {
         Message::Query(_) => "a query",
         Message::Answer(_) => "an answer",
         Message::Stream(_) => "a stream",
+        Message::Check(_) => "a check",
     }
 }

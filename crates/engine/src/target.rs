@@ -3,7 +3,7 @@
 //! ```text
 //! Greeting -> Admitting -> Recording -> Preparing -> Receiving -> Loading -> Loaded      never runs the VM
 //!                                                                              |
-//!                                              Over <- Starting <- Committing <-+        owns the VM
+//!                                Over <- Confirming <- Starting <- Committing <-+        owns the VM
 //! ```
 //!
 //! Until the release everything that goes wrong ends the waiting QEMU, waits for its death and writes that down
@@ -29,6 +29,8 @@ const STALL_WAIT: Duration = Duration::from_secs(60);
 const LOAD_WAIT: Duration = Duration::from_secs(55);
 /// How long the source may take to release a VM that is complete.
 const RELEASE_WAIT: Duration = Duration::from_secs(30);
+/// Pause before a record that could not be stored is tried again: a full disk is not emptied faster.
+const RECORD_PAUSE: Duration = Duration::from_secs(1);
 
 /// What happens to the target.
 #[derive(Clone, Debug)]
@@ -106,6 +108,7 @@ enum State {
     Loaded,
     Committing,
     Starting { record: Duration },
+    Confirming,
     Ending { why: String, released: bool, reasons: Vec<Reason> },
     Burying { why: String },
     Over,
@@ -124,6 +127,7 @@ pub struct Target {
     actions: VecDeque<TargetAction>,
     connected: bool,
     recorded: bool,
+    owns: bool,
     prepare_began: Duration,
     load_began: Duration,
 }
@@ -142,6 +146,7 @@ impl Target {
             actions: VecDeque::new(),
             connected: true,
             recorded: false,
+            owns: false,
             prepare_began: now,
             load_began: now,
         };
@@ -187,9 +192,9 @@ impl Target {
         self.id
     }
 
-    /// True once the VM is ours.
+    /// True once the VM is ours, and for good once it was seen running.
     pub fn owns(&self) -> bool {
-        matches!(self.state, State::Starting { .. })
+        self.owns
     }
 
     /// Takes in what happened at `now`.
@@ -199,6 +204,8 @@ impl Target {
             TargetInput::Disconnected(why) => self.on_disconnected(why),
             TargetInput::Admitted if self.state == State::Admitting => {
                 self.state = State::Recording;
+                // From here on there may be a record, also if this try ends before the store is confirmed.
+                self.recorded = true;
                 self.record(Step::Incoming);
             }
             TargetInput::Refused(reasons) if matches!(self.state, State::Admitting | State::Preparing) => {
@@ -206,7 +213,7 @@ impl Target {
                 self.end(why, reasons);
             }
             TargetInput::Recorded(took) => self.on_recorded(took, now),
-            TargetInput::RecordFailed(why) => self.on_record_failed(why),
+            TargetInput::RecordFailed(why) => self.on_record_failed(why, now),
             TargetInput::Prepared if self.state == State::Preparing => {
                 let prepare_us = micros(now.saturating_sub(self.prepare_began));
                 self.state = State::Receiving;
@@ -271,15 +278,16 @@ impl Target {
     fn on_recorded(&mut self, took: Duration, now: Duration) {
         match (&self.state, &self.offer) {
             (State::Recording, Some(offer)) => {
-                self.recorded = true;
                 self.actions.push_back(TargetAction::Prepare(offer.clone()));
                 self.state = State::Preparing;
                 self.deadline = Some(now + PREPARE_WAIT);
             }
             (State::Committing, _) => {
                 self.state = State::Starting { record: took };
+                self.owns = true;
                 self.actions.push_back(TargetAction::Run);
             }
+            (State::Confirming, _) => self.over(Ok(())),
             (State::Burying { why }, _) => {
                 let why = why.clone();
                 self.over(Err(why));
@@ -288,18 +296,15 @@ impl Target {
         }
     }
 
-    fn on_record_failed(&mut self, why: String) {
+    fn on_record_failed(&mut self, why: String, now: Duration) {
         match &self.state {
             // Whether the commit reached the disk is not known: only a dead QEMU makes either reading safe.
             State::Recording | State::Committing => {
                 let released = self.state == State::Committing;
                 self.kill(format!("the record could not be stored: {why}"), released, Vec::new());
             }
-            // Without the record of its death a restarted agent would find no QEMU, which says the same.
-            State::Burying { why } => {
-                let why = why.clone();
-                self.over(Err(why));
-            }
+            // The source may be asking: without this record it would be told to ask again for ever.
+            State::Confirming | State::Burying { .. } => self.deadline = Some(now + RECORD_PAUSE),
             _ => {}
         }
     }
@@ -342,7 +347,7 @@ impl Target {
             resume_us: micros(took),
         }));
         self.record(Step::Running);
-        self.over(Ok(()));
+        self.state = State::Confirming;
     }
 
     fn on_run_failed(&mut self, why: String) {
@@ -374,6 +379,11 @@ impl Target {
             return;
         }
         self.deadline = None;
+        match self.state {
+            State::Confirming => return self.record(Step::Running),
+            State::Burying { .. } => return self.record(Step::Dead),
+            _ => {}
+        }
         self.fail("the target gave up waiting: nothing came from the source, or a step took too long".into());
     }
 
@@ -386,6 +396,7 @@ impl Target {
         match self.state {
             State::Committing
             | State::Starting { .. }
+            | State::Confirming
             | State::Ending { .. }
             | State::Burying { .. }
             | State::Over => {}
@@ -396,6 +407,7 @@ impl Target {
     fn kill(&mut self, why: String, released: bool, reasons: Vec<Reason>) {
         self.actions.clear();
         self.deadline = None;
+        self.owns = false;
         self.state = State::Ending { why, released, reasons };
         self.actions.push_back(TargetAction::Kill);
     }

@@ -14,7 +14,9 @@
 //! interface, each with a safe face.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!("sterna-memory injects x86-64 Linux system calls; other machines need their own register code");
+compile_error!(
+    "sterna-memory injects x86-64 Linux system calls; other machines need their own register code"
+);
 
 mod attach;
 mod backing;

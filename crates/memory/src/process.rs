@@ -65,7 +65,8 @@ pub enum ProcessError {
 impl Process {
     /// Opens the process that has this pid now.
     pub fn open(pid: i32) -> Result<Process, ProcessError> {
-        let name = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(ProcessError::Gone { pid })?;
+        // Asking rustix for a negative pid would panic.
+        let name = (pid > 0).then_some(pid).and_then(Pid::from_raw).ok_or(ProcessError::Gone { pid })?;
         let pidfd = pidfd_open(name, PidfdFlags::empty()).map_err(|_| ProcessError::Gone { pid })?;
         let start_time = start_time(pid)?;
         let process = Process { pid, start_time, pidfd };

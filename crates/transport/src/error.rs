@@ -60,7 +60,9 @@ pub enum TransportError {
         peer: String,
     },
     /// The peer's certificate is valid, but for another host.
-    #[error("{peer} shows a certificate that is not for {expected}{presented}: check the host list, or issue it")]
+    #[error(
+        "{peer} shows a certificate that is not for {expected}{presented}: check the host list, or issue it"
+    )]
     WrongHost {
         /// Who showed it.
         peer: String,
@@ -164,6 +166,12 @@ pub enum TransportError {
     /// An earlier deadline passed in the middle of data, so the stream has no known position any more.
     #[error("the connection with {peer} was given up in the middle of data: connect again")]
     Torn {
+        /// Who it is with.
+        peer: String,
+    },
+    /// Something was written after the peer had been told that nothing more comes.
+    #[error("the connection with {peer} was finished by this host: nothing more can be sent")]
+    Finished {
         /// Who it is with.
         peer: String,
     },
@@ -279,7 +287,9 @@ impl fmt::Display for Refusal {
             Self::UnknownCa => f.write_str("our certificate is from an authority that it does not know"),
             Self::Expired => f.write_str("our certificate has expired, or the clocks differ"),
             Self::NoCertificate => f.write_str("it wants a certificate of ours"),
-            Self::BadCertificate => f.write_str("it cannot accept our certificate, or not for this host's name"),
+            Self::BadCertificate => {
+                f.write_str("it cannot accept our certificate, or not for this host's name")
+            }
             Self::Alert(alert) => write!(f, "TLS alert {alert:?}"),
         }
     }
@@ -361,14 +371,14 @@ impl TransportError {
 impl Refusal {
     fn from_alert(alert: AlertDescription) -> Self {
         match alert {
-            AlertDescription::UnknownCA => Self::UnknownCa,
+            // The second is what an authority of the same name but with another key leads to.
+            AlertDescription::UnknownCA | AlertDescription::DecryptError => Self::UnknownCa,
             AlertDescription::CertificateExpired => Self::Expired,
             AlertDescription::CertificateRequired => Self::NoCertificate,
             AlertDescription::BadCertificate
             | AlertDescription::UnsupportedCertificate
             | AlertDescription::CertificateRevoked
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::DecryptError => Self::BadCertificate,
+            | AlertDescription::CertificateUnknown => Self::BadCertificate,
             alert => Self::Alert(alert),
         }
     }

@@ -153,7 +153,12 @@ impl Session {
     }
 
     /// Waits until the socket is ready, the deadline passes or the connection is shut down.
-    pub(crate) fn wait(&self, ready: PollFlags, deadline: Option<Instant>, operation: Operation) -> Result<()> {
+    pub(crate) fn wait(
+        &self,
+        ready: PollFlags,
+        deadline: Option<Instant>,
+        operation: Operation,
+    ) -> Result<()> {
         loop {
             self.check_shut()?;
             let timeout = self.remaining(deadline, operation)?;
@@ -233,7 +238,9 @@ impl Session {
         while tls.wants_write() {
             match tls.write_tls(&mut Outlet(self)) {
                 Ok(_) => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Transmitted::SocketFull),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Transmitted::SocketFull);
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     self.check_shut()?;
@@ -281,7 +288,6 @@ fn configure(socket: &TcpStream) -> io::Result<()> {
     socket.set_nodelay(true)?;
     let options = SockRef::from(socket);
     options.set_tcp_user_timeout(Some(UNANSWERED_MAX))?;
-    options.set_tcp_keepalive(
-        &TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL),
-    )
+    options
+        .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE_IDLE).with_interval(KEEPALIVE_INTERVAL))
 }

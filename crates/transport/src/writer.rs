@@ -23,12 +23,22 @@ pub struct Writer {
     session: Arc<Session>,
     stage: Vec<u8>,
     deadline: Option<Instant>,
-    is_torn: bool,
+    state: State,
+}
+
+/// Whether more may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    /// A write ended in the middle: what would follow has no known position.
+    Torn,
+    /// The peer was told that nothing more comes.
+    Finished,
 }
 
 impl Writer {
     pub(crate) fn new(session: Arc<Session>) -> Self {
-        Self { session, stage: Vec::with_capacity(RECORD_SIZE_MAX), deadline: None, is_torn: false }
+        Self { session, stage: Vec::with_capacity(RECORD_SIZE_MAX), deadline: None, state: State::Open }
     }
 
     /// Bounds every later write and flush. `None` waits for as long as the peer is there.
@@ -50,9 +60,9 @@ impl Writer {
         let whole = (self.stage.len() + total) / RECORD_SIZE_MAX * RECORD_SIZE_MAX;
         let mut rest = Cursor { slices, offset: 0 };
         if whole > 0 {
-            let result = self.send(&mut rest, whole);
-            self.is_torn = result.is_err();
-            result?;
+            self.state = State::Torn;
+            self.send(&mut rest, whole)?;
+            self.state = State::Open;
         }
         rest.copy_into(&mut self.stage);
         Ok(())
@@ -77,7 +87,7 @@ impl Writer {
         self.session.lock().send_close_notify();
         self.session.drain(self.deadline, Operation::Close)?;
         self.session.end_sending();
-        self.is_torn = true;
+        self.state = State::Finished;
         Ok(())
     }
 
@@ -93,10 +103,12 @@ impl Writer {
 
     fn check(&self) -> Result<()> {
         self.session.check_shut()?;
-        if self.is_torn {
-            return Err(TransportError::Torn { peer: self.session.peer().to_owned() });
+        let peer = || self.session.peer().to_owned();
+        match self.state {
+            State::Open => Ok(()),
+            State::Torn => Err(TransportError::Torn { peer: peer() }),
+            State::Finished => Err(TransportError::Finished { peer: peer() }),
         }
-        Ok(())
     }
 
     /// Sends the stage and then `rest`, together `whole` bytes.
@@ -143,7 +155,10 @@ struct Cursor<'a, 'b> {
 
 impl<'b> Cursor<'_, 'b> {
     /// Appends up to `limit` bytes' worth of slices to the batch and moves on. Takes something unless it is at its end.
-    fn gather(&mut self, limit: usize, batch: &mut Vec<IoSlice<'b>>) -> usize {
+    fn gather<'v>(&mut self, limit: usize, batch: &mut Vec<IoSlice<'v>>) -> usize
+    where
+        'b: 'v,
+    {
         let mut taken = 0;
         while taken < limit && batch.len() < BATCH_SLICES_MAX {
             let Some((first, others)) = self.slices.split_first() else { break };

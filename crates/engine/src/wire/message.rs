@@ -5,7 +5,7 @@
 /// What travels in a frame of kind *message*.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Envelope {
-    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15")]
+    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
     pub(crate) body: Option<Message>,
 }
 
@@ -57,6 +57,10 @@ pub enum Message {
     /// Source, on a connection of its own: a page stream begins.
     #[prost(message, tag = "15")]
     Stream(Stream),
+    /// Source, on a connection of its own: would you take this VM? Answered by [`Message::Refused`] with every reason
+    /// that speaks against it, or none; nothing is prepared.
+    #[prost(message, tag = "16")]
+    Check(Offer),
 }
 
 /// Opens a control connection.

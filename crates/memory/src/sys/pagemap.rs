@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general::{
-    PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
+    PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
     PM_SCAN_WP_MATCHING, page_region, pm_scan_arg,
 };
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
@@ -24,8 +24,6 @@ const RUNS_PER_CALL: usize = 1 << 14;
 
 /// Page was written since it was last protected.
 pub(crate) const WRITTEN: u64 = PAGE_IS_WRITTEN as u64;
-/// Page belongs to a file or shared memory (a private copy of a file's page does not).
-pub(crate) const FILE: u64 = PAGE_IS_FILE as u64;
 /// Page is mapped.
 pub(crate) const PRESENT: u64 = PAGE_IS_PRESENT as u64;
 /// Page is swapped out, or its entry holds a marker (protected while unpopulated).

@@ -36,7 +36,7 @@ struct RseqArea {
     pad: u32,
 }
 
-/// How a traced thread was found by [`wait`].
+/// How a traced thread was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stop {
     /// Inside signal delivery, by an interrupt or a group stop: the place where registers may be changed safely.
@@ -47,13 +47,6 @@ pub(crate) enum Stop {
     Signal(c_int),
     /// Gone.
     Ended,
-}
-
-/// Whether [`wait`] returns at once when nothing happened.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Wait {
-    Block,
-    Look,
 }
 
 /// Becomes the tracer of a thread without stopping it.
@@ -76,16 +69,26 @@ pub(crate) fn resume_to_syscall(tid: pid_t, signal: c_int) -> io::Result<()> {
     number(libc::PTRACE_SYSCALL, tid, signal as usize)
 }
 
-/// Ends tracing of a stopped thread.
-pub(crate) fn detach(tid: pid_t) -> io::Result<()> {
-    number(libc::PTRACE_DETACH, tid, 0)
+/// Ends tracing of a stopped thread, giving it a signal unless it is 0.
+pub(crate) fn detach(tid: pid_t, signal: c_int) -> io::Result<()> {
+    number(libc::PTRACE_DETACH, tid, signal as usize)
+}
+
+/// Whether a traced thread's seccomp filters act on it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seccomp {
+    Active,
+    Suspended,
 }
 
 /// Makes the stops of system calls tell themselves apart, and suspends the thread's seccomp filters as long as we trace it
 /// (so that no filter can answer our call by killing the process) where we may: that needs CAP_SYS_ADMIN.
-pub(crate) fn set_options(tid: pid_t) -> io::Result<()> {
+pub(crate) fn set_options(tid: pid_t) -> io::Result<Seccomp> {
     let good = libc::PTRACE_O_TRACESYSGOOD as usize;
-    number(libc::PTRACE_SETOPTIONS, tid, good | SUSPEND_SECCOMP).or_else(|_| number(libc::PTRACE_SETOPTIONS, tid, good))
+    match number(libc::PTRACE_SETOPTIONS, tid, good | SUSPEND_SECCOMP) {
+        Ok(()) => Ok(Seccomp::Suspended),
+        Err(_) => number(libc::PTRACE_SETOPTIONS, tid, good).map(|()| Seccomp::Active),
+    }
 }
 
 /// The registers of a stopped thread.
@@ -131,15 +134,22 @@ pub(crate) fn rseq_area(tid: pid_t) -> io::Result<u64> {
     Ok(area.address)
 }
 
-/// Waits for what a traced thread does next. `None`: nothing yet (only with [`Wait::Look`]).
-pub(crate) fn wait(tid: pid_t, how: Wait) -> io::Result<Option<Stop>> {
-    let flags = libc::__WALL | if how == Wait::Look { libc::WNOHANG } else { 0 };
+/// What a traced thread has done, if it has stopped or ended since the last look.
+pub(crate) fn look(tid: pid_t) -> io::Result<Option<Stop>> {
+    wait_with(tid, libc::WNOHANG)
+}
+
+/// Waits for what a traced thread does next.
+pub(crate) fn wait(tid: pid_t) -> io::Result<Stop> {
+    wait_with(tid, 0)?.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+fn wait_with(tid: pid_t, flags: c_int) -> io::Result<Option<Stop>> {
     let mut status: c_int = 0;
     loop {
         // SAFETY:
         // - `status` outlives the call, which writes one int to it.
-        let got = unsafe { libc::waitpid(tid, &raw mut status, flags) };
-        match got {
+        match unsafe { libc::waitpid(tid, &raw mut status, libc::__WALL | flags) } {
             0 => return Ok(None),
             -1 => {
                 let error = io::Error::last_os_error();

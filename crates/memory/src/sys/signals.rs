@@ -2,24 +2,30 @@
 
 use nix::libc;
 
-/// Ignored from the first instruction of the helper. SIGKILL cannot be; nothing but that ends the helper early.
-const IGNORED: [libc::c_int; 9] = [
-    libc::SIGHUP,
-    libc::SIGINT,
-    libc::SIGQUIT,
-    libc::SIGTERM,
-    libc::SIGPIPE,
-    libc::SIGALRM,
-    libc::SIGUSR1,
-    libc::SIGUSR2,
-    libc::SIGXCPU,
+/// Signals left as they are: those that cannot be ignored, those that a fault of the helper itself raises (ignoring them
+/// would loop), and SIGCHLD (ignoring it changes what waitpid(2) does).
+const LEFT: [libc::c_int; 10] = [
+    libc::SIGKILL,
+    libc::SIGSTOP,
+    libc::SIGCHLD,
+    libc::SIGSEGV,
+    libc::SIGBUS,
+    libc::SIGILL,
+    libc::SIGFPE,
+    libc::SIGTRAP,
+    libc::SIGABRT,
+    libc::SIGSYS,
 ];
 
-/// Ignores every signal that would end this process and is not a fault of its own.
+/// The last signal number of Linux on x86-64.
+const LAST: libc::c_int = 64;
+
+/// Ignores every other signal.
 pub(crate) fn ignore_all() {
-    for signal in IGNORED {
+    for signal in (1..=LAST).filter(|s| !LEFT.contains(s)) {
         // SAFETY:
-        // - SIG_IGN is a valid disposition for each of these signals; no handler of ours is called.
+        // - SIG_IGN is a valid disposition for any of these; no handler of ours is called. The C library refuses the two
+        //   real-time signals that it keeps for itself, which nobody else sends.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }
 }

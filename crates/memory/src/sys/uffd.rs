@@ -9,10 +9,12 @@ use std::os::fd::OwnedFd;
 
 use linux_raw_sys::general::{
     UFFD_API, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
-    UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_range, uffdio_register, uffdio_zeropage,
+    UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
+    uffdio_zeropage,
 };
 use linux_raw_sys::ioctl;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
+use rustix::mm::UserfaultfdFlags;
 
 use crate::page::Span;
 
@@ -42,6 +44,14 @@ pub(crate) struct Progress {
 }
 
 impl Uffd {
+    /// A userfaultfd of our own process, to try what the kernel can do.
+    pub(crate) fn own() -> io::Result<OwnedFd> {
+        let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
+        // SAFETY:
+        // - The descriptor is only asked for features; no memory of ours is ever registered with it.
+        Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
+    }
+
     /// Takes the descriptor and negotiates features. EINVAL: the kernel does not have them.
     pub(crate) fn with_features(fd: OwnedFd, features: u64) -> io::Result<Uffd> {
         let uffd = Uffd(fd);

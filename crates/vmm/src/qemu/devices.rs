@@ -20,7 +20,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde_json::{Value, json};
 
 use super::qmp::{QmpError, Ticket, Version};
-use super::{COMMAND_WITHIN, DRAIN_WITHIN, OUR_FDS, Qemu};
+use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu};
 use crate::types::{LentFd, RunState, SaveTicket, VmmError};
 use crate::Vmm;
 

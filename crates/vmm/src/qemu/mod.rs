@@ -8,12 +8,14 @@
 mod cmdline;
 mod devices;
 mod fingerprint;
+mod keyval;
 mod launch;
 mod layout;
 mod options;
 mod policy;
 mod precheck;
 mod qmp;
+mod rules;
 
 use std::collections::BTreeMap;
 use std::os::fd::BorrowedFd;
@@ -53,6 +55,8 @@ pub struct Qemu {
     /// Addresses of RAM blocks that were found before. They never change, but may become hard to find.
     addresses: BTreeMap<String, u64>,
     devices: Devices,
+    /// The cgroup that was made for it, to be removed after it.
+    cgroup: Option<PathBuf>,
 }
 
 impl Qemu {
@@ -77,7 +81,8 @@ impl Qemu {
         if found != expected {
             return Err(VmmError::WrongProcess { found, expected });
         }
-        Ok(Self { qmp, process, log, addresses: BTreeMap::new(), devices: Devices::default() })
+        let cgroup = launch::own_cgroup(expected);
+        Ok(Self { qmp, process, log, addresses: BTreeMap::new(), devices: Devices::default(), cgroup })
     }
 
     /// The version that QEMU itself tells.
@@ -104,6 +109,13 @@ impl Qemu {
     /// The processor model, as `-cpu` takes it.
     pub fn cpu_model(&mut self) -> Result<String, VmmError> {
         fingerprint::cpu_model(self)
+    }
+
+    /// The addresses of RAM blocks as the guest's memory map gives them away: the only way before QEMU 8.2, and a
+    /// second opinion since.
+    pub fn addresses_by_map(&mut self) -> Result<BTreeMap<String, u64>, VmmError> {
+        let blocks = self.layout()?.blocks;
+        layout::addresses_by_map(self, &blocks)
     }
 
     /// One command with the ordinary deadline.
@@ -238,10 +250,15 @@ impl Vmm for Qemu {
         if let Err(error) = self.qmp.execute("quit", Value::Null, within) {
             tracing::debug!(%error, pid = self.process.id().pid, "quit was not answered");
         }
-        if self.process.wait_exit(end.saturating_duration_since(Instant::now())) {
-            return Ok(());
+        if !self.process.wait_exit(end.saturating_duration_since(Instant::now())) {
+            self.process.kill()?;
         }
-        self.process.kill()?;
-        if self.process.wait_exit(COMMAND_WITHIN) { Ok(()) } else { Err(VmmError::DoesNotDie { id: self.process.id() }) }
+        if !self.process.wait_exit(COMMAND_WITHIN) {
+            return Err(VmmError::DoesNotDie { id: self.process.id() });
+        }
+        if let Some(dir) = self.cgroup.take() {
+            launch::remove_cgroup(&dir);
+        }
+        Ok(())
     }
 }

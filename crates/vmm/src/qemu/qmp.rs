@@ -228,6 +228,12 @@ impl Qmp {
         &self.socket
     }
 
+    /// Ends the connection, so that QEMU takes another client.
+    pub fn shutdown(&mut self) {
+        self.broken = true;
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+    }
+
     /// Sends a command and waits for its answer. `args` is an object, or null for none.
     pub fn execute(&mut self, command: &str, args: Value, within: Duration) -> Result<Value, QmpError> {
         self.execute_with_fds(command, args, &[], within)

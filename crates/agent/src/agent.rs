@@ -1,0 +1,361 @@
+//! What can be asked of an agent: the façade that the API calls.
+
+use crate::Config;
+use crate::control::explain;
+use crate::host::{Host, ram_of};
+use crate::journal::NAME_BYTES_MAX;
+use crate::model::{HostView, MigrateRequest, MigrationView, ReasonView, RunRequest, SetRequest, VmView};
+use crate::registry::{Vm, VmRecord, lock};
+use crate::source::{self, Handle, Order};
+use crate::target::Incoming;
+use crate::{peer, recovery};
+use std::collections::HashMap;
+use std::io::Read as _;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use sterna_engine::handoff::MigrationId;
+use sterna_engine::source::STREAMS_MAX;
+use sterna_transport::{Limits, Listener, ServerHandle};
+use sterna_vmm::Vmm;
+use sterna_vmm::qemu::CommandLine;
+use tokio::sync::watch;
+
+/// Ended migrations that are remembered, so that `sterna status` can tell of them.
+const HISTORY_MAX: usize = 1000;
+/// Longest downtime limit: QEMU's own, 2000 s.
+const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+/// How long a QEMU may take to quit before it is killed.
+const QUIT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Why the agent did not do what it was asked to. Each text says what happened, to which VM, and what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The request makes no sense as it is.
+    #[error("{0}")]
+    Invalid(String),
+    /// There is no such VM, host or migration.
+    #[error("{0}")]
+    NotFound(String),
+    /// It cannot be done in the state things are in.
+    #[error("{0}")]
+    Conflict(String),
+    /// The pre-check speaks against it: every reason.
+    #[error("VM {vm} cannot move to {host}; it runs here as before")]
+    Refused {
+        /// Name of the VM.
+        vm: String,
+        /// Name of the host it should go to.
+        host: String,
+        /// The reasons.
+        reasons: Vec<ReasonView>,
+    },
+    /// Something on this host failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+/// One per host. All methods block; the API calls them on threads of their own.
+pub struct Agent {
+    host: Arc<Host>,
+    jobs: Mutex<Jobs>,
+    _server: ServerHandle,
+}
+
+#[derive(Default)]
+struct Jobs {
+    by_id: HashMap<String, Handle>,
+    order: Vec<String>,
+    keys: HashMap<String, String>,
+}
+
+impl Agent {
+    /// Opens the state folder, finds the VMs of an earlier life again, settles what was left open, and listens for peers.
+    ///
+    /// # Errors
+    /// [`AgentError::Failed`] when the state, the keys or the address cannot be used.
+    pub fn start(config: Config) -> Result<Arc<Self>, AgentError> {
+        let listener = Listener::bind(&config.listen).map_err(|why| AgentError::Failed(explain(&why)))?;
+        let host = Arc::new(Host::open(config).map_err(AgentError::Failed)?);
+        let open = recovery::recover(&host);
+        let incoming = Arc::new(Incoming::default());
+        let (for_peers, endpoint) = (host.clone(), host.endpoint().clone());
+        let server = listener
+            .serve(endpoint, Limits::default(), move |connection| {
+                peer::handle(&for_peers, &incoming, connection)
+            })
+            .map_err(|why| AgentError::Failed(explain(&why)))?;
+        let agent = Arc::new(Self { host, jobs: Mutex::default(), _server: server });
+        for (vm, record) in open {
+            let id = record.id.to_string();
+            if vm.reserve(&id).is_ok() {
+                let freed = vm.clone();
+                let handle = source::resolve(&agent.host, &vm, &record, move || freed.free());
+                lock(&agent.jobs).add(id, None, handle);
+            }
+        }
+        Ok(agent)
+    }
+
+    /// Name of this host.
+    pub fn name(&self) -> &str {
+        self.host.name()
+    }
+
+    /// Starts a VM.
+    ///
+    /// # Errors
+    /// [`AgentError::Invalid`] for a name or command line that cannot be used, [`AgentError::Conflict`] for a name that
+    /// is taken, [`AgentError::Failed`] when QEMU does not start, with the end of its log.
+    pub fn run(&self, request: RunRequest) -> Result<VmView, AgentError> {
+        let RunRequest { name, argv } = request;
+        if name.len() > NAME_BYTES_MAX {
+            return Err(AgentError::Invalid(format!("a name has at most {NAME_BYTES_MAX} bytes")));
+        }
+        let line = CommandLine::parse(argv.clone()).map_err(|why| AgentError::Invalid(explain(&why)))?;
+        let claim = self.host.registry().claim(&name);
+        let Some(_claim) = claim else {
+            return Err(AgentError::Conflict(format!("host {} has a VM named {name} already", self.name())));
+        };
+        let ours = line.for_source(&self.host.run_dir(&name));
+        let launched = self.host.launch(&name, ours).map_err(|why| AgentError::Failed(explain(&why)))?;
+        let mut qemu = launched.qemu;
+        // Where RAM is can be told best before firmware has hidden parts of it; the addresses are remembered.
+        let layout = qemu.layout();
+        let record = VmRecord {
+            name: name.clone(),
+            ram_bytes: ram_of(&argv),
+            argv,
+            process: qemu.process_id(),
+            run_dir: self.host.run_dir(&name),
+            log: self.host.log(&name),
+            generation: self.generation_of(&name),
+            since: jiff::Timestamp::now(),
+            incoming: false,
+        };
+        if let Err(why) = layout {
+            tracing::warn!(
+                vm = name,
+                why = explain(&why),
+                "its RAM is not understood; it runs and cannot be moved"
+            );
+        }
+        let vm = Vm::new(record, Some(qemu));
+        self.host.registry().insert(&vm).map_err(|why| AgentError::Failed(format!("VM {name}: {why}")))?;
+        Ok(vm.view())
+    }
+
+    /// A name keeps counting when its VM is started anew, so that no old record speaks of the new one.
+    fn generation_of(&self, name: &str) -> u64 {
+        use sterna_engine::handoff::Journal as _;
+        self.host.journal().load(name).ok().flatten().map_or(0, |record| record.generation.0)
+    }
+
+    /// All VMs.
+    pub fn vms(&self) -> Vec<VmView> {
+        self.host.registry().all().iter().map(|vm| vm.view()).collect()
+    }
+
+    /// One VM.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`].
+    pub fn vm(&self, name: &str) -> Result<VmView, AgentError> {
+        Ok(self.find(name)?.view())
+    }
+
+    fn find(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        let found = self.host.registry().find(name);
+        found.ok_or_else(|| {
+            AgentError::NotFound(format!("host {} has no VM named {name}; see sterna ps", self.name()))
+        })
+    }
+
+    /// Ends a VM (its QEMU quits; the guest is not asked) and forgets it.
+    ///
+    /// # Errors
+    /// [`AgentError::Conflict`] while it is being moved, [`AgentError::Failed`] when its QEMU does not end.
+    pub fn stop(&self, name: &str) -> Result<(), AgentError> {
+        let vm = self.find(name)?;
+        if vm.record().incoming {
+            return Err(AgentError::Conflict(format!(
+                "VM {name} is on its way here; abort its migration at its source"
+            )));
+        }
+        vm.reserve("stop").map_err(|job| {
+            AgentError::Conflict(format!(
+                "VM {name} is in migration {job}; abort that first (sterna abort {name})"
+            ))
+        })?;
+        let qemu = vm.qemu().take();
+        let ended = match qemu {
+            Some(mut qemu) if vm.is_alive() => qemu.quit(QUIT_WITHIN).map_err(|why| explain(&why)),
+            _ if vm.is_alive() => self.kill(&vm),
+            _ => Ok(()),
+        };
+        vm.free();
+        ended.map_err(|why| AgentError::Failed(format!("VM {name} does not end: {why}")))?;
+        self.host.registry().remove(&vm);
+        Ok(())
+    }
+
+    fn kill(&self, vm: &Vm) -> Result<(), String> {
+        let process = self.host.process_of(vm)?;
+        process.kill().map_err(|why| explain(&why))?;
+        if process.wait_exit(QUIT_WITHIN) {
+            Ok(())
+        } else {
+            Err("its QEMU was killed and does not end".into())
+        }
+    }
+
+    /// Hosts.
+    pub fn hosts(&self) -> Vec<HostView> {
+        let config = self.host.config();
+        let us = HostView { name: config.name.clone(), address: config.listen.clone(), local: true };
+        let others = config.hosts.iter().filter(|(name, _)| **name != config.name);
+        let others = others.map(|(name, host)| HostView {
+            name: name.clone(),
+            address: host.address.clone(),
+            local: false,
+        });
+        std::iter::once(us).chain(others).collect()
+    }
+
+    /// Begins a migration. `key` makes a repeated request return the first one's migration.
+    ///
+    /// # Errors
+    /// [`AgentError::Invalid`], [`AgentError::NotFound`] or [`AgentError::Conflict`]; what the pre-check finds is told
+    /// by the migration itself, which ends at once with its reasons.
+    pub fn migrate(
+        self: &Arc<Self>,
+        request: MigrateRequest,
+        key: Option<String>,
+    ) -> Result<MigrationView, AgentError> {
+        if let Some(known) = key.as_ref().and_then(|key| lock(&self.jobs).by_key(key)) {
+            return Ok(known);
+        }
+        self.check(&request)?;
+        let vm = self.find(&request.vm)?;
+        let id = MigrationId(random()?);
+        vm.reserve(&id.to_string()).map_err(|job| {
+            AgentError::Conflict(format!(
+                "VM {} is in migration {job} already (sterna status {0})",
+                request.vm
+            ))
+        })?;
+        if let Err(why) = self.host.registry().update(&vm, |record| record.generation += 1) {
+            vm.free();
+            return Err(AgentError::Failed(format!("VM {} cannot be written down: {why}", request.vm)));
+        }
+        let freed = vm.clone();
+        let handle = source::start(&self.host, &vm, &request, id, move || freed.free());
+        let view = handle.view.borrow().clone();
+        lock(&self.jobs).add(id.to_string(), key, handle);
+        Ok(view)
+    }
+
+    fn check(&self, request: &MigrateRequest) -> Result<(), AgentError> {
+        let vm = self.find(&request.vm)?;
+        if request.host == self.name() {
+            return Err(AgentError::Invalid(format!(
+                "VM {} is on host {} already",
+                request.vm, request.host
+            )));
+        }
+        self.host.address_of(&request.host).map_err(AgentError::NotFound)?;
+        if !vm.is_alive() {
+            return Err(AgentError::Conflict(format!("VM {} does not run: its QEMU has ended", request.vm)));
+        }
+        if request.parallel_connections.is_some_and(|count| !(1..=STREAMS_MAX).contains(&count)) {
+            return Err(AgentError::Invalid(format!("parallel-connections is 1 to {STREAMS_MAX}")));
+        }
+        if request.downtime_limit > DOWNTIME_LIMIT_MS_MAX {
+            return Err(AgentError::Invalid(format!("downtime-limit is at most {DOWNTIME_LIMIT_MS_MAX} ms")));
+        }
+        let sane = |seconds: f64| seconds.is_finite() && (0.0..1e9).contains(&seconds);
+        if request.timeout.is_some_and(|seconds| !sane(seconds)) {
+            return Err(AgentError::Invalid("timeout is a number of seconds".into()));
+        }
+        Ok(())
+    }
+
+    /// Migrations of this agent's life as a source, the newest first.
+    pub fn migrations(&self) -> Vec<MigrationView> {
+        let jobs = lock(&self.jobs);
+        jobs.order.iter().rev().filter_map(|id| Some(jobs.by_id.get(id)?.view.borrow().clone())).collect()
+    }
+
+    /// Figures of a migration as they change; the last one is final.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`].
+    pub fn watch(&self, id: &str) -> Result<watch::Receiver<MigrationView>, AgentError> {
+        Ok(self.job(id)?.view)
+    }
+
+    fn job(&self, id: &str) -> Result<Handle, AgentError> {
+        let found = lock(&self.jobs).by_id.get(id).cloned();
+        found.ok_or_else(|| AgentError::NotFound(format!("host {} knows no migration {id}", self.name())))
+    }
+
+    /// Cancels a migration.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], or [`AgentError::Conflict`] when it is over or the VM was released already.
+    pub fn cancel(&self, id: &str) -> Result<(), AgentError> {
+        let job = self.job(id)?;
+        let view = job.view.borrow().clone();
+        if matches!(view.status.as_str(), "completed" | "failed" | "cancelled") {
+            return Err(AgentError::Conflict(format!(
+                "migration {id} of VM {} is over: {}",
+                view.vm, view.status
+            )));
+        }
+        job.order(Order::Cancel);
+        Ok(())
+    }
+
+    /// Changes a migration that goes on.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`] or [`AgentError::Invalid`].
+    pub fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError> {
+        let job = self.job(id)?;
+        if request.downtime_limit.is_some_and(|limit| limit > DOWNTIME_LIMIT_MS_MAX) {
+            return Err(AgentError::Invalid(format!("downtime-limit is at most {DOWNTIME_LIMIT_MS_MAX} ms")));
+        }
+        if let Some(rate) = request.max_bandwidth {
+            job.pacer.set_rate(Some(rate).filter(|rate| *rate > 0));
+        }
+        if let Some(limit) = request.downtime_limit {
+            job.order(Order::DowntimeLimit(Duration::from_millis(limit)));
+        }
+        Ok(())
+    }
+}
+
+impl Jobs {
+    fn add(&mut self, id: String, key: Option<String>, handle: Handle) {
+        if self.order.len() >= HISTORY_MAX {
+            let oldest = self.order.remove(0);
+            self.by_id.remove(&oldest);
+            self.keys.retain(|_, id| *id != oldest);
+        }
+        if let Some(key) = key {
+            self.keys.insert(key, id.clone());
+        }
+        self.order.push(id.clone());
+        self.by_id.insert(id, handle);
+    }
+
+    fn by_key(&self, key: &str) -> Option<MigrationView> {
+        Some(self.by_id.get(self.keys.get(key)?)?.view.borrow().clone())
+    }
+}
+
+fn random() -> Result<[u8; 16], AgentError> {
+    let mut bytes = [0; 16];
+    let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
+    read.map_err(|why| AgentError::Failed(format!("no random numbers: {why}")))?;
+    Ok(bytes)
+}

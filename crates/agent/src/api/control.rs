@@ -1,0 +1,76 @@
+//! What the API needs of an agent. A trait, so that the API and the command can be tested without a host.
+
+use crate::model::{HostView, MigrateRequest, MigrationView, RunRequest, SetRequest, VmView};
+use crate::{Agent, AgentError};
+use std::sync::Arc;
+use tokio::sync::watch;
+
+/// An agent, as the API sees it. All methods may block.
+pub trait Control: Send + Sync + 'static {
+    /// Name of this host.
+    fn name(&self) -> String;
+    /// Starts a VM.
+    fn run(&self, request: RunRequest) -> Result<VmView, AgentError>;
+    /// All VMs.
+    fn vms(&self) -> Vec<VmView>;
+    /// One VM.
+    fn vm(&self, name: &str) -> Result<VmView, AgentError>;
+    /// Ends a VM and forgets it.
+    fn stop(&self, name: &str) -> Result<(), AgentError>;
+    /// Hosts.
+    fn hosts(&self) -> Vec<HostView>;
+    /// Begins a migration; a repeated `key` returns the first one's.
+    fn migrate(
+        self: Arc<Self>,
+        request: MigrateRequest,
+        key: Option<String>,
+    ) -> Result<MigrationView, AgentError>;
+    /// Migrations, the newest first.
+    fn migrations(&self) -> Vec<MigrationView>;
+    /// Figures of a migration as they change; the last one is final.
+    fn watch(&self, id: &str) -> Result<watch::Receiver<MigrationView>, AgentError>;
+    /// Cancels a migration.
+    fn cancel(&self, id: &str) -> Result<(), AgentError>;
+    /// Changes a migration that goes on.
+    fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError>;
+}
+
+impl Control for Agent {
+    fn name(&self) -> String {
+        self.name().to_owned()
+    }
+    fn run(&self, request: RunRequest) -> Result<VmView, AgentError> {
+        self.run(request)
+    }
+    fn vms(&self) -> Vec<VmView> {
+        self.vms()
+    }
+    fn vm(&self, name: &str) -> Result<VmView, AgentError> {
+        self.vm(name)
+    }
+    fn stop(&self, name: &str) -> Result<(), AgentError> {
+        self.stop(name)
+    }
+    fn hosts(&self) -> Vec<HostView> {
+        self.hosts()
+    }
+    fn migrate(
+        self: Arc<Self>,
+        request: MigrateRequest,
+        key: Option<String>,
+    ) -> Result<MigrationView, AgentError> {
+        Self::migrate(&self, request, key)
+    }
+    fn migrations(&self) -> Vec<MigrationView> {
+        self.migrations()
+    }
+    fn watch(&self, id: &str) -> Result<watch::Receiver<MigrationView>, AgentError> {
+        self.watch(id)
+    }
+    fn cancel(&self, id: &str) -> Result<(), AgentError> {
+        self.cancel(id)
+    }
+    fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError> {
+        self.set(id, request)
+    }
+}

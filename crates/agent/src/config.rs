@@ -1,0 +1,99 @@
+//! The agent's configuration file (TOML). Everything that belongs to this host alone is said here, and never by a peer.
+
+use serde::Deserialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use sterna_vmm::qemu::HostMap;
+
+/// The whole file.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Config {
+    /// Name of this host, as in its certificate.
+    pub name: String,
+    /// Where the agent keeps its records; survives a reboot.
+    #[serde(default = "default_state_dir")]
+    pub state_dir: PathBuf,
+    /// Where sockets and logs of running VMs are; need not survive a reboot.
+    #[serde(default = "default_run_dir")]
+    pub run_dir: PathBuf,
+    /// Address and port at which peers call.
+    pub listen: String,
+    /// The API's Unix socket; `run-dir/agent.sock` when absent.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
+    /// The `sterna-attach` helper; beside the running program when absent.
+    #[serde(default)]
+    pub attach_helper: Option<PathBuf>,
+    /// Keys.
+    pub tls: Tls,
+    /// Hosts that VMs may go to and come from. Nobody else is talked to, whatever certificate it has.
+    #[serde(default)]
+    pub hosts: BTreeMap<String, Host>,
+    /// Which QEMUs are started, and how.
+    #[serde(default)]
+    pub qemu: QemuConfig,
+    /// What a peer's names of taps and files are called here.
+    #[serde(default)]
+    pub map: HostMap,
+}
+
+/// Files in PEM.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Tls {
+    /// The authority that signed every host's certificate.
+    pub ca: PathBuf,
+    /// This host's certificate.
+    pub cert: PathBuf,
+    /// Its key; readable by its owner only.
+    pub key: PathBuf,
+}
+
+/// Another host.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Host {
+    /// Address and port of its agent.
+    pub address: String,
+}
+
+/// QEMU on this host.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct QemuConfig {
+    /// Programs that a peer may ask for, by their file names.
+    #[serde(default)]
+    pub binaries: Vec<PathBuf>,
+    /// User that QEMU runs as; the agent's own when absent.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Folders below which every file that a peer names must lie.
+    #[serde(default)]
+    pub path_roots: Vec<PathBuf>,
+}
+
+fn default_state_dir() -> PathBuf {
+    "/var/lib/sterna".into()
+}
+
+fn default_run_dir() -> PathBuf {
+    "/run/sterna".into()
+}
+
+impl Config {
+    /// Reads a configuration file.
+    ///
+    /// # Errors
+    /// A text that names the file and what is wrong with it.
+    pub fn load(path: &Path) -> Result<Self, String> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|why| format!("the configuration {} cannot be read: {why}", path.display()))?;
+        toml::from_str(&text).map_err(|why| format!("the configuration {}: {why}", path.display()))
+    }
+
+    /// The API's socket.
+    pub fn socket(&self) -> PathBuf {
+        self.socket.clone().unwrap_or_else(|| self.run_dir.join("agent.sock"))
+    }
+}

@@ -1,0 +1,218 @@
+//! What the API speaks: requests and views as JSON, shared with the `sterna` command.
+//!
+//! Keys of a migration are those of QEMU's `query-migrate` wherever the meaning is equal. Times are in milliseconds in
+//! QEMU-named fields; instants are RFC 3339.
+
+use serde::{Deserialize, Serialize};
+
+/// Starts a VM under the agent's care.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RunRequest {
+    /// Name of the VM, unique on this host and on every host it moves to.
+    pub name: String,
+    /// The user's own QEMU command line, the binary first.
+    pub argv: Vec<String>,
+}
+
+/// A VM as the agent knows it.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct VmView {
+    /// Its name.
+    pub name: String,
+    /// `running`, `paused`, `stopped` (its QEMU has ended), `incoming`, `migrating`, `released` (handed out, and the
+    /// target has not said that it runs it), or another of QEMU's words.
+    pub state: String,
+    /// Process id of its QEMU.
+    pub pid: i32,
+    /// Bytes of RAM.
+    pub ram_bytes: u64,
+    /// When it came to this host.
+    #[schema(value_type = String, format = DateTime)]
+    pub since: jiff::Timestamp,
+    /// How often its migration was tried, over its whole life.
+    pub generation: u64,
+    /// The user's command line.
+    pub argv: Vec<String>,
+    /// Where QEMU's output goes.
+    pub log: String,
+    /// The migration that goes on, if one does.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub migration: Option<String>,
+    /// What a person should know: why it is where it is, and what to do.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub notice: Option<String>,
+}
+
+/// A host that this agent may send VMs to and take them from.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct HostView {
+    /// Its name, as in its certificate.
+    pub name: String,
+    /// Where its agent listens for peers.
+    pub address: String,
+    /// True for the host that answers.
+    pub local: bool,
+}
+
+/// Moves a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrateRequest {
+    /// Name of the VM.
+    pub vm: String,
+    /// Name of the host it goes to.
+    pub host: String,
+    /// Most bytes per second on the wire (QEMU's `max-bandwidth`); no limit when absent.
+    #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub max_bandwidth: Option<u64>,
+    /// Longest time the VM may be stopped, in milliseconds (QEMU's `downtime-limit`).
+    #[serde(rename = "downtime-limit", default = "default_downtime_limit")]
+    pub downtime_limit: u64,
+    /// Seconds after which the VM is stopped and moved whatever its downtime will be.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub timeout: Option<f64>,
+    /// Proves before the VM runs at the target that its RAM is what it was at the source.
+    #[serde(default)]
+    pub verify: bool,
+    /// Page streams; the agent chooses when absent.
+    #[serde(rename = "parallel-connections", skip_serializing_if = "Option::is_none", default)]
+    pub parallel_connections: Option<u32>,
+}
+
+/// QEMU's default `downtime-limit`, in milliseconds.
+pub fn default_downtime_limit() -> u64 {
+    300
+}
+
+/// Changes a migration that goes on. Absent fields stay as they are.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct SetRequest {
+    /// Most bytes per second on the wire; 0 takes the limit away.
+    #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub max_bandwidth: Option<u64>,
+    /// Longest time the VM may be stopped, in milliseconds.
+    #[serde(rename = "downtime-limit", skip_serializing_if = "Option::is_none", default)]
+    pub downtime_limit: Option<u64>,
+}
+
+/// A migration, as its source sees it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MigrationView {
+    /// Its identity.
+    pub id: String,
+    /// Name of the VM.
+    pub vm: String,
+    /// The host it leaves.
+    pub source: String,
+    /// The host it goes to.
+    pub target: String,
+    /// QEMU's status words, and `unresolved`: released, and the target does not say whether it runs the VM.
+    pub status: String,
+    /// Where the VM runs now, as far as it can be known: the name of a host, or empty while it is stopped.
+    #[serde(rename = "runs-at")]
+    pub runs_at: String,
+    /// When it began.
+    #[schema(value_type = String, format = DateTime)]
+    pub began: jiff::Timestamp,
+    /// Milliseconds from the request until now or until the source was free.
+    #[serde(rename = "total-time")]
+    pub total_time: f64,
+    /// Milliseconds until the first page was sent.
+    #[serde(rename = "setup-time")]
+    pub setup_time: f64,
+    /// Milliseconds the VM was stopped.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub downtime: Option<f64>,
+    /// Milliseconds the VM would be stopped if it were now.
+    #[serde(rename = "expected-downtime", skip_serializing_if = "Option::is_none", default)]
+    pub expected_downtime: Option<f64>,
+    /// The limit in force, in milliseconds.
+    #[serde(rename = "downtime-limit")]
+    pub downtime_limit: u64,
+    /// The bandwidth limit in force, in bytes per second.
+    #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub max_bandwidth: Option<u64>,
+    /// RAM figures.
+    pub ram: RamView,
+    /// Bytes of device state.
+    #[serde(rename = "device-state")]
+    pub device_state: u64,
+    /// Bytes that this migration wrote to its sockets, TLS and control included.
+    #[serde(rename = "wire-bytes")]
+    pub wire_bytes: u64,
+    /// Blocks of RAM whose digests were compared and equal, when it was asked to verify.
+    #[serde(rename = "blocks-verified", skip_serializing_if = "Option::is_none", default)]
+    pub blocks_verified: Option<u32>,
+    /// How the downtime was spent, in order.
+    #[serde(rename = "downtime-split", default)]
+    pub downtime_split: Vec<Span>,
+    /// What went wrong, and what state the VM is in now.
+    #[serde(rename = "error-desc", skip_serializing_if = "Option::is_none", default)]
+    pub error_desc: Option<String>,
+    /// Every reason why the VM could not be moved, when it was refused before anything was touched.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub reasons: Vec<ReasonView>,
+}
+
+/// QEMU's `ram` object.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RamView {
+    /// Bytes of page data and descriptors sent.
+    pub transferred: u64,
+    /// Bytes known to be unsent.
+    pub remaining: u64,
+    /// Bytes of RAM.
+    pub total: u64,
+    /// Pages that needed no bytes: zero pages and holes.
+    pub duplicate: u64,
+    /// Pages sent as bytes.
+    pub normal: u64,
+    /// Those pages in bytes.
+    #[serde(rename = "normal-bytes")]
+    pub normal_bytes: u64,
+    /// Pages written per second in the last round.
+    #[serde(rename = "dirty-pages-rate")]
+    pub dirty_pages_rate: u64,
+    /// Rounds begun.
+    #[serde(rename = "dirty-sync-count")]
+    pub dirty_sync_count: u32,
+    /// Megabits per second in the last round that was long enough to tell.
+    pub mbps: f64,
+    /// Bytes in a page.
+    #[serde(rename = "page-size")]
+    pub page_size: u64,
+}
+
+/// A named stretch of time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Span {
+    /// What was done.
+    pub name: String,
+    /// How long it took, in milliseconds.
+    pub ms: f64,
+}
+
+/// Why something cannot be done.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct ReasonView {
+    /// A word for scripts.
+    pub code: String,
+    /// A sentence for people.
+    pub text: String,
+}
+
+/// An error, as RFC 9457 has it (`application/problem+json`).
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct Problem {
+    /// A word for scripts, as a relative URI reference.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// The same for people, in a few words.
+    pub title: String,
+    /// HTTP status.
+    pub status: u16,
+    /// What happened, to which VM and host, what state it is in, and what to do.
+    pub detail: String,
+    /// Every reason, where there are several.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub reasons: Vec<ReasonView>,
+}

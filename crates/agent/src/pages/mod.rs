@@ -1,0 +1,23 @@
+//! The bulk path: which pages are to be sent, how they are read and written to the streams, how they are installed.
+//!
+//! A page's stream is a function of its place ([`stream_of`]), so every version of it travels on one connection and
+//! cannot be overtaken by an older one. Threads, 1 MiB batches, no message, allocation or system call per page.
+
+mod receive;
+mod send;
+mod set;
+
+pub(crate) use receive::{Received, Receiver, Sink, Sinks};
+pub(crate) use send::{Job, SendCounters, Senders, SentPages, SourceBlock};
+pub(crate) use set::{SendSet, intersect, subtract};
+
+use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
+use sterna_memory::PAGE;
+
+/// Pages that always share a stream: one full batch, so that a contiguous run is one read, one frame, one install.
+pub(crate) const PAGES_PER_STRIPE: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
+
+/// The stream that carries every version of this page (PROTOCOL.md, "Order").
+pub(crate) fn stream_of(block: usize, page: u64, streams: u32) -> u32 {
+    ((block as u64 + page / PAGES_PER_STRIPE) % u64::from(streams.max(1))) as u32
+}

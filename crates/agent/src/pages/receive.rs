@@ -1,0 +1,167 @@
+//! Receivers: one thread a stream reads batches and installs them in the QEMU that waits.
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use sterna_engine::wire::batch::{
+    BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, FrameKind, HEADER_BYTES, Layout,
+    PAYLOAD_BYTES_MAX,
+};
+use sterna_memory::{Installer, PAGE, PageRun};
+use sterna_transport::{Connection, Shutdown};
+
+/// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
+const READ_WITHIN: Duration = Duration::from_secs(180);
+
+/// Where the pages of a block go.
+#[derive(Debug)]
+pub(crate) enum Sink {
+    /// Into the QEMU: the installer's region.
+    Region(usize),
+    /// Into a buffer: QEMU does not say where the block is before the device state is loaded.
+    Staged(Mutex<Vec<u8>>),
+    /// Nowhere: the target rebuilds this block.
+    Rebuilt,
+}
+
+/// What a stream tells its migration.
+#[derive(Debug)]
+pub(crate) enum Received {
+    /// Pages were installed.
+    Pages,
+    /// A round is over and all of it installed.
+    RoundEnd { stream: u32, round: u32 },
+    /// The stream is lost, or what came is not the protocol.
+    Lost(String),
+    /// A page could not be installed.
+    Failed(String),
+}
+
+/// What all receivers of a migration share.
+pub(crate) struct Sinks {
+    pub(crate) layout: Layout,
+    pub(crate) blocks: Vec<Sink>,
+    pub(crate) installer: Installer,
+}
+
+/// A receiver thread.
+pub(crate) struct Receiver {
+    shutdown: Shutdown,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Receiver {
+    /// Starts a thread that installs what arrives on `connection`.
+    pub(crate) fn start(
+        stream: u32,
+        connection: Connection,
+        sinks: Arc<Sinks>,
+        tell: impl Fn(Received) + Send + 'static,
+    ) -> Self {
+        let shutdown = connection.shutdown_handle();
+        let mut receiving = Receiving {
+            stream,
+            round: 1,
+            connection,
+            sinks,
+            raw: vec![0; DESCRIPTORS_MAX * DESCRIPTOR_BYTES],
+            runs: Vec::with_capacity(DESCRIPTORS_MAX),
+            payload: vec![0; PAYLOAD_BYTES_MAX],
+        };
+        let thread = std::thread::spawn(move || {
+            loop {
+                match receiving.frame() {
+                    Ok(received) => tell(received),
+                    Err(end) => return tell(end),
+                }
+            }
+        });
+        Self { shutdown, thread: Some(thread) }
+    }
+}
+
+impl Drop for Receiver {
+    /// Cuts the stream and waits for the thread: nothing writes the QEMU's memory any more.
+    fn drop(&mut self) {
+        self.shutdown.shutdown();
+        if let Some(thread) = self.thread.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+struct Receiving {
+    stream: u32,
+    round: u32,
+    connection: Connection,
+    sinks: Arc<Sinks>,
+    raw: Vec<u8>,
+    runs: Vec<Descriptor>,
+    payload: Vec<u8>,
+}
+
+impl Receiving {
+    fn frame(&mut self) -> Result<Received, Received> {
+        let lost = |stream: u32| move |why: String| Received::Lost(format!("page stream {stream}: {why}"));
+        let lost = lost(self.stream);
+        self.connection.set_read_deadline(Some(Instant::now() + READ_WITHIN));
+        let mut head = [0; HEADER_BYTES];
+        self.connection.read_exact(&mut head).map_err(|why| lost(why.to_string()))?;
+        let header = BatchHeader::decode(&head).map_err(|why| lost(why.to_string()))?;
+        if header.round != self.round {
+            return Err(lost(format!("the source sent round {} during round {}", header.round, self.round)));
+        }
+        if header.kind == FrameKind::RoundEnd {
+            self.round += 1;
+            return Ok(Received::RoundEnd { stream: self.stream, round: header.round });
+        }
+        let raw = &mut self.raw[..header.descriptors * DESCRIPTOR_BYTES];
+        self.connection.read_exact(raw).map_err(|why| lost(why.to_string()))?;
+        self.sinks.layout.decode_runs(&header, raw, &mut self.runs).map_err(|why| lost(why.to_string()))?;
+        let payload = &mut self.payload[..header.payload_bytes];
+        self.connection.read_exact(payload).map_err(|why| lost(why.to_string()))?;
+        self.sinks
+            .install(usize::from(header.block), &self.runs, &self.payload[..header.payload_bytes])
+            .map_err(Received::Failed)?;
+        Ok(Received::Pages)
+    }
+}
+
+impl Sinks {
+    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
+        let of = |content: Content| -> Vec<PageRun> {
+            let mut out = Vec::new();
+            for run in runs.iter().filter(|run| run.content == content) {
+                out.push(PageRun { first: run.first.into(), pages: run.pages.into() });
+            }
+            out
+        };
+        let (pages, holes) = (of(Content::Bytes), of(Content::Discard));
+        match &self.blocks[block] {
+            Sink::Region(region) => {
+                if !pages.is_empty() {
+                    self.installer.install(*region, &pages, payload).map_err(|why| why.to_string())?;
+                }
+                if !holes.is_empty() {
+                    self.installer.discard(*region, &holes).map_err(|why| why.to_string())?;
+                }
+            }
+            Sink::Staged(buffer) => stage(buffer, &pages, &holes, payload),
+            Sink::Rebuilt => {}
+        }
+        Ok(())
+    }
+}
+
+fn stage(buffer: &Mutex<Vec<u8>>, pages: &[PageRun], holes: &[PageRun], mut payload: &[u8]) {
+    let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let place = |run: &PageRun| (run.first * PAGE) as usize..(run.end() * PAGE) as usize;
+    for run in pages {
+        let (bytes, rest) = payload.split_at(run.bytes() as usize);
+        buffer[place(run)].copy_from_slice(bytes);
+        payload = rest;
+    }
+    for run in holes {
+        buffer[place(run)].fill(0);
+    }
+}

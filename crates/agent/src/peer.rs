@@ -1,0 +1,61 @@
+//! The TLS port: who calls, and what for.
+
+use crate::control::{self, FIRST_MESSAGE_WITHIN};
+use crate::host::Host;
+use crate::target::{self, Incoming};
+use std::sync::Arc;
+use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer};
+use sterna_engine::wire::Message;
+use sterna_engine::wire::message::{Answer, Query, Refused};
+use sterna_transport::{Connection, PeerName};
+
+/// Handles one connection of a verified peer, on a thread of its own.
+pub(crate) fn handle(host: &Arc<Host>, incoming: &Incoming, mut connection: Connection) {
+    let Some(peer) = host.known_peer(connection.peer_names().iter().map(PeerName::as_str)) else {
+        return tracing::warn!(peer = %connection.peer(), "a host that is not in the list of hosts was refused");
+    };
+    match control::receive(&mut connection, FIRST_MESSAGE_WITHIN) {
+        Ok(Message::Hello(hello)) => target::run(host, incoming, &peer, &hello, connection),
+        Ok(Message::Stream(stream)) => match identity(&stream.id) {
+            Some(id) => incoming.stream(id, &peer, stream.index, connection),
+            None => tracing::warn!(peer, "a page stream without an identity was refused"),
+        },
+        Ok(Message::Query(query)) => {
+            reply(&mut connection, &Message::Answer(owner(host, incoming, &query, &peer)))
+        }
+        Ok(Message::Check(offer)) => {
+            let reasons = target::reasons_against(host, &offer);
+            reply(&mut connection, &Message::Refused(Refused { reasons }));
+        }
+        Ok(_) => tracing::warn!(peer, "a connection that began with the wrong message was closed"),
+        Err(why) => tracing::warn!(peer, why, "a connection that said nothing useful was closed"),
+    }
+}
+
+fn reply(connection: &mut Connection, message: &Message) {
+    if let Err(why) = control::send(connection, message) {
+        tracing::warn!(peer = %connection.peer(), why, "an answer could not be sent");
+    }
+}
+
+/// Who owns the VM, from our records. Only the host that handed it to us may ask.
+fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer {
+    let Some(id) = identity(&query.id) else { return Ownership::Unknown.into() };
+    if incoming.goes_on(id) {
+        return Ownership::Undecided.into();
+    }
+    let record = host.journal().load(&query.vm).ok().flatten();
+    if record.as_ref().is_some_and(|record| record.id == id && record.peer != peer) {
+        return Ownership::Unknown.into();
+    }
+    let lives = host.registry().find(&query.vm).is_some_and(|vm| vm.is_alive());
+    if record.as_ref().is_some_and(|record| record.id == id && record.step == Step::Incoming && !lives) {
+        // Nobody works on it and nothing waits for it: an agent's death left it half done, and recovery has run.
+        return Ownership::Undecided.into();
+    }
+    answer(id, Generation(query.generation), record.as_ref(), lives).into()
+}
+
+pub(crate) fn identity(bytes: &[u8]) -> Option<MigrationId> {
+    bytes.try_into().ok().map(MigrationId)
+}

@@ -1,0 +1,190 @@
+//! A migration's figures as the API shows them.
+
+use crate::model::{MigrateRequest, MigrationView, RamView, ReasonView, Span};
+use crate::pages::SendCounters;
+use crate::registry::Vm;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use sterna_engine::Source;
+use sterna_engine::handoff::MigrationId;
+use sterna_engine::progress::Status;
+use sterna_engine::source::Outcome;
+use sterna_engine::units::{PAGE_BYTES, Pages};
+use tokio::sync::watch;
+
+/// What a migration publishes about itself.
+pub(crate) struct View {
+    shown: Arc<watch::Sender<MigrationView>>,
+    stopped: bool,
+    split: Vec<Span>,
+    sent: Duration,
+    verified: Option<u32>,
+}
+
+impl View {
+    pub(crate) fn new(
+        source: &str,
+        vm: &Vm,
+        request: &MigrateRequest,
+        id: MigrationId,
+    ) -> (Self, watch::Receiver<MigrationView>) {
+        let view = MigrationView {
+            id: id.to_string(),
+            vm: request.vm.clone(),
+            source: source.into(),
+            target: request.host.clone(),
+            status: Status::Setup.word().into(),
+            runs_at: source.into(),
+            began: jiff::Timestamp::now(),
+            total_time: 0.0,
+            setup_time: 0.0,
+            downtime: None,
+            expected_downtime: None,
+            downtime_limit: request.downtime_limit,
+            max_bandwidth: request.max_bandwidth,
+            ram: RamView { total: vm.record().ram_bytes, page_size: PAGE_BYTES, ..RamView::default() },
+            device_state: 0,
+            wire_bytes: 0,
+            blocks_verified: None,
+            downtime_split: Vec::new(),
+            error_desc: None,
+            reasons: Vec::new(),
+        };
+        let (shown, watch) = watch::channel(view);
+        (Self::on(Arc::new(shown)), watch)
+    }
+
+    fn on(shown: Arc<watch::Sender<MigrationView>>) -> Self {
+        Self { shown, stopped: false, split: Vec::new(), sent: Duration::ZERO, verified: None }
+    }
+
+    /// The same publication, for the next stage of the migration.
+    pub(crate) fn another(&self) -> Self {
+        Self::on(self.shown.clone())
+    }
+
+    pub(crate) fn set_downtime_limit(&self, limit: Duration) {
+        self.shown.send_modify(|view| view.downtime_limit = limit.as_millis() as u64);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stopped
+    }
+
+    /// The VM is being stopped.
+    pub(crate) fn stopping(&mut self) {
+        self.stopped = true;
+        self.shown.send_modify(|view| view.runs_at = String::new());
+    }
+
+    /// A part of the downtime.
+    pub(crate) fn split(&mut self, name: &str, time: Duration) {
+        self.split.push(Span { name: name.into(), ms: ms(time) });
+    }
+
+    /// A stream has finished the last round, this long after the scan.
+    pub(crate) fn barrier(&mut self, since_scan: Duration) {
+        self.sent = since_scan;
+    }
+
+    /// The target has loaded the VM, this long after the last scan.
+    pub(crate) fn loaded(&mut self, since_scan: Duration, load: Duration) {
+        self.split("send", self.sent);
+        self.split("load", load);
+        self.split("wait", since_scan.saturating_sub(self.sent + load));
+    }
+
+    pub(crate) fn verified(&mut self, blocks: u32, asked: bool) {
+        self.verified = asked.then_some(blocks);
+    }
+
+    /// The target owns the VM, this long after it had loaded it.
+    pub(crate) fn committed(&mut self, since_load: Duration, record: Duration, resume: Duration) {
+        self.split("record", record);
+        self.split("resume", resume);
+        self.split("hand-off", since_load.saturating_sub(record + resume));
+    }
+
+    pub(crate) fn device_state(&self, bytes: u64) {
+        self.shown.send_modify(|view| view.device_state = bytes);
+    }
+
+    /// Copies the machine's figures.
+    pub(crate) fn update(
+        &self,
+        machine: &Source,
+        now: Duration,
+        counters: &SendCounters,
+        wire_bytes: u64,
+        max_bandwidth: Option<u64>,
+    ) {
+        let progress = machine.progress();
+        let normal = counters.normal.load(Ordering::Relaxed);
+        self.shown.send_modify(|view| {
+            view.status = machine.status(now).word().into();
+            view.total_time = ms(now.max(progress.total_time));
+            view.setup_time = ms(progress.setup_time);
+            view.downtime = progress.downtime.map(ms);
+            view.expected_downtime = progress.expected_downtime.map(ms);
+            view.max_bandwidth = max_bandwidth;
+            view.wire_bytes = wire_bytes;
+            view.ram.transferred = progress.transferred.0;
+            view.ram.remaining = progress.ram_remaining.0;
+            view.ram.normal = normal;
+            view.ram.normal_bytes = Pages(normal).bytes().0;
+            view.ram.duplicate = counters.duplicate.load(Ordering::Relaxed);
+            view.ram.dirty_pages_rate = progress.dirty_pages_rate;
+            view.ram.dirty_sync_count = progress.rounds;
+            view.ram.mbps = progress.bandwidth.map_or(0.0, |rate| rate.mbps());
+        });
+    }
+
+    /// The last word.
+    pub(crate) fn finish(&mut self, outcome: &Outcome) {
+        let (split, verified) = (std::mem::take(&mut self.split), self.verified);
+        self.shown.send_modify(|view| {
+            view.downtime_split = split;
+            view.blocks_verified = verified;
+            let (status, runs_at) = match outcome {
+                Outcome::Completed => (Status::Completed, view.target.clone()),
+                Outcome::Cancelled => (Status::Cancelled, view.source.clone()),
+                Outcome::Refused(_) | Outcome::Failed(_) => (Status::Failed, view.source.clone()),
+                Outcome::Stranded(_) => (Status::Unresolved, String::new()),
+            };
+            view.status = status.word().into();
+            view.runs_at = runs_at;
+            view.error_desc = describe(outcome, view);
+            if let Outcome::Refused(reasons) = outcome {
+                let show = |reason: &sterna_engine::wire::message::Reason| ReasonView {
+                    code: reason.code.clone(),
+                    text: reason.text.clone(),
+                };
+                view.reasons = reasons.iter().map(show).collect();
+            }
+        });
+    }
+}
+
+fn describe(outcome: &Outcome, view: &MigrationView) -> Option<String> {
+    let (vm, source, target) = (&view.vm, &view.source, &view.target);
+    Some(match outcome {
+        Outcome::Completed => return None,
+        Outcome::Cancelled => {
+            format!("the migration of VM {vm} to {target} was cancelled; it runs at {source} as before")
+        }
+        Outcome::Refused(_) => format!("VM {vm} cannot move to {target}; it runs at {source}, untouched"),
+        Outcome::Failed(why) => {
+            format!("VM {vm} did not move to {target}: {why}; it runs at {source} as before")
+        }
+        Outcome::Stranded(why) => {
+            format!(
+                "VM {vm} did not move to {target}: {why}; it is stopped at {source}: look at its log, then resume or restart it"
+            )
+        }
+    })
+}
+
+fn ms(time: Duration) -> f64 {
+    (time.as_secs_f64() * 1e6).round() / 1e3
+}

@@ -1,0 +1,243 @@
+//! The VMs of this host, kept in files so that a restarted agent finds them again by pid and start time.
+
+use crate::model::VmView;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use sterna_vmm::qemu::Qemu;
+use sterna_vmm::{Process, ProcessId, Vmm};
+
+/// What is written down about a VM.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct VmRecord {
+    /// Its name.
+    pub(crate) name: String,
+    /// The user's own command line, as it was given on the first host: it travels with the VM.
+    pub(crate) argv: Vec<String>,
+    /// Its QEMU.
+    pub(crate) process: ProcessId,
+    /// Folder of its socket.
+    pub(crate) run_dir: PathBuf,
+    /// Where QEMU's output goes.
+    pub(crate) log: PathBuf,
+    /// Bytes of RAM.
+    pub(crate) ram_bytes: u64,
+    /// Tries to migrate it, over its life.
+    pub(crate) generation: u64,
+    /// When it came here.
+    pub(crate) since: jiff::Timestamp,
+    /// True until the hand-off makes it ours.
+    pub(crate) incoming: bool,
+}
+
+/// A VM of this host.
+pub(crate) struct Vm {
+    record: Mutex<VmRecord>,
+    qemu: Mutex<Option<Qemu>>,
+    migration: Mutex<Option<String>>,
+    notice: Mutex<Option<String>>,
+    released: Mutex<bool>,
+    held: Option<Process>,
+}
+
+impl Vm {
+    pub(crate) fn new(record: VmRecord, qemu: Option<Qemu>) -> Arc<Self> {
+        let held = Process::open_as(record.process).ok();
+        Arc::new(Self {
+            record: Mutex::new(record),
+            qemu: Mutex::new(qemu),
+            migration: Mutex::default(),
+            notice: Mutex::default(),
+            released: Mutex::default(),
+            held,
+        })
+    }
+
+    pub(crate) fn record(&self) -> VmRecord {
+        lock(&self.record).clone()
+    }
+
+    pub(crate) fn name(&self) -> String {
+        lock(&self.record).name.clone()
+    }
+
+    /// The QEMU. One user at a time: a migration holds it only for the length of a command.
+    pub(crate) fn qemu(&self) -> MutexGuard<'_, Option<Qemu>> {
+        lock(&self.qemu)
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        self.held.as_ref().is_some_and(|process| !process.wait_exit(std::time::Duration::ZERO))
+    }
+
+    /// The migration that has this VM, if one does.
+    pub(crate) fn migration(&self) -> Option<String> {
+        lock(&self.migration).clone()
+    }
+
+    /// Takes the VM for a migration; one at a time.
+    pub(crate) fn reserve(&self, migration: &str) -> Result<(), String> {
+        let mut holder = lock(&self.migration);
+        match &*holder {
+            Some(other) => Err(other.clone()),
+            None => {
+                *holder = Some(migration.into());
+                Ok(())
+            }
+        }
+    }
+
+    pub(crate) fn free(&self) {
+        *lock(&self.migration) = None;
+    }
+
+    /// Says to people what they should know of this VM.
+    pub(crate) fn notify(&self, notice: Option<String>) {
+        *lock(&self.notice) = notice;
+    }
+
+    /// Handed out, or ours again.
+    pub(crate) fn set_released(&self, released: bool) {
+        *lock(&self.released) = released;
+    }
+
+    pub(crate) fn view(&self) -> VmView {
+        let record = self.record();
+        let released = *lock(&self.released);
+        let state = if !self.is_alive() {
+            "stopped".to_owned()
+        } else if record.incoming {
+            "incoming".to_owned()
+        } else if released {
+            "released".to_owned()
+        } else {
+            // A migration may be using the connection: then it is on its way.
+            let asked = self.qemu.try_lock().ok().and_then(|mut qemu| qemu.as_mut()?.status().ok());
+            asked.map_or_else(|| "migrating".to_owned(), |state| state.to_string())
+        };
+        VmView {
+            name: record.name,
+            state,
+            pid: record.process.pid,
+            ram_bytes: record.ram_bytes,
+            since: record.since,
+            generation: record.generation,
+            argv: record.argv,
+            log: record.log.display().to_string(),
+            migration: self.migration(),
+            notice: lock(&self.notice).clone(),
+        }
+    }
+}
+
+/// All VMs of this host, by name.
+pub(crate) struct Registry {
+    folder: PathBuf,
+    vms: Mutex<BTreeMap<String, Arc<Vm>>>,
+    /// Names that are being started, here or by a peer, and have no VM yet.
+    coming: Mutex<Vec<String>>,
+}
+
+impl Registry {
+    pub(crate) fn open(folder: PathBuf) -> std::io::Result<Self> {
+        std::fs::create_dir_all(&folder)?;
+        Ok(Self { folder, vms: Mutex::default(), coming: Mutex::default() })
+    }
+
+    /// What an earlier life of the agent wrote down. Files that cannot be read are named in the log and left alone.
+    pub(crate) fn written(&self) -> Vec<VmRecord> {
+        let entries = std::fs::read_dir(&self.folder).into_iter().flatten().flatten();
+        let files =
+            entries.map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|e| e == "json"));
+        files.filter_map(|path| read(&path)).collect()
+    }
+
+    pub(crate) fn all(&self) -> Vec<Arc<Vm>> {
+        lock(&self.vms).values().cloned().collect()
+    }
+
+    pub(crate) fn find(&self, name: &str) -> Option<Arc<Vm>> {
+        lock(&self.vms).get(name).cloned()
+    }
+
+    /// Takes a name for a VM that is about to start. False when a living VM or another start has it.
+    pub(crate) fn claim(self: &Arc<Self>, name: &str) -> Option<Claim> {
+        let (vms, mut coming) = (lock(&self.vms), lock(&self.coming));
+        let taken = vms.get(name).is_some_and(|vm| vm.is_alive() || vm.migration().is_some());
+        if taken || coming.iter().any(|other| other == name) {
+            return None;
+        }
+        coming.push(name.into());
+        Some(Claim { registry: self.clone(), name: name.into() })
+    }
+
+    /// Writes a VM down and lists it.
+    pub(crate) fn insert(&self, vm: &Arc<Vm>) -> std::io::Result<()> {
+        let record = vm.record();
+        self.write(&record)?;
+        lock(&self.vms).insert(record.name, vm.clone());
+        Ok(())
+    }
+
+    /// Changes what is written down about a VM.
+    pub(crate) fn update(&self, vm: &Vm, change: impl FnOnce(&mut VmRecord)) -> std::io::Result<()> {
+        let mut record = lock(&vm.record);
+        change(&mut record);
+        self.write(&record)
+    }
+
+    /// Forgets a VM, its folder and its file.
+    pub(crate) fn remove(&self, vm: &Vm) {
+        let record = vm.record();
+        lock(&self.vms).remove(&record.name);
+        self.forget(&record);
+    }
+
+    /// Removes what is written down about a VM that is not listed.
+    pub(crate) fn forget(&self, record: &VmRecord) {
+        for gone in [std::fs::remove_file(self.path(&record.name)), std::fs::remove_dir_all(&record.run_dir)]
+        {
+            if let Err(why) = gone
+                && why.kind() != std::io::ErrorKind::NotFound
+            {
+                tracing::warn!(vm = record.name, %why, "what is left of the VM cannot be removed");
+            }
+        }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("{name}.json"))
+    }
+
+    fn write(&self, record: &VmRecord) -> std::io::Result<()> {
+        let text = serde_json::to_vec_pretty(record)?;
+        let (path, fresh) = (self.path(&record.name), self.folder.join(format!("{}.new", record.name)));
+        std::fs::write(&fresh, text)?;
+        std::fs::File::open(&fresh)?.sync_data()?;
+        std::fs::rename(fresh, path)
+    }
+}
+
+fn read(path: &Path) -> Option<VmRecord> {
+    let read = std::fs::read(path).map_err(|why| why.to_string());
+    let record = read.and_then(|text| serde_json::from_slice(&text).map_err(|why| why.to_string()));
+    record.inspect_err(|why| tracing::error!(file = %path.display(), %why, "a VM's file cannot be read")).ok()
+}
+
+/// A name that is taken until this is dropped.
+pub(crate) struct Claim {
+    registry: Arc<Registry>,
+    name: String,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock(&self.registry.coming).retain(|name| *name != self.name);
+    }
+}
+
+/// A poisoned lock means that a thread died while it held plain data: the data is as good as before.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

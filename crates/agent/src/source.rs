@@ -1,0 +1,609 @@
+//! One outgoing migration: a thread that performs what the engine's source machine wants done.
+//!
+//! The machine decides, this file acts: each [`SourceAction`] is one method here, and each outcome goes back as an input.
+//! Messages, failures of senders and the user's requests arrive through one channel.
+
+use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
+use crate::host::Host;
+use crate::model::{MigrateRequest, MigrationView};
+use crate::pages::{Job, SendCounters, SendSet, Senders, SentPages, SourceBlock, intersect, subtract};
+use crate::progress::View;
+use crate::registry::Vm;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+use sterna_engine::handoff::{Journal, MigrationId, Record};
+use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::units::{Bytes, Pages};
+use sterna_engine::wire::message::{Block, BlockDigest, Offer, Query, Reason, StateEnd, Stream};
+use sterna_engine::wire::{Message, batch};
+use sterna_engine::{Source, Step};
+use sterna_memory::{PAGE, Process, Region, Tracker, WpAsyncTracker, populated};
+use sterna_transport::{Connection, Counters, Pacer};
+use sterna_vmm::{Fingerprint, Vmm, difference};
+use tokio::sync::watch;
+
+/// How often figures are refreshed while nothing else happens.
+const REFRESH: Duration = Duration::from_millis(100);
+/// How long the source's QEMU may take to end after its VM has gone.
+const QUIT_WITHIN: Duration = Duration::from_secs(5);
+
+/// What can be said to a migration while it runs.
+#[derive(Clone, Debug)]
+pub(crate) enum Order {
+    Cancel,
+    DowntimeLimit(Duration),
+}
+
+/// What arrives at the thread.
+enum Event {
+    Input(SourceInput),
+    Order(Order),
+}
+
+/// A migration from the outside: its figures, and a way to speak to it.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    pub(crate) view: watch::Receiver<MigrationView>,
+    pub(crate) pacer: Arc<Pacer>,
+    orders: mpsc::Sender<Event>,
+}
+
+impl Handle {
+    pub(crate) fn order(&self, order: Order) {
+        // A migration that is over needs no orders.
+        drop(self.orders.send(Event::Order(order)));
+    }
+}
+
+/// Everything the pre-check found out about a VM.
+struct Checked {
+    offer: Offer,
+    blocks: Vec<SourceBlock>,
+    fingerprint: Fingerprint,
+}
+
+/// The thread's own.
+struct Outgoing {
+    host: Arc<Host>,
+    vm: Arc<Vm>,
+    peer: String,
+    address: String,
+    id: MigrationId,
+    began: Instant,
+    pacer: Arc<Pacer>,
+    tell: mpsc::Sender<Event>,
+    view: View,
+    control: Option<Control>,
+    streams: Vec<Connection>,
+    wire: Vec<Counters>,
+    senders: Option<Senders>,
+    tracker: Option<Box<dyn Tracker>>,
+    process: Process,
+    blocks: Arc<Vec<SourceBlock>>,
+    fingerprint: Fingerprint,
+    set: SendSet,
+    counters: Arc<SendCounters>,
+    state: Vec<u8>,
+    verify: bool,
+    lap: Instant,
+}
+
+/// Begins a migration of `vm` to `peer` and returns at once.
+pub(crate) fn start(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    request: &MigrateRequest,
+    id: MigrationId,
+    done: impl FnOnce() + Send + 'static,
+) -> Handle {
+    let pacer = Arc::new(Pacer::new(request.max_bandwidth.filter(|rate| *rate > 0)));
+    let (tell, events) = mpsc::channel();
+    let (view, watch) = View::new(host.name(), vm, request, id);
+    let handle = Handle { view: watch, pacer: pacer.clone(), orders: tell.clone() };
+    let (host, vm, request) = (host.clone(), vm.clone(), request.clone());
+    std::thread::spawn(move || {
+        let mut view = view;
+        match Outgoing::prepare(&host, &vm, &request, id, pacer, tell, &mut view) {
+            Err(outcome) => view.finish(&outcome),
+            Ok((mut outgoing, machine)) => {
+                std::mem::swap(&mut outgoing.view, &mut view);
+                outgoing.drive(machine, &events);
+            }
+        }
+        done();
+    });
+    handle
+}
+
+/// Finds the owner of a VM that an earlier life of this agent has released.
+pub(crate) fn resolve(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    record: &Record,
+    done: impl FnOnce() + Send + 'static,
+) -> Handle {
+    let pacer = Arc::new(Pacer::new(None));
+    let (tell, events) = mpsc::channel();
+    let request = MigrateRequest {
+        vm: record.vm.clone(),
+        host: record.peer.clone(),
+        max_bandwidth: None,
+        downtime_limit: 0,
+        timeout: None,
+        verify: false,
+        parallel_connections: None,
+    };
+    let (view, watch) = View::new(host.name(), vm, &request, record.id);
+    let handle = Handle { view: watch, pacer: pacer.clone(), orders: tell.clone() };
+    let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
+    std::thread::spawn(move || {
+        let machine = Source::recover(&record, Duration::ZERO);
+        let Ok(process) = host.process_of(&vm) else { return done() };
+        let address = host.address_of(&record.peer).unwrap_or_default();
+        let mut outgoing =
+            Outgoing::new(host, vm, record.peer.clone(), address, record.id, pacer, tell, view, process);
+        outgoing.drive(machine, &events);
+        done();
+    });
+    handle
+}
+
+impl Outgoing {
+    #[expect(clippy::too_many_arguments, reason = "called twice, by name of what each is")]
+    fn new(
+        host: Arc<Host>,
+        vm: Arc<Vm>,
+        peer: String,
+        address: String,
+        id: MigrationId,
+        pacer: Arc<Pacer>,
+        tell: mpsc::Sender<Event>,
+        view: View,
+        process: Process,
+    ) -> Self {
+        Self {
+            host,
+            vm,
+            peer,
+            address,
+            id,
+            began: Instant::now(),
+            pacer,
+            tell,
+            view,
+            control: None,
+            streams: Vec::new(),
+            wire: Vec::new(),
+            senders: None,
+            tracker: None,
+            process,
+            blocks: Arc::default(),
+            fingerprint: Fingerprint::default(),
+            set: SendSet::default(),
+            counters: Arc::default(),
+            state: Vec::new(),
+            verify: false,
+            lap: Instant::now(),
+        }
+    }
+
+    /// The pre-check and the connection: nothing of the VM is touched, and every failure is a plain refusal.
+    fn prepare(
+        host: &Arc<Host>,
+        vm: &Arc<Vm>,
+        request: &MigrateRequest,
+        id: MigrationId,
+        pacer: Arc<Pacer>,
+        tell: mpsc::Sender<Event>,
+        view: &mut View,
+    ) -> Result<(Self, Source), Outcome> {
+        let began = Instant::now();
+        let peer = request.host.clone();
+        let address = host.address_of(&peer).map_err(Outcome::Failed)?;
+        let process = host.process_of(vm).map_err(Outcome::Failed)?;
+        let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
+        let checked = check(host, vm, streams, request.verify, (&peer, &address))?;
+        let connection = host
+            .endpoint()
+            .connect(&address, &peer, CONNECT_WITHIN)
+            .map_err(|why| Outcome::Failed(format!("host {peer} cannot be reached: {}", explain(&why))))?;
+        let mut outgoing = Self::new(
+            host.clone(),
+            vm.clone(),
+            peer.clone(),
+            address,
+            id,
+            pacer,
+            tell,
+            view.another(),
+            process,
+        );
+        outgoing.began = began;
+        outgoing.set = SendSet::new(checked.blocks.len());
+        outgoing.blocks = Arc::new(checked.blocks);
+        outgoing.fingerprint = checked.fingerprint;
+        outgoing.verify = request.verify;
+        outgoing.attach_control(connection);
+        let parameters = SourceParameters {
+            id,
+            peer,
+            offer: checked.offer,
+            downtime_limit: Duration::from_millis(request.downtime_limit),
+            timeout: request.timeout.map(Duration::from_secs_f64),
+        };
+        Ok((outgoing, Source::new(parameters, Duration::ZERO)))
+    }
+
+    fn attach_control(&mut self, connection: Connection) {
+        let tell = self.tell.clone();
+        let control = Control::start(connection, move |arrival| {
+            let input = match arrival {
+                Arrival::Message(message) => SourceInput::Message(message),
+                Arrival::State(_) => SourceInput::Disconnected("the target sent device state".into()),
+                Arrival::Lost(why) => {
+                    SourceInput::Disconnected(format!("the connection to the target is lost: {why}"))
+                }
+            };
+            drop(tell.send(Event::Input(input)));
+        });
+        self.wire.push(control.counters());
+        self.control = Some(control);
+    }
+
+    /// Runs the machine to its end.
+    fn drive(&mut self, mut machine: Source, events: &mpsc::Receiver<Event>) {
+        loop {
+            while let Some(action) = machine.poll() {
+                if let SourceAction::Over(outcome) = action {
+                    self.update(&machine);
+                    return self.over(&outcome);
+                }
+                if let Some(input) = self.perform(action) {
+                    self.feed(&mut machine, input);
+                }
+            }
+            self.update(&machine);
+            let now = self.now();
+            let wait = machine.deadline().map_or(REFRESH, |at| at.saturating_sub(now)).min(REFRESH);
+            match events.recv_timeout(wait) {
+                Ok(Event::Input(input)) => self.feed(&mut machine, input),
+                Ok(Event::Order(order)) => self.obey(&mut machine, order),
+                Err(_) => self.feed(&mut machine, SourceInput::Tick),
+            }
+        }
+    }
+
+    fn now(&self) -> Duration {
+        self.began.elapsed()
+    }
+
+    fn feed(&mut self, machine: &mut Source, input: SourceInput) {
+        self.note(&input);
+        machine.handle(SourceInput::Sent(Bytes(self.counters.bytes.load(Ordering::Relaxed))), self.now());
+        machine.handle(input, self.now());
+    }
+
+    fn obey(&mut self, machine: &mut Source, order: Order) {
+        match order {
+            Order::Cancel => machine.handle(SourceInput::Cancel, self.now()),
+            Order::DowntimeLimit(limit) => {
+                self.view.set_downtime_limit(limit);
+                machine.handle(SourceInput::DowntimeLimit(limit), self.now());
+            }
+        }
+    }
+
+    /// Notes how the downtime is spent, from what the target tells.
+    fn note(&mut self, input: &SourceInput) {
+        let SourceInput::Message(message) = input else { return };
+        match message {
+            Message::Barrier(_) if self.view.is_stopped() => self.view.barrier(self.lap.elapsed()),
+            Message::Loaded(loaded) => {
+                self.view.loaded(self.lap.elapsed(), Duration::from_micros(loaded.load_us));
+                self.view.verified(loaded.blocks_verified, self.verify);
+                self.lap = Instant::now();
+            }
+            Message::Committed(committed) => {
+                let record = Duration::from_micros(committed.record_us);
+                let resume = Duration::from_micros(committed.resume_us);
+                self.view.committed(self.lap.elapsed(), record, resume);
+            }
+            _ => {}
+        }
+    }
+
+    fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
+        match action {
+            SourceAction::Record(record) => Some(self.record(&record)),
+            SourceAction::Send(message) => self.send(&message),
+            SourceAction::OpenStreams(count) => {
+                Some(settle(self.open_streams(count), |()| SourceInput::Opened))
+            }
+            SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
+            SourceAction::SendRound(round) => {
+                self.send_round(round);
+                None
+            }
+            SourceAction::Scan => {
+                Some(settle(self.scan(), |()| SourceInput::Scanned(Pages(self.set.page_count()))))
+            }
+            SourceAction::Stop => {
+                Some(settle(self.stop(), |()| SourceInput::Stopped(Pages(self.set.page_count()))))
+            }
+            SourceAction::Finish(round) => Some(settle(self.finish(round), SourceInput::Finished)),
+            SourceAction::Resume => Some(match self.resume() {
+                Ok(()) => SourceInput::Resumed,
+                Err(why) => SourceInput::ResumeFailed(why),
+            }),
+            SourceAction::Release => {
+                self.release();
+                None
+            }
+            SourceAction::Ask => Some(self.ask()),
+            SourceAction::End => Some(settle(self.end(), |()| SourceInput::Ended)),
+            SourceAction::Over(_) => None,
+        }
+    }
+
+    fn record(&mut self, record: &Record) -> SourceInput {
+        self.vm.set_released(record.step == Step::Released);
+        match self.host.journal().store(record) {
+            Ok(()) => SourceInput::Recorded,
+            Err(why) => SourceInput::RecordFailed(why.to_string()),
+        }
+    }
+
+    fn send(&mut self, message: &Message) -> Option<SourceInput> {
+        let control = self.control.as_mut()?;
+        let lost = |why| SourceInput::Disconnected(format!("the connection to the target is lost: {why}"));
+        control.send(message).err().map(lost)
+    }
+
+    fn open_streams(&mut self, count: u32) -> Result<(), String> {
+        for index in 0..count {
+            let connection = self.host.endpoint().connect(&self.address, &self.peer, CONNECT_WITHIN);
+            let mut connection = connection.map_err(|why| explain(&why))?;
+            control::send(&mut connection, &Message::Stream(Stream { id: self.id.0.to_vec(), index }))?;
+            self.wire.push(connection.counters());
+            self.streams.push(connection);
+        }
+        Ok(())
+    }
+
+    /// Attaches, and starts with every page that may not be zero.
+    fn track(&mut self) -> Result<Pages, String> {
+        let regions: Vec<Region> = self.blocks.iter().map(|block| block.region).collect();
+        let tracker = WpAsyncTracker::start(&self.process, regions, &self.host.attach())
+            .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
+        self.tracker = Some(Box::new(tracker));
+        self.qemu(|qemu| qemu.prepare_save())?;
+        for at in 0..self.blocks.len() {
+            let pages = self.populated(at)?;
+            self.set.add(at, &pages, &[]);
+        }
+        let tell = self.tell.clone();
+        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Failed(why))));
+        let streams = std::mem::take(&mut self.streams);
+        let (blocks, pacer, counters) = (self.blocks.clone(), self.pacer.clone(), self.counters.clone());
+        self.senders = Some(Senders::start(streams, &self.process, blocks, pacer, counters, failed)?);
+        Ok(Pages(self.set.page_count()))
+    }
+
+    fn populated(&self, block: usize) -> Result<Vec<sterna_memory::PageRun>, String> {
+        let mut pages = Vec::new();
+        populated(&self.process, &self.blocks[block].region, &mut pages)
+            .map_err(|why| format!("the VM's memory cannot be looked at: {}", explain(&why)))?;
+        Ok(pages)
+    }
+
+    fn send_round(&mut self, round: u32) {
+        let set = std::mem::replace(&mut self.set, SendSet::new(self.blocks.len()));
+        if let Some(senders) = &self.senders {
+            senders.send(&Job { round, set: Arc::new(set) });
+        }
+    }
+
+    /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
+    fn scan(&mut self) -> Result<(), String> {
+        for at in 0..self.blocks.len() {
+            let mut written = Vec::new();
+            if let Some(tracker) = &mut self.tracker {
+                let scanned = tracker.collect(at, &mut written);
+                scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
+            }
+            let there = self.populated(at)?;
+            let holes = subtract(&self.blocks[at].sent.runs(), &there);
+            self.set.add(at, &intersect(&written, &there), &holes);
+        }
+        Ok(())
+    }
+
+    /// Stops the VM, saves its devices and scans meanwhile; the second scan is the last word, for saving may write RAM.
+    fn stop(&mut self) -> Result<(), String> {
+        self.view.stopping();
+        self.lap = Instant::now();
+        self.qemu(|qemu| qemu.pause())?;
+        self.split("stop");
+        let ticket = self.qemu(|qemu| qemu.save_begin())?;
+        self.scan()?;
+        self.state = self.qemu(|qemu| qemu.save_finish(ticket))?;
+        self.split("save");
+        self.scan()?;
+        self.split("scan");
+        Ok(())
+    }
+
+    fn split(&mut self, name: &'static str) {
+        self.view.split(name, self.lap.elapsed());
+        self.lap = Instant::now();
+    }
+
+    /// Sends what is left, and uses the time it takes to look whether anything changed behind our back.
+    fn finish(&mut self, round: u32) -> Result<Pages, String> {
+        let digests = if self.verify { self.digests()? } else { Vec::new() };
+        self.send_round(round);
+        let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests };
+        let Some(control) = &mut self.control else {
+            return Err("the connection to the target is gone".into());
+        };
+        control.send_state(&self.state)?;
+        control.send(&Message::StateEnd(end))?;
+        self.view.device_state(self.state.len() as u64);
+        self.state = Vec::new();
+        let changed = difference(&self.fingerprint, &self.qemu(|qemu| qemu.fingerprint())?);
+        if !changed.is_empty() {
+            return Err(format!("the VM was changed while it was being moved: {}", changed.join("; ")));
+        }
+        let mut found = Vec::new();
+        for at in 0..self.blocks.len() {
+            if let Some(tracker) = &mut self.tracker {
+                tracker.peek(at, &mut found).map_err(|why| explain(&why))?;
+            }
+        }
+        Ok(Pages(found.iter().map(|run| run.pages).sum()))
+    }
+
+    fn digests(&self) -> Result<Vec<BlockDigest>, String> {
+        let digest = |block: &SourceBlock| {
+            let digest = sterna_memory::digest(&self.process, &block.region).map_err(|why| explain(&why))?;
+            Ok(BlockDigest { block: block.index.into(), digest: digest.to_vec() })
+        };
+        self.blocks.iter().map(digest).collect()
+    }
+
+    fn resume(&mut self) -> Result<(), String> {
+        self.qemu(|qemu| qemu.resume())
+    }
+
+    /// Ends everything of this migration but the VM: threads first, so that nothing reads it any more.
+    fn release(&mut self) {
+        self.senders = None;
+        self.streams.clear();
+        if let Some(tracker) = self.tracker.take()
+            && self.vm.is_alive()
+            && let Err(why) = tracker.stop()
+        {
+            tracing::warn!(vm = self.vm.name(), why = explain(&why), "tracking did not end cleanly");
+        }
+        if let Some(control) = self.control.take() {
+            control.finish();
+        }
+    }
+
+    fn ask(&mut self) -> SourceInput {
+        let generation = self.vm.record().generation;
+        let query = Query { id: self.id.0.to_vec(), vm: self.vm.name(), generation };
+        match control::ask(self.host.endpoint(), &self.address, &self.peer, &Message::Query(query)) {
+            Ok(Message::Answer(answer)) => SourceInput::Answered(answer.into()),
+            Ok(_) => SourceInput::AskFailed("the target answered something else".into()),
+            Err(why) => SourceInput::AskFailed(why),
+        }
+    }
+
+    fn end(&mut self) -> Result<(), String> {
+        if let Some(mut qemu) = self.vm.qemu().take()
+            && self.vm.is_alive()
+        {
+            qemu.quit(QUIT_WITHIN).map_err(|why| explain(&why))?;
+        } else if self.vm.is_alive() {
+            self.process.kill().map_err(|why| explain(&why))?;
+            self.process.wait_exit(QUIT_WITHIN);
+        }
+        self.host.registry().remove(&self.vm);
+        Ok(())
+    }
+
+    fn qemu<T>(
+        &self,
+        call: impl FnOnce(&mut sterna_vmm::qemu::Qemu) -> Result<T, sterna_vmm::VmmError>,
+    ) -> Result<T, String> {
+        self.host.with_qemu(&self.vm, call)
+    }
+
+    fn update(&mut self, machine: &Source) {
+        let wire = self.wire.iter().map(Counters::bytes_sent).sum();
+        self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
+        if machine.needs_attention(self.now()) {
+            self.vm.notify(Some(format!(
+                "it was handed to host {} and is kept stopped here until that host says whether it runs it",
+                self.peer
+            )));
+        }
+    }
+
+    fn over(&mut self, outcome: &Outcome) {
+        self.release();
+        if !matches!(outcome, Outcome::Completed) {
+            self.vm.set_released(false);
+            self.vm.notify(None);
+        }
+        self.view.finish(outcome);
+    }
+}
+
+fn settle<T>(result: Result<T, String>, done: impl FnOnce(T) -> SourceInput) -> SourceInput {
+    result.map_or_else(SourceInput::Failed, done)
+}
+
+/// Looks at the VM from all sides without touching it, and at the target if something speaks against the move already,
+/// so that every reason is told at once.
+fn check(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    streams: u32,
+    verify: bool,
+    (peer, address): (&str, &str),
+) -> Result<Checked, Outcome> {
+    let failed = |why: String| Outcome::Failed(why);
+    let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
+    let mut reasons: Vec<Reason> = reasons
+        .into_iter()
+        .map(|reason| Reason { code: word(&reason.code), text: reason.text })
+        .chain(host.preflight())
+        .collect();
+    let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
+    let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
+    let (machine, cpu, version) = host
+        .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
+        .map_err(failed)?;
+    let record = vm.record();
+    let travels = |block: &sterna_vmm::Block| block.hva.is_some();
+    let offer = Offer {
+        vm: record.name,
+        generation: record.generation,
+        argv: record.argv,
+        machine,
+        cpu,
+        blocks: layout
+            .blocks
+            .iter()
+            .map(|block| Block { name: block.name.clone(), bytes: block.bytes, travels: travels(block) })
+            .collect(),
+        fingerprint: crate::host::fingerprint_lines(&fingerprint),
+        streams,
+        verify,
+        qemu: version,
+    };
+    if layout.blocks.len() > batch::BLOCKS_MAX {
+        reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
+    }
+    if !reasons.is_empty() {
+        if let Ok(Message::Refused(more)) =
+            control::ask(host.endpoint(), address, peer, &Message::Check(offer))
+        {
+            reasons.extend(more.reasons);
+        }
+        return Err(Outcome::Refused(reasons));
+    }
+    let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
+        let region = Region { base: block.hva?, bytes: block.bytes };
+        Some(SourceBlock { index: index as u16, region, sent: SentPages::new(block.bytes.div_ceil(PAGE)) })
+    });
+    Ok(Checked { blocks: blocks.collect(), offer, fingerprint })
+}
+
+/// A code of the pre-check as scripts see it.
+pub(crate) fn word(code: &sterna_vmm::Code) -> String {
+    serde_json::to_value(code).ok().and_then(|code| code.as_str().map(str::to_owned)).unwrap_or_default()
+}

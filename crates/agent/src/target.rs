@@ -1,0 +1,520 @@
+//! One incoming migration: a thread that performs what the engine's target machine wants done.
+
+use crate::control::{Arrival, Control, explain};
+use crate::host::{Host, fingerprint_of, ram_of};
+use crate::pages::{PAGES_PER_STRIPE, Received, Receiver, Sink, Sinks};
+use crate::registry::{Claim, Vm, VmRecord, lock};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
+use sterna_engine::target::{TargetAction, TargetInput};
+use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
+use sterna_engine::wire::control::STATE_BYTES_MAX;
+use sterna_engine::wire::message::{Hello, Offer, Reason, StateEnd};
+use sterna_engine::wire::{Message, batch};
+use sterna_engine::{Generation, Target};
+use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, populated};
+use sterna_transport::Connection;
+use sterna_vmm::qemu::{CommandLine, Qemu};
+use sterna_vmm::{Layout, Vmm, difference};
+
+/// How often the clock is looked at while nothing happens.
+const REFRESH: Duration = Duration::from_millis(200);
+/// How long a killed QEMU may take to end: freeing hundreds of gigabytes takes seconds.
+const DEATH_WITHIN: Duration = Duration::from_secs(60);
+/// RAM that may be kept aside because QEMU does not yet say where it belongs: video memory.
+const STAGED_BYTES_MAX: u64 = 512 << 20;
+
+/// What arrives at the thread.
+pub(crate) enum Event {
+    Input(TargetInput),
+    State(Vec<u8>),
+    Stream(u32, Connection),
+    /// A stream tells; whether it counts depends on how far the migration is.
+    Received(Received),
+}
+
+/// Incoming migrations that go on, so that page streams and questions find them.
+#[derive(Default)]
+pub(crate) struct Incoming {
+    by_id: Mutex<HashMap<MigrationId, (String, mpsc::Sender<Event>)>>,
+}
+
+impl Incoming {
+    /// Hands a page stream to its migration. It must come from the host that began it.
+    pub(crate) fn stream(&self, id: MigrationId, peer: &str, index: u32, connection: Connection) {
+        match lock(&self.by_id).get(&id) {
+            Some((host, tell)) if host == peer => drop(tell.send(Event::Stream(index, connection))),
+            _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
+        }
+    }
+
+    pub(crate) fn goes_on(&self, id: MigrationId) -> bool {
+        lock(&self.by_id).contains_key(&id)
+    }
+}
+
+/// The thread's own.
+struct Arriving {
+    host: Arc<Host>,
+    tell: mpsc::Sender<Event>,
+    control: Option<Control>,
+    claim: Option<Claim>,
+    vm: Option<Arc<Vm>>,
+    qemu: Option<Qemu>,
+    offer: Offer,
+    sinks: Option<Arc<Sinks>>,
+    receivers: Vec<Receiver>,
+    state: Vec<u8>,
+    began: Instant,
+}
+
+/// Runs an incoming migration to its end, on this thread.
+pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hello, connection: Connection) {
+    let (tell, events) = mpsc::channel();
+    let mut machine = Target::new(hello, peer, Duration::ZERO);
+    let id = machine.id();
+    {
+        let mut by_id = lock(&incoming.by_id);
+        if by_id.contains_key(&id) {
+            return tracing::warn!(peer, %id, "a second control connection for a migration was refused");
+        }
+        by_id.insert(id, (peer.into(), tell.clone()));
+    }
+    let mut arriving = Arriving {
+        host: host.clone(),
+        tell,
+        control: None,
+        claim: None,
+        vm: None,
+        qemu: None,
+        offer: Offer::default(),
+        sinks: None,
+        receivers: Vec::new(),
+        state: Vec::new(),
+        began: Instant::now(),
+    };
+    arriving.attach_control(connection);
+    let result = arriving.drive(&mut machine, &events);
+    lock(&incoming.by_id).remove(&id);
+    match result {
+        Ok(()) => tracing::info!(vm = arriving.offer.vm, peer, "the VM has come from {peer} and runs here"),
+        Err(why) => tracing::warn!(vm = arriving.offer.vm, peer, why, "a VM from {peer} did not come"),
+    }
+    if let Some(control) = arriving.control.take() {
+        control.finish();
+    }
+}
+
+/// Every reason why this VM cannot come here. Touches nothing.
+pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
+    let reason = |code: &str, text: String| Reason { code: code.into(), text };
+    let mut reasons = host.preflight();
+    if let Some(vm) = host.registry().find(&offer.vm)
+        && vm.is_alive()
+    {
+        reasons
+            .push(reason("name-taken", format!("host {} has a VM named {} already", host.name(), offer.vm)));
+    }
+    match host.journal().load(&offer.vm) {
+        Ok(Some(record))
+            if record.generation >= Generation(offer.generation) && record.step.role() == Role::Target =>
+        {
+            reasons.push(reason(
+                "stale",
+                format!(
+                    "try {} of VM {} is older than what this host knows of it",
+                    offer.generation, offer.vm
+                ),
+            ));
+        }
+        Ok(_) => {}
+        Err(why) => reasons.push(reason("host", why.to_string())),
+    }
+    if let Err(refusals) = command_line(host, offer) {
+        reasons.extend(refusals);
+    }
+    let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
+    for found in sterna_vmm::qemu::target_reasons(ram_bytes) {
+        let reason = Reason { code: crate::source::word(&found.code), text: found.text };
+        if !reasons.iter().any(|other| other.text == reason.text) {
+            reasons.push(reason);
+        }
+    }
+    reasons
+}
+
+/// The command line for this host, or everything in it that this host does not allow.
+fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> {
+    let reason = |text: String| Reason { code: "command-line".into(), text };
+    let line = CommandLine::parse(offer.argv.clone()).map_err(|why| vec![reason(explain(&why))])?;
+    let cpu = Some(offer.cpu.as_str()).filter(|cpu| !cpu.is_empty());
+    line.for_target(&host.run_dir(&offer.vm), &offer.machine, cpu, &host.config().map, &host.policy())
+        .map_err(|refusals| refusals.iter().map(|refusal| reason(refusal.to_string())).collect())
+}
+
+impl Arriving {
+    fn attach_control(&mut self, connection: Connection) {
+        let tell = self.tell.clone();
+        self.control = Some(Control::start(connection, move |arrival| {
+            drop(tell.send(match arrival {
+                Arrival::Message(message) => Event::Input(TargetInput::Message(message)),
+                Arrival::State(piece) => Event::State(piece),
+                Arrival::Lost(why) => Event::Input(TargetInput::Disconnected(format!(
+                    "the connection to the source is lost: {why}"
+                ))),
+            }));
+        }));
+    }
+
+    fn drive(&mut self, machine: &mut Target, events: &mpsc::Receiver<Event>) -> Result<(), String> {
+        loop {
+            while let Some(action) = machine.poll() {
+                if let TargetAction::Over(result) = action {
+                    self.drop_streams();
+                    return result;
+                }
+                if let Some(input) = self.perform(action) {
+                    machine.handle(input, self.began.elapsed());
+                }
+            }
+            let wait =
+                machine.deadline().map_or(REFRESH, |at| at.saturating_sub(self.began.elapsed())).min(REFRESH);
+            let input = match events.recv_timeout(wait) {
+                Ok(event) => self.take(event),
+                Err(_) => Some(TargetInput::Tick),
+            };
+            if let Some(input) = input {
+                machine.handle(input, self.began.elapsed());
+            }
+        }
+    }
+
+    fn take(&mut self, event: Event) -> Option<TargetInput> {
+        match event {
+            Event::Input(input) => Some(input),
+            Event::State(piece) => {
+                if self.state.len() as u64 + piece.len() as u64 > STATE_BYTES_MAX {
+                    return Some(TargetInput::Disconnected("the source sent too much device state".into()));
+                }
+                self.state.extend_from_slice(&piece);
+                Some(TargetInput::Received)
+            }
+            Event::Stream(index, connection) => self.add_stream(index, connection),
+            Event::Received(Received::Pages) => Some(TargetInput::Received),
+            Event::Received(Received::RoundEnd { stream, round }) => {
+                Some(TargetInput::RoundEnd { stream, round })
+            }
+            // Once the last round is in, the streams have done their work.
+            Event::Received(Received::Lost(_)) if self.receivers.is_empty() => None,
+            Event::Received(Received::Lost(why)) => Some(TargetInput::Disconnected(why)),
+            Event::Received(Received::Failed(why)) => Some(TargetInput::Failed(why)),
+        }
+    }
+
+    fn add_stream(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
+        let Some(sinks) = &self.sinks else {
+            return Some(TargetInput::Disconnected("the source opened a page stream too early".into()));
+        };
+        if index as usize != self.receivers.len() || index >= self.offer.streams {
+            return Some(TargetInput::Disconnected(format!(
+                "the source opened page stream {index} out of turn"
+            )));
+        }
+        let tell = self.tell.clone();
+        let receiver = Receiver::start(index, connection, sinks.clone(), move |received| {
+            drop(tell.send(Event::Received(received)));
+        });
+        self.receivers.push(receiver);
+        Some(TargetInput::Received)
+    }
+
+    fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
+        match action {
+            TargetAction::Send(message) => self.send(&message),
+            TargetAction::Check(offer) => Some(self.check(offer)),
+            TargetAction::Record(record) => Some(self.record(&record)),
+            TargetAction::Prepare(_) => Some(self.prepare()),
+            TargetAction::Load(end) => Some(match self.load(&end) {
+                Ok(verified) => TargetInput::Loaded(verified),
+                Err(why) => TargetInput::Failed(why),
+            }),
+            TargetAction::Run => Some(self.resume()),
+            TargetAction::Announce => {
+                self.announce();
+                None
+            }
+            TargetAction::Kill => Some(self.kill()),
+            TargetAction::Over(_) => None,
+        }
+    }
+
+    fn send(&mut self, message: &Message) -> Option<TargetInput> {
+        let sent = self.control.as_mut()?.send(message);
+        sent.err()
+            .map(|why| TargetInput::Disconnected(format!("the connection to the source is lost: {why}")))
+    }
+
+    fn record(&mut self, record: &Record) -> TargetInput {
+        let began = Instant::now();
+        match self.host.journal().store(record) {
+            Ok(()) => TargetInput::Recorded(began.elapsed()),
+            Err(why) => TargetInput::RecordFailed(why.to_string()),
+        }
+    }
+
+    fn check(&mut self, offer: Offer) -> TargetInput {
+        self.offer = offer;
+        let mut reasons = reasons_against(&self.host, &self.offer);
+        if reasons.is_empty() {
+            self.claim = self.host.registry().claim(&self.offer.vm);
+            if self.claim.is_none() {
+                let text =
+                    format!("host {} has or awaits a VM named {} already", self.host.name(), self.offer.vm);
+                reasons.push(Reason { code: "name-taken".into(), text });
+            }
+        }
+        if reasons.is_empty() { TargetInput::Admitted } else { TargetInput::Refused(reasons) }
+    }
+
+    fn prepare(&mut self) -> TargetInput {
+        let reason = |code: &str, text: String| vec![Reason { code: code.into(), text }];
+        match self.start_qemu() {
+            Err(reasons) => return TargetInput::Refused(reasons),
+            Ok(qemu) => self.qemu = Some(qemu),
+        }
+        match self.fit() {
+            Ok(reasons) if reasons.is_empty() => TargetInput::Prepared,
+            Ok(reasons) => TargetInput::Refused(reasons),
+            Err(why) => TargetInput::Refused(reason("target-qemu", why)),
+        }
+    }
+
+    fn start_qemu(&mut self) -> Result<Qemu, Vec<Reason>> {
+        let failed = |text: String| vec![Reason { code: "target-qemu".into(), text }];
+        let argv = command_line(&self.host, &self.offer)?;
+        let launched = self.host.launch(&self.offer.vm, argv).map_err(|why| failed(explain(&why)))?;
+        let qemu = launched.qemu;
+        let vm = Vm::new(
+            VmRecord {
+                name: self.offer.vm.clone(),
+                argv: self.offer.argv.clone(),
+                process: qemu.process_id(),
+                run_dir: self.host.run_dir(&self.offer.vm),
+                log: self.host.log(&self.offer.vm),
+                ram_bytes: ram_of(&self.offer.argv),
+                generation: self.offer.generation,
+                since: jiff::Timestamp::now(),
+                incoming: true,
+            },
+            None,
+        );
+        self.vm = Some(vm.clone());
+        let listed = self.host.registry().insert(&vm);
+        listed.map_err(|why| failed(format!("the VM cannot be written down: {why}")))?;
+        Ok(qemu)
+    }
+
+    /// Compares what was started with what was offered, and gets every block ready to be written.
+    fn fit(&mut self) -> Result<Vec<Reason>, String> {
+        let Some(qemu) = &mut self.qemu else { return Err("no QEMU was started".into()) };
+        let fingerprint = qemu.fingerprint().map_err(|why| explain(&why))?;
+        let differences = difference(&fingerprint_of(&self.offer.fingerprint), &fingerprint);
+        if !differences.is_empty() {
+            let reason = |text| Reason { code: "fingerprint".into(), text };
+            return Ok(differences.into_iter().map(reason).collect());
+        }
+        qemu.prepare_load().map_err(|why| explain(&why))?;
+        let layout = qemu.layout().map_err(|why| explain(&why))?;
+        let process = process_of(qemu)?;
+        self.sinks = Some(Arc::new(sinks(&self.host, &process, &self.offer, &layout)?));
+        Ok(Vec::new())
+    }
+
+    fn drop_streams(&mut self) {
+        self.receivers.clear();
+    }
+
+    /// Loads the device state, then the blocks that only now have an address, and compares digests.
+    fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
+        self.drop_streams();
+        let state = std::mem::take(&mut self.state);
+        if state.len() as u64 != end.bytes {
+            return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
+        }
+        let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
+        sinks.installer.finish().map_err(|why| explain(&why))?;
+        let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
+        qemu.load(&state).map_err(|why| explain(&why))?;
+        let staged = sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_)));
+        if !staged && end.digests.is_empty() {
+            return Ok(0);
+        }
+        let layout = qemu.layout().map_err(|why| explain(&why))?;
+        let process = process_of(qemu)?;
+        install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;
+        verify(&process, &self.offer, &layout, end)
+    }
+
+    fn resume(&mut self) -> TargetInput {
+        let began = Instant::now();
+        let Some(qemu) = &mut self.qemu else { return TargetInput::RunFailed("no QEMU waits".into()) };
+        if let Err(why) = qemu.resume() {
+            return TargetInput::RunFailed(explain(&why));
+        }
+        TargetInput::Running(began.elapsed())
+    }
+
+    /// From here on it is a VM of this host like any other.
+    fn announce(&mut self) {
+        let Some(mut qemu) = self.qemu.take() else { return };
+        if let Err(why) = qemu.announce() {
+            tracing::warn!(
+                vm = self.offer.vm,
+                why = explain(&why),
+                "the VM was not announced to the network"
+            );
+        }
+        let Some(vm) = &self.vm else { return };
+        *vm.qemu() = Some(qemu);
+        if let Err(why) = self.host.registry().update(vm, |record| record.incoming = false) {
+            tracing::error!(vm = self.offer.vm, %why, "the VM cannot be written down");
+        }
+        self.claim = None;
+    }
+
+    /// Ends the QEMU that waits, and says so only when it is dead.
+    fn kill(&mut self) -> TargetInput {
+        self.drop_streams();
+        self.sinks = None;
+        self.qemu = None;
+        if let Some(vm) = self.vm.take() {
+            if let Ok(process) = self.host.process_of(&vm) {
+                while !process.wait_exit(Duration::ZERO) {
+                    if let Err(why) = process.kill() {
+                        tracing::error!(
+                            vm = vm.name(),
+                            why = explain(&why),
+                            "the waiting QEMU cannot be killed"
+                        );
+                    }
+                    process.wait_exit(DEATH_WITHIN);
+                }
+            }
+            self.host.registry().remove(&vm);
+        }
+        self.claim = None;
+        TargetInput::Dead
+    }
+}
+
+fn process_of(qemu: &Qemu) -> Result<Process, String> {
+    let id = qemu.process_id();
+    Process::open_as(id.pid, id.start_time).map_err(|why| explain(&why))
+}
+
+/// Where each block of the offer goes in the QEMU that waits.
+fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layout) -> Result<Sinks, String> {
+    let (mut regions, mut blocks, mut staged) = (Vec::new(), Vec::new(), 0u64);
+    for offered in &offer.blocks {
+        let here = layout.block(&offered.name).filter(|block| block.bytes == offered.bytes);
+        let here = here.ok_or_else(|| format!("its RAM block {} is not there in this size", offered.name))?;
+        blocks.push(match here.hva {
+            _ if !offered.travels => Sink::Rebuilt,
+            Some(base) => {
+                regions.push(Region { base, bytes: here.bytes });
+                Sink::Region(regions.len() - 1)
+            }
+            None if here.is_rebuilt() => Sink::Rebuilt,
+            None => {
+                staged += here.bytes;
+                if staged > STAGED_BYTES_MAX {
+                    return Err(format!("this QEMU does not tell where its RAM block {} is", here.name));
+                }
+                Sink::Staged(Mutex::new(vec![0; here.bytes as usize]))
+            }
+        });
+    }
+    let installer = Installer::open(process, regions.clone(), &host.attach()).map_err(|why| explain(&why))?;
+    for (at, region) in regions.iter().enumerate() {
+        clear(process, &installer, at, region)?;
+    }
+    let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
+    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer })
+}
+
+/// Makes a block read as zero: what the source never sends is zero there. A fresh QEMU has little that is not, firmware.
+fn clear(process: &Process, installer: &Installer, at: usize, region: &Region) -> Result<(), String> {
+    let (mut present, mut dirty) = (Vec::new(), Vec::new());
+    populated(process, region, &mut present).map_err(|why| explain(&why))?;
+    let reader = Reader::new(process).map_err(|why| explain(&why))?;
+    let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
+    for run in present.iter().flat_map(|run| pieces(*run)) {
+        let bytes = &mut buffer[..run.bytes() as usize];
+        reader.read(&[region.span(run)], bytes).map_err(|why| explain(&why))?;
+        for (page, content) in (run.first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if !is_zero(content) {
+                sterna_memory::append_run(&mut dirty, PageRun { first: page, pages: 1 });
+            }
+        }
+    }
+    if dirty.is_empty() { Ok(()) } else { installer.discard(at, &dirty).map_err(|why| explain(&why)) }
+}
+
+/// A run in pieces of one batch.
+fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
+    let most = PAGES_PER_STRIPE;
+    (run.first..run.end())
+        .step_by(most as usize)
+        .map(move |first| PageRun { first, pages: most.min(run.end() - first) })
+}
+
+/// Writes blocks whose address QEMU tells only after the load.
+fn install_staged(
+    host: &Host,
+    process: &Process,
+    offer: &Offer,
+    layout: &Layout,
+    blocks: Vec<Sink>,
+) -> Result<(), String> {
+    for (offered, sink) in offer.blocks.iter().zip(blocks) {
+        let Sink::Staged(buffer) = sink else { continue };
+        let bytes = buffer.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let base = layout.block(&offered.name).and_then(|block| block.hva);
+        let base =
+            base.ok_or_else(|| format!("QEMU does not tell where its RAM block {} is", offered.name))?;
+        let region = Region { base, bytes: offered.bytes };
+        let installer =
+            Installer::open(process, vec![region], &host.attach()).map_err(|why| explain(&why))?;
+        clear(process, &installer, 0, &region)?;
+        let mut runs = Vec::new();
+        for (page, content) in (0..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if !is_zero(content) {
+                sterna_memory::append_run(&mut runs, PageRun { first: page, pages: 1 });
+            }
+        }
+        for run in runs.iter().flat_map(|run| pieces(*run)) {
+            let content = &bytes[(run.first * PAGE) as usize..(run.end() * PAGE) as usize];
+            installer.install(0, &[run], content).map_err(|why| explain(&why))?;
+        }
+        installer.finish().map_err(|why| explain(&why))?;
+    }
+    Ok(())
+}
+
+/// Compares the digests that the source took after its stop with what is here now; returns how many blocks were equal.
+fn verify(process: &Process, offer: &Offer, layout: &Layout, end: &StateEnd) -> Result<u32, String> {
+    let mut verified = 0;
+    for expected in &end.digests {
+        let block =
+            offer.blocks.get(expected.block as usize).ok_or("the source sent a digest of no block")?;
+        let Some(base) = layout.block(&block.name).and_then(|block| block.hva) else { continue };
+        let found = digest(process, &Region { base, bytes: block.bytes }).map_err(|why| explain(&why))?;
+        if found.as_slice() != expected.digest {
+            return Err(format!("RAM block {} is not what it was at the source", block.name));
+        }
+        verified += 1;
+    }
+    Ok(verified)
+}

@@ -1,0 +1,206 @@
+//! Two agents on loopback, and guests under their care.
+#![allow(dead_code, reason = "each test file uses its own part of this")]
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, VmView};
+use sterna_agent::{Agent, Config};
+use sterna_lab::guest::{Arrival, GuestSpec, HostSide, Program, Serial};
+use sterna_lab::{LabDir, Packages, image, packages};
+use sterna_transport::pki;
+
+/// How long a guest may take to boot under TCG on a busy machine.
+pub(crate) const BOOT: Duration = Duration::from_secs(120);
+/// How long a migration of a test may take.
+pub(crate) const MOVE: Duration = Duration::from_secs(120);
+
+/// What guests are made of.
+pub(crate) struct Parts {
+    pub(crate) packages: Packages,
+    pub(crate) initramfs: PathBuf,
+}
+
+impl Parts {
+    pub(crate) fn find() -> Self {
+        let dir = LabDir::open().unwrap();
+        let packages = packages::ensure(&dir).expect("`cargo xtask test` fetches what guests are made of");
+        let initramfs = image::build(&dir, &packages).unwrap();
+        Self { packages, initramfs }
+    }
+
+    pub(crate) fn qemu(&self, version: &str) -> PathBuf {
+        match version {
+            "7.2" => self.packages.qemu_72.clone(),
+            _ => self.packages.qemu_10.clone(),
+        }
+    }
+
+    pub(crate) fn guest(&self, name: &str) -> GuestSpec {
+        GuestSpec::plain(name, 192, &self.packages.kernel, &self.initramfs)
+    }
+}
+
+/// A folder with keys, and agents `a` and `b` in it.
+pub(crate) struct World {
+    pub(crate) parts: Parts,
+    pub(crate) folder: tempfile::TempDir,
+    pub(crate) user: Option<String>,
+    version: String,
+    ports: [u16; 2],
+}
+
+impl World {
+    pub(crate) fn new(version: &str) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        // QEMUs of other users reach their sockets through it.
+        std::fs::set_permissions(folder.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        pki::init(&folder.path().join("pki"), "test").unwrap();
+        for host in ["a", "b"] {
+            pki::issue(&folder.path().join("pki"), host, &[]).unwrap();
+        }
+        Self { parts: Parts::find(), folder, user: None, version: version.into(), ports: [free_port(), free_port()] }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    pub(crate) fn config(&self, name: &str) -> String {
+        let (dir, pki) = (self.path(name), self.path("pki"));
+        let qemu = self.parts.qemu(&self.version);
+        let user = self.user.as_ref().map(|user| format!("user = {user:?}\n")).unwrap_or_default();
+        let lab = LabDir::open().unwrap().join("");
+        let listen = self.ports[usize::from(name == "b")];
+        format!(
+            "name = {name:?}\nstate-dir = \"{dir}/state\"\nrun-dir = \"{dir}/run\"\nlisten = \"127.0.0.1:{listen}\"\n\
+             attach-helper = {helper:?}\n\
+             [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
+             [hosts.a]\naddress = \"127.0.0.1:{a}\"\n[hosts.b]\naddress = \"127.0.0.1:{b}\"\n\
+             [qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
+            dir = dir.display(),
+            pki = pki.display(),
+            a = self.ports[0],
+            b = self.ports[1],
+            folder = self.folder.path(),
+            helper = helper(),
+        )
+    }
+
+    pub(crate) fn agent(&self, name: &str) -> Arc<Agent> {
+        let path = self.path(&format!("{name}.toml"));
+        std::fs::write(&path, self.config(name)).unwrap();
+        Agent::start(Config::load(&path).unwrap()).unwrap()
+    }
+
+    pub(crate) fn serial(&self, name: &str) -> PathBuf {
+        self.path(&format!("{name}.serial"))
+    }
+
+    pub(crate) fn argv(&self, guest: &GuestSpec) -> Vec<String> {
+        let serial = Serial::File(self.serial(&guest.name));
+        // QEMU of another user may append to it.
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(self.serial(&guest.name)).unwrap();
+        file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
+        let side = HostSide { tap: None, serial, qmp: None, arrival: Arrival::Boot };
+        let mut argv = vec![self.parts.qemu(&self.version).display().to_string()];
+        argv.extend(guest.arguments(&side));
+        argv
+    }
+
+    pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
+        let request = RunRequest { name: guest.name.clone(), argv: self.argv(guest) };
+        agent.run(request).unwrap()
+    }
+
+    /// Starts a guest and waits until it says that it is ready.
+    pub(crate) fn boot(&self, agent: &Agent, guest: &GuestSpec) {
+        self.run(agent, guest);
+        self.wait_for(&guest.name, "READY", BOOT);
+    }
+
+    pub(crate) fn console(&self, name: &str) -> String {
+        String::from_utf8_lossy(&std::fs::read(self.serial(name)).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits until the console shows `word` once more than it does now.
+    pub(crate) fn wait_for_more(&self, name: &str, word: &str, within: Duration) {
+        let before = self.console(name).matches(word).count();
+        let end = Instant::now() + within;
+        while self.console(name).matches(word).count() <= before {
+            assert!(Instant::now() < end, "no further {word:?} on the console:\n{}", tail(&self.console(name)));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub(crate) fn wait_for(&self, name: &str, word: &str, within: Duration) {
+        let end = Instant::now() + within;
+        while !self.console(name).contains(word) {
+            assert!(Instant::now() < end, "no {word:?} on the console:\n{}", tail(&self.console(name)));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
+
+/// A load that dirties `rate` MB/s of a 32 MB working set and checks every page for loss.
+pub(crate) fn load(rate: u32) -> Program {
+    Program::Load(vec!["--fill=64".into(), "--dirty=32".into(), format!("--rate={rate}"), "--check".into()])
+}
+
+pub(crate) fn request(vm: &str, host: &str) -> MigrateRequest {
+    MigrateRequest {
+        vm: vm.into(),
+        host: host.into(),
+        max_bandwidth: None,
+        downtime_limit: 300,
+        timeout: Some(30.0),
+        verify: true,
+        parallel_connections: None,
+    }
+}
+
+/// Moves a VM and returns the last figures.
+pub(crate) fn migrate(from: &Arc<Agent>, request: MigrateRequest) -> MigrationView {
+    let id = from.migrate(request, None).unwrap().id;
+    wait(from, &id)
+}
+
+pub(crate) fn wait(from: &Arc<Agent>, id: &str) -> MigrationView {
+    let watch = from.watch(id).unwrap();
+    let end = Instant::now() + MOVE;
+    loop {
+        let view = watch.borrow().clone();
+        if matches!(view.status.as_str(), "completed" | "failed" | "cancelled") {
+            // The source's last step is to free the VM.
+            while from.vm(&view.vm).is_ok_and(|vm| vm.migration.is_some()) {
+                assert!(Instant::now() < end);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            return view;
+        }
+        assert!(Instant::now() < end, "the migration does not end: {view:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+pub(crate) fn helper() -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let folder = exe.ancestors().find(|path| path.ends_with("debug") || path.ends_with("release"));
+    folder.map(|path| path.join("sterna-attach")).filter(|path| path.is_file()).expect(
+        "sterna-attach is not built; run `cargo build -p sterna-memory` first (`cargo xtask test` does)",
+    )
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn tail(text: &str) -> &str {
+    let from = text.len().saturating_sub(2000);
+    &text[(from..).find(|at| text.is_char_boundary(*at)).unwrap_or(0)..]
+}
+
+pub(crate) fn exists(pid: i32) -> bool {
+    Path::new(&format!("/proc/{pid}")).exists()
+}

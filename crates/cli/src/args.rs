@@ -1,0 +1,277 @@
+//! What may be written on the command line. Help, man pages and completions all come from here.
+
+use crate::{bandwidth, refused};
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Where the agent's API is when nobody says.
+pub(crate) const DEFAULT_SOCKET: &str = "/run/sterna/agent.sock";
+
+/// Longest downtime limit in milliseconds: QEMU's own.
+const DOWNTIME_MS_MAX: u64 = 2_000_000;
+
+/// Most page streams: QEMU's own limit for `multifd-channels`.
+const CONNECTIONS_MAX: i64 = 255;
+
+const AFTER: &str = "\
+Example:
+  sterna run web -- qemu-system-x86_64 -m 1G -drive file=/srv/web.img,if=virtio,format=raw -nographic
+  sterna migrate web hostb --verify
+
+Exit codes:
+  0  done
+  1  failed; the VM runs at the source
+  2  wrong arguments, no such name, or no agent answers: nothing was changed
+  3  cancelled; the VM runs at the source
+  4  the VM needs attention: it is not known where it runs
+  5  refused by the pre-check: nothing was touched, each reason has a line
+
+Environment:
+  STERNA_SOCKET  as --socket
+  STERNA_LOG     what `sterna agent` logs, as `info` or `sterna_agent=debug`
+  NO_COLOR       no colours";
+
+/// Live migration of QEMU/KVM virtual machines, on unmodified QEMU.
+#[derive(Parser)]
+#[command(name = "sterna", version, about, long_about = None, after_help = AFTER, max_term_width = 100)]
+#[command(propagate_version = true, arg_required_else_help = true)]
+pub(crate) struct Args {
+    /// Socket of the agent's API [default: /run/sterna/agent.sock]
+    #[arg(long, global = true, env = "STERNA_SOCKET", value_name = "PATH", hide_env_values = true)]
+    pub(crate) socket: Option<PathBuf>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Verbs.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Run the agent of this host, in the foreground
+    #[command(after_help = "Example:\n  sterna agent --config /etc/sterna/agent.toml")]
+    Agent(Agent),
+    /// Make keys and certificates that hosts know each other by
+    #[command(subcommand)]
+    Pki(Pki),
+    /// Start a VM from its own QEMU command line
+    #[command(after_help = "Example:\n  sterna run web -- qemu-system-x86_64 -m 1G \
+        -drive file=/srv/web.img,if=virtio,format=raw -nographic")]
+    Run(Run),
+    /// List the VMs of this host
+    #[command(visible_alias = "list", after_help = "Example:\n  sterna ps -o json | jq -r '.[].name'")]
+    Ps(Output),
+    /// List the hosts that VMs may go to and come from
+    #[command(after_help = "Example:\n  sterna hosts")]
+    Hosts(Output),
+    /// Move a running VM to another host, and wait until it runs there
+    ///
+    /// Shows its progress on stderr and the result on stdout. Ctrl-C cancels and waits for the end; the VM then runs
+    /// where it ran. A limit can be changed while it goes on: `sterna set VM ...`.
+    #[command(after_help = "Examples:\n  sterna migrate web hostb\n  \
+        sterna migrate web hostb --bandwidth 64MiB/s --max-downtime 50 --timeout 120\n  \
+        id=$(sterna migrate web hostb --detach) && sterna status $id")]
+    Migrate(Migrate),
+    /// List the migrations from this host, the newest first
+    #[command(after_help = "Example:\n  sterna migrations -o wide")]
+    Migrations(Output),
+    /// Show the figures of a VM's newest migration, with the labels of `virsh domjobinfo`
+    #[command(after_help = "Example:\n  sterna status web -o json | jq .downtime")]
+    Status(Which),
+    /// Cancel a VM's migration, and wait until it has ended
+    #[command(after_help = "Example:\n  sterna abort web")]
+    Abort(Abort),
+    /// Change the limits of a migration that goes on
+    #[command(after_help = "Example:\n  sterna set web --bandwidth 0 --max-downtime 500")]
+    Set(Set),
+    /// End a VM: its QEMU quits, the guest is not asked
+    #[command(after_help = "Example:\n  sterna stop web")]
+    Stop(Stop),
+    /// Write completions for a shell to stdout
+    #[command(after_help = "Example:\n  sterna completion bash > /etc/bash_completion.d/sterna")]
+    Completion {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Write man pages to a folder, or the first one to stdout
+    #[command(after_help = "Example:\n  sterna man /usr/local/share/man/man1")]
+    Man {
+        /// Folder for all pages
+        dir: Option<PathBuf>,
+    },
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Agent {
+    /// The configuration, in TOML
+    #[arg(long, value_name = "FILE", default_value = "/etc/sterna/agent.toml")]
+    pub(crate) config: PathBuf,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Pki {
+    /// Make the authority of a group of hosts
+    #[command(after_help = "Example:\n  sterna pki init /root/sterna-pki")]
+    Init {
+        /// Folder of the authority; stays with the operator
+        dir: PathBuf,
+        /// What the authority calls itself
+        #[arg(long, default_value = "Sterna authority")]
+        name: String,
+    },
+    /// Issue a host's certificate and key
+    #[command(after_help = "Example:\n  sterna pki issue /root/sterna-pki hostb --name hostb.example.org --name 192.0.2.7")]
+    Issue {
+        /// Folder of the authority
+        dir: PathBuf,
+        /// Name of the host, as in the agents' configurations
+        host: String,
+        /// Another DNS name or an address of the host; may be repeated
+        #[arg(long = "name", value_name = "ALT")]
+        names: Vec<String>,
+    },
+    /// Show what a certificate says
+    #[command(after_help = "Example:\n  sterna pki show /root/sterna-pki/hostb.crt")]
+    Show {
+        /// A certificate in PEM
+        file: PathBuf,
+    },
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Run {
+    /// Name of the VM, unique on every host it will move to
+    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    /// QEMU and its arguments, after `--`
+    #[arg(last = true, required = true, value_name = "QEMU")]
+    pub(crate) argv: Vec<String>,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Migrate {
+    /// Name of the VM
+    pub(crate) vm: String,
+    /// Name of the host it goes to (see `sterna hosts`)
+    pub(crate) host: String,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+    /// Seconds after which the VM is stopped and moved, however long it will be down
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) timeout: Option<f64>,
+    /// What `--timeout` does anyway; known from virsh
+    #[arg(long, requires = "timeout", hide = true)]
+    pub(crate) timeout_suspend: bool,
+    /// Prove, before it runs at the target, that its RAM is what it was at the source
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// Page streams; the agent chooses when absent
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=CONNECTIONS_MAX))]
+    pub(crate) parallel_connections: Option<u32>,
+    /// Do not wait: print the migration's id
+    #[arg(long)]
+    pub(crate) detach: bool,
+    /// Show no progress
+    #[arg(long, short, conflicts_with = "verbose")]
+    pub(crate) quiet: bool,
+    /// Show progress, as is done anyway; known from virsh
+    #[arg(long, hide = true)]
+    pub(crate) verbose: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) _refused: refused::Migrate,
+}
+
+/// Limits that may change while a migration goes on.
+#[derive(ClapArgs)]
+pub(crate) struct Limits {
+    /// Most bytes per second on the wire: 64 (MiB/s), 64MiB/s, 1Gbit/s; 0 is no limit
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
+    pub(crate) bandwidth: Option<u64>,
+    /// Longest time the VM may be stopped, in milliseconds [migrate: 300]
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=DOWNTIME_MS_MAX))]
+    pub(crate) max_downtime: Option<u64>,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Which {
+    /// Name of the VM, or id of a migration
+    #[arg(value_name = "VM|ID")]
+    pub(crate) which: String,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Abort {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) _refused: refused::Abort,
+}
+
+#[derive(ClapArgs)]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["bandwidth", "max_downtime"]))]
+pub(crate) struct Set {
+    #[command(flatten)]
+    pub(crate) which: Which,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct Stop {
+    /// Name of the VM
+    pub(crate) name: String,
+}
+
+#[derive(ClapArgs, Clone, Copy)]
+pub(crate) struct Output {
+    /// Shape of the result
+    #[arg(long = "output", short = 'o', value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
+    pub(crate) format: Format,
+}
+
+/// Shapes of a result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// For people
+    Table,
+    /// For people with a wide screen
+    Wide,
+    /// One JSON document
+    Json,
+    /// A JSON document per line; with `migrate`, one for each change
+    Jsonl,
+}
+
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
+        _ => Err("a number of seconds above 0".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn each_command_shows_an_example() {
+        fn check(command: &clap::Command) {
+            for child in command.get_subcommands().filter(|child| child.get_name() != "help") {
+                let help = child.get_after_help().map(ToString::to_string).unwrap_or_default();
+                let group = child.get_subcommands().next().is_some();
+                assert!(group || help.contains("Example"), "{} teaches nothing", child.get_name());
+                check(child);
+            }
+        }
+        check(&Args::command());
+    }
+}

@@ -1,0 +1,186 @@
+//! Migrations that were begun: list, status, abort, set.
+
+use super::migrate::outcome;
+use crate::args::{Format, Set, Which};
+use crate::client::{Client, segment};
+use crate::exit::{Exit, Failure};
+use crate::follow::{follow, is_final};
+use crate::human::{age, bytes};
+use crate::interrupt::Interrupts;
+use crate::progress::Progress;
+use crate::show;
+use hyper::Method;
+use sterna_agent::model::{MigrationView, SetRequest, VmView};
+
+/// `sterna migrations`
+pub(crate) async fn list(client: &Client, format: Format) -> Result<Exit, Failure> {
+    let views: Vec<MigrationView> = client.fetch("/v1/migrations").await?;
+    let wide = format == Format::Wide;
+    let columns: &[&str] = match wide {
+        false => &["ID", "VM", "FROM", "TO", "STATUS", "BEGAN", "TOTAL MS", "DOWNTIME MS"],
+        true => &["ID", "VM", "FROM", "TO", "STATUS", "BEGAN", "TOTAL MS", "DOWNTIME MS", "WIRE", "ERROR"],
+    };
+    show::list(format, &views, columns, |view| {
+        let mut row = vec![view.id.clone(), view.vm.clone(), view.source.clone(), view.target.clone()];
+        row.extend([view.status.clone(), format!("{} ago", age(view.began)), format!("{:.1}", view.total_time)]);
+        row.push(view.downtime.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}")));
+        if wide {
+            row.extend([bytes(view.wire_bytes), view.error_desc.clone().unwrap_or_default()]);
+        }
+        row
+    })?;
+    Ok(Exit::Done)
+}
+
+/// `sterna status`
+pub(crate) async fn status(client: &Client, args: &Which) -> Result<Exit, Failure> {
+    match find(client, &args.which).await? {
+        Some(view) => print_view(args.output.format, &view)?,
+        None => print_none(client, args).await?,
+    }
+    Ok(Exit::Done)
+}
+
+/// The migration with this id, or the newest of the VM with this name.
+async fn find(client: &Client, which: &str) -> Result<Option<MigrationView>, Failure> {
+    let mut views: Vec<MigrationView> = client.fetch("/v1/migrations").await?;
+    let found = views
+        .iter()
+        .position(|view| view.id == which)
+        .or_else(|| views.iter().position(|view| view.vm == which));
+    Ok(found.map(|index| views.swap_remove(index)))
+}
+
+/// A VM that was never moved has QEMU's status `none`.
+async fn print_none(client: &Client, args: &Which) -> Result<(), Failure> {
+    let vm: VmView = client.fetch(&format!("/v1/vms/{}", segment(&args.which))).await?;
+    let json = serde_json::json!({ "vm": vm.name, "status": "none", "state": vm.state });
+    match args.output.format {
+        Format::Json => show::json(&json),
+        Format::Jsonl => show::json_line(&json),
+        Format::Table | Format::Wide => {
+            show::pairs(&[("Job type", "None".to_owned()), ("VM", format!("{}, {}", vm.name, vm.state))])
+        }
+    }
+}
+
+fn print_view(format: Format, view: &MigrationView) -> Result<(), Failure> {
+    match format {
+        Format::Json => show::json(view),
+        Format::Jsonl => show::json_line(view),
+        Format::Table | Format::Wide => show::pairs(&job_info(view)),
+    }
+}
+
+/// Labels and order of `virsh domjobinfo`; what it does not have comes last.
+fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
+    let ram = &view.ram;
+    let ms = |time: f64| format!("{time:.1} ms");
+    let job = match view.status.as_str() {
+        "completed" => "Completed",
+        "failed" => "Failed",
+        "cancelled" => "Cancelled",
+        "unresolved" => "Unresolved",
+        _ => "Unbounded",
+    };
+    let mut rows = vec![
+        ("Job type", job.to_owned()),
+        ("Operation", "Outgoing migration".to_owned()),
+        ("Time elapsed", ms(view.total_time)),
+        ("Data processed", bytes(ram.transferred.saturating_add(view.device_state))),
+        ("Data remaining", bytes(ram.remaining)),
+        ("Data total", bytes(ram.total)),
+        ("Memory processed", bytes(ram.transferred)),
+        ("Memory remaining", bytes(ram.remaining)),
+        ("Memory total", bytes(ram.total)),
+        ("Memory bandwidth", format!("{}/s", bytes((ram.mbps * 1e6 / 8.0) as u64))),
+        ("Dirty rate", format!("{} pages/s", ram.dirty_pages_rate)),
+        ("Page size", format!("{} bytes", ram.page_size)),
+        ("Iteration", ram.dirty_sync_count.to_string()),
+        ("Constant pages", ram.duplicate.to_string()),
+        ("Normal pages", ram.normal.to_string()),
+        ("Normal data", bytes(ram.normal_bytes)),
+    ];
+    rows.extend(view.expected_downtime.filter(|_| !is_final(view)).map(|time| ("Expected downtime", ms(time))));
+    rows.extend(view.downtime.map(|time| ("Total downtime", ms(time))));
+    rows.push(("Setup time", ms(view.setup_time)));
+    rows.extend(our_rows(view));
+    rows
+}
+
+fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
+    let limit = view.max_bandwidth.map_or_else(|| "none".to_owned(), |rate| format!("{}/s", bytes(rate)));
+    let runs_at = if view.runs_at.is_empty() { "nowhere: it is stopped" } else { &view.runs_at };
+    let mut rows = vec![
+        ("VM", format!("{}, from {} to {}", view.vm, view.source, view.target)),
+        ("Status", view.status.clone()),
+        ("Runs at", runs_at.to_owned()),
+        ("Bandwidth limit", limit),
+        ("Downtime limit", format!("{} ms", view.downtime_limit)),
+        ("On the wire", bytes(view.wire_bytes)),
+        ("Migration", view.id.clone()),
+    ];
+    rows.extend(view.error_desc.iter().map(|why| ("Error", why.clone())));
+    rows.extend(view.reasons.iter().map(|reason| ("Reason", format!("{}: {}", reason.code, reason.text))));
+    rows
+}
+
+/// The VM's migration that goes on.
+async fn running(client: &Client, which: &str) -> Result<MigrationView, Failure> {
+    match find(client, which).await? {
+        Some(view) if !is_final(&view) => Ok(view),
+        Some(view) => {
+            let text = format!("VM {} is not being moved: its last migration is {}", view.vm, view.status);
+            Err(Failure::new(Exit::Usage, text))
+        }
+        None => {
+            let text = format!("{which} is not being moved: `sterna migrations` lists what is");
+            Err(Failure::new(Exit::Usage, text))
+        }
+    }
+}
+
+/// `sterna abort`: done when the migration ended without moving the VM.
+pub(crate) async fn abort(client: &Client, args: &Which) -> Result<Exit, Failure> {
+    let mut interrupts = Interrupts::listen()?;
+    let view = running(client, &args.which).await?;
+    client.delete(&format!("/v1/migrations/{}", segment(&view.id))).await?;
+    let view = follow(client, view, &mut Progress::Quiet, &mut interrupts).await?;
+    match args.output.format {
+        Format::Json => show::json(&view)?,
+        Format::Jsonl => show::json_line(&view)?,
+        Format::Table | Format::Wide => show::print(&format!("{}: {}\n", view.vm, aborted(&view)))?,
+    }
+    Ok(match outcome(&view) {
+        Exit::Cancelled => Exit::Done,
+        Exit::Attention => Exit::Attention,
+        _ => Exit::Failed,
+    })
+}
+
+fn aborted(view: &MigrationView) -> String {
+    match view.status.as_str() {
+        "cancelled" => format!("cancelled; it runs at {}", view.source),
+        "completed" => format!("too late; it runs at {}", view.target),
+        "failed" => format!("failed by itself; it runs at {}", view.source),
+        _ => format!("{}; `sterna status {}` shows more", view.status, view.vm),
+    }
+}
+
+/// `sterna set`
+pub(crate) async fn set(client: &Client, args: &Set) -> Result<Exit, Failure> {
+    let view = running(client, &args.which.which).await?;
+    let request = SetRequest {
+        max_bandwidth: args.limits.bandwidth,
+        downtime_limit: args.limits.max_downtime,
+    };
+    let path = format!("/v1/migrations/{}", segment(&view.id));
+    let view: MigrationView = client.send(Method::PATCH, &path, &request, None).await?;
+    match args.which.output.format {
+        Format::Json => show::json(&view)?,
+        Format::Jsonl => show::json_line(&view)?,
+        // Silence is success, as `virsh migrate-setspeed` has it.
+        Format::Table | Format::Wide => {}
+    }
+    Ok(Exit::Done)
+}

@@ -1,0 +1,180 @@
+//! `sterna migrate`: asks, waits, and tells what became of the VM.
+
+use crate::args::{Format, Migrate};
+use crate::client::{Client, ClientError};
+use crate::exit::{Exit, Failure};
+use crate::follow::follow;
+use crate::human::bytes;
+use crate::interrupt::Interrupts;
+use crate::progress::Progress;
+use crate::show;
+use hyper::Method;
+use sterna_agent::model::{MigrateRequest, MigrationView, default_downtime_limit};
+
+/// Each boot of a kernel makes new ones; nothing else has to be unique about it.
+const RANDOM_UUID: &str = "/proc/sys/kernel/random/uuid";
+
+/// Answers may be lost this often before we give up: once is an agent's restart.
+const TRIES: u32 = 2;
+
+/// `sterna migrate`
+pub(crate) async fn run(client: &Client, args: Migrate) -> Result<Exit, Failure> {
+    let format = args.output.format;
+    let request = request(&args);
+    if args.detach {
+        let view = begin(client, &request).await?;
+        print_job(format, &view)?;
+        return Ok(Exit::Done);
+    }
+    let mut interrupts = Interrupts::listen()?;
+    let mut progress = Progress::choose(format, args.quiet);
+    let first = begin_or_interrupt(client, &request, &mut interrupts, &progress).await?;
+    progress.show(&first);
+    let end = follow(client, first, &mut progress, &mut interrupts).await;
+    progress.finish();
+    conclude(format, &end?)
+}
+
+fn request(args: &Migrate) -> MigrateRequest {
+    MigrateRequest {
+        vm: args.vm.clone(),
+        host: args.host.clone(),
+        max_bandwidth: args.limits.bandwidth.filter(|rate| *rate > 0),
+        downtime_limit: args.limits.max_downtime.unwrap_or_else(default_downtime_limit),
+        timeout: args.timeout,
+        verify: args.verify,
+        parallel_connections: args.parallel_connections,
+    }
+}
+
+/// Asks for the migration. A lost answer is asked for again with the same key: it begins once.
+async fn begin(client: &Client, request: &MigrateRequest) -> Result<MigrationView, Failure> {
+    let key = std::fs::read_to_string(RANDOM_UUID)
+        .map_err(|why| Failure::new(Exit::Failed, format!("{RANDOM_UUID} cannot be read: {why}")))?;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match client.send(Method::POST, "/v1/migrations", request, Some(key.trim())).await {
+            Err(ClientError::Silent { .. }) if tries < TRIES => {}
+            answer => return Ok(answer?),
+        }
+    }
+}
+
+/// The first interrupt waits for the answer, since only that says what to cancel; [`follow`] sees none of the two.
+async fn begin_or_interrupt(
+    client: &Client,
+    request: &MigrateRequest,
+    interrupts: &mut Interrupts,
+    progress: &Progress,
+) -> Result<MigrationView, Failure> {
+    let answer = begin(client, request);
+    tokio::pin!(answer);
+    let mut cancel = false;
+    loop {
+        tokio::select! {
+            view = &mut answer => {
+                let view = view?;
+                if cancel {
+                    client.delete(&format!("/v1/migrations/{}", crate::client::segment(&view.id))).await?;
+                }
+                return Ok(view);
+            }
+            () = interrupts.next() => {
+                if cancel {
+                    let text = format!("left before the agent answered: `sterna status {}` shows what it does", request.vm);
+                    return Err(Failure::new(Exit::Attention, text));
+                }
+                cancel = true;
+                progress.note("cancelling as soon as the agent answers (Ctrl-C again leaves without waiting)");
+            }
+        }
+    }
+}
+
+fn print_job(format: Format, view: &MigrationView) -> Result<(), Failure> {
+    match format {
+        Format::Json => show::json(view),
+        Format::Jsonl => show::json_line(view),
+        Format::Table | Format::Wide => show::print(&format!("{}\n", view.id)),
+    }
+}
+
+/// The result on stdout; what went wrong as an error.
+fn conclude(format: Format, view: &MigrationView) -> Result<Exit, Failure> {
+    match format {
+        Format::Json => show::json(view)?,
+        Format::Jsonl => show::json_line(view)?,
+        Format::Table | Format::Wide if view.status == "completed" => show::pairs(&result(format, view))?,
+        Format::Table | Format::Wide => {}
+    }
+    match outcome(view) {
+        Exit::Done => Ok(Exit::Done),
+        exit => Err(Failure { exit, text: unhappy_end(exit, view), reasons: view.reasons.clone() }),
+    }
+}
+
+/// The exit code of a migration that has ended.
+pub(crate) fn outcome(view: &MigrationView) -> Exit {
+    match view.status.as_str() {
+        "completed" => Exit::Done,
+        "failed" if !view.reasons.is_empty() => Exit::Refused,
+        "failed" => Exit::Failed,
+        "cancelled" => Exit::Cancelled,
+        _ => Exit::Attention,
+    }
+}
+
+fn unhappy_end(exit: Exit, view: &MigrationView) -> String {
+    let MigrationView { vm, source, target, .. } = view;
+    let why = view.error_desc.as_deref().unwrap_or("the agent gives no reason; its log may");
+    match exit {
+        Exit::Refused => format!("VM {vm} cannot move to {target}; it runs at {source} as before"),
+        Exit::Cancelled => format!("VM {vm} was not moved: cancelled; it runs at {source}"),
+        Exit::Attention => format!(
+            "VM {vm} needs attention: it was handed to {target}, which has not said that it runs it ({why}). Do not start \
+             it anywhere: look with `sterna ps` at {target}, and with `sterna status {vm}` here"
+        ),
+        _ => format!("VM {vm} was not moved to {target}: {why}"),
+    }
+}
+
+fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
+    let ms = |time: f64| format!("{time:.1} ms");
+    let verified = match view.blocks_verified {
+        Some(blocks) => format!("{blocks} blocks of RAM equal"),
+        None => "no (ask with --verify)".to_owned(),
+    };
+    let split: Vec<String> =
+        view.downtime_split.iter().map(|span| format!("{} {:.1}", span.name, span.ms)).collect();
+    let mut rows = vec![
+        ("VM", format!("{}, from {} to {}", view.vm, view.source, view.target)),
+        ("Total time", ms(view.total_time)),
+        ("Total downtime", view.downtime.map_or_else(|| "unknown".to_owned(), ms)),
+        ("Downtime split", if split.is_empty() { "-".to_owned() } else { split.join(", ") + " ms" }),
+        ("Rounds", view.ram.dirty_sync_count.to_string()),
+        ("Memory processed", bytes(view.ram.transferred)),
+        ("On the wire", bytes(view.wire_bytes)),
+        ("Throughput", format!("{:.1} mbps", throughput(view))),
+        ("Verified", verified),
+    ];
+    if format == Format::Wide {
+        rows.extend([
+            ("Memory total", bytes(view.ram.total)),
+            ("Constant pages", view.ram.duplicate.to_string()),
+            ("Normal pages", view.ram.normal.to_string()),
+            ("Device state", bytes(view.device_state)),
+            ("Setup time", ms(view.setup_time)),
+            ("Migration", view.id.clone()),
+        ]);
+    }
+    rows
+}
+
+/// Over the whole migration, as the wire saw it.
+fn throughput(view: &MigrationView) -> f64 {
+    match view.total_time > 0.0 {
+        true => view.wire_bytes as f64 * 8.0 / view.total_time / 1e3,
+        false => 0.0,
+    }
+}

@@ -1,0 +1,187 @@
+//! A memory load that watches itself.
+//!
+//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check`
+//!
+//! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
+//! can; `--dirty=0`: not at all), and says once a second how it goes:
+//! `LOAD t=12 pages=61440 mbps=240.0 loops=3021 bad=0`. `mbps` counts whole pages written, in Mbit/s. Lost, stale, torn
+//! and misplaced pages are reported as `BAD page=N what`.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use sterna_guest::options::Options;
+use sterna_guest::pages::{Bad, Noise, PAGE_WORDS, PAGES_PER_MIB, Pages, Write};
+
+/// The rate is kept over slices of this length: short enough that a migration's rounds see an even stream.
+const SLICE: Duration = Duration::from_millis(10);
+/// After a pause (a migration's) the missed writes are not made up for: that would be another load.
+const CATCH_UP_MAX: Duration = Duration::from_millis(50);
+/// Pages whose edges are looked at for each page written, and how many of these are looked at whole.
+const CHECKED_PER_SLICE: usize = 256;
+const WHOLE_EVERY: usize = 32;
+/// The first bad pages tell the story; a lost block would fill the console.
+const BAD_SHOWN_MAX: u64 = 20;
+/// In `hot` mode, nine of ten writes go to this part of the working set.
+const HOT_PART: usize = 8;
+
+const KNOWN: &[&str] = &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for"];
+
+fn main() {
+    let run = Options::parse(std::env::args().skip(1), KNOWN).and_then(|o| Load::new(&o));
+    match run {
+        Ok(mut load) => std::process::exit(load.run()),
+        Err(error) => {
+            println!("LOAD cannot start: {error}");
+            std::process::exit(2);
+        }
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Mode {
+    Sequential,
+    Random,
+    Hot,
+}
+
+struct Load {
+    pages: Pages,
+    working_set: usize,
+    bytes_per_second: u64,
+    mode: Mode,
+    write: Write,
+    check: bool,
+    limit: Option<Duration>,
+    noise: Noise,
+    cursor: usize,
+    checked: usize,
+    written: u64,
+    bad: u64,
+}
+
+impl Load {
+    fn new(options: &Options) -> Result<Load, String> {
+        let fill = mib(options.number("fill", 64)?)?;
+        let seed = options.number("seed", 1)?;
+        let mode = match options.word("mode", "sequential") {
+            "sequential" => Mode::Sequential,
+            "random" => Mode::Random,
+            "hot" => Mode::Hot,
+            other => return Err(format!("--mode={other}: sequential, random or hot")),
+        };
+        let write = match options.word("write", "sparse") {
+            "sparse" => Write::Sparse,
+            "dense" => Write::Dense,
+            other => return Err(format!("--write={other}: sparse or dense")),
+        };
+        let seconds = options.number("for", 0)?;
+        Ok(Load {
+            working_set: mib(options.number("dirty", 16)?)?.min(fill),
+            bytes_per_second: options.number("rate", 20)?.saturating_mul(1_000_000),
+            pages: Pages::filled(fill, seed),
+            mode,
+            write,
+            check: options.has("check"),
+            limit: (seconds > 0).then(|| Duration::from_secs(seconds)),
+            noise: Noise::new(seed),
+            cursor: 0,
+            checked: 0,
+            written: 0,
+            bad: 0,
+        })
+    }
+
+    /// Runs for good, or for `--for` seconds; the exit code says whether a page was bad.
+    fn run(&mut self) -> i32 {
+        println!("LOAD filled pages={}", self.pages.count());
+        let start = Instant::now();
+        let (mut told, mut told_written, mut loops, mut allowance_from) = (start, 0, 0_u64, start);
+        loop {
+            allowance_from = self.slice(allowance_from);
+            loops += 1;
+            let since = told.elapsed();
+            if since >= Duration::from_secs(1) {
+                self.tell(start, since, self.written - told_written, loops);
+                (told, told_written, loops) = (Instant::now(), self.written, 0);
+            }
+            if self.limit.is_some_and(|l| start.elapsed() >= l) {
+                self.tell(start, since, self.written - told_written, loops);
+                return i32::from(self.bad > 0);
+            }
+        }
+    }
+
+    /// Writes what the rate allows since `from`, checks a little, sleeps the rest; returns until when the writes count.
+    fn slice(&mut self, from: Instant) -> Instant {
+        let due = from.elapsed().min(CATCH_UP_MAX);
+        let now = Instant::now();
+        let unlimited = self.bytes_per_second == 0;
+        let bytes = u128::from(self.bytes_per_second) * due.as_micros() / 1_000_000;
+        let pages = if unlimited { CHECKED_PER_SLICE as u64 } else { bytes as u64 / (PAGE_WORDS as u64 * 8) };
+        if self.working_set > 0 {
+            (0..pages).for_each(|_| self.write_next());
+        }
+        if self.check {
+            self.check_some();
+        }
+        if !unlimited || self.working_set == 0 {
+            std::thread::sleep(SLICE.saturating_sub(now.elapsed()));
+        }
+        // Less than a page was due: the time is kept for the next slice.
+        if pages == 0 { from.max(now.checked_sub(CATCH_UP_MAX).unwrap_or(from)) } else { now }
+    }
+
+    fn write_next(&mut self) {
+        let random = self.noise.next() as usize;
+        let page = match self.mode {
+            Mode::Sequential => self.cursor,
+            Mode::Random => random % self.working_set,
+            Mode::Hot if !random.is_multiple_of(10) => random / 10 % (self.working_set / HOT_PART).max(1),
+            Mode::Hot => random / 10 % self.working_set,
+        };
+        // What is about to be overwritten is looked at first: afterwards nobody could know.
+        if self.check {
+            self.report(self.pages.check_edges(page));
+        }
+        self.cursor = (self.cursor + 1) % self.working_set;
+        self.pages.write(page, self.write);
+        self.written += 1;
+    }
+
+    fn check_some(&mut self) {
+        for _ in 0..CHECKED_PER_SLICE.min(self.pages.count()) {
+            let page = self.checked;
+            self.checked = (self.checked + 1) % self.pages.count();
+            let whole = page.is_multiple_of(WHOLE_EVERY);
+            self.report(if whole { self.pages.check_whole(page) } else { self.pages.check_edges(page) });
+            if self.checked == 0 && matches!(self.mode, Mode::Sequential) {
+                self.report(self.pages.check_step(0..self.working_set));
+            }
+        }
+    }
+
+    fn report(&mut self, result: Result<(), Bad>) {
+        let Err(bad) = result else { return };
+        self.bad += 1;
+        if self.bad <= BAD_SHOWN_MAX {
+            println!("BAD page={} {}", bad.page, bad.what);
+        }
+    }
+
+    fn tell(&self, start: Instant, since: Duration, written: u64, loops: u64) {
+        let mbps = written as f64 * (PAGE_WORDS * 8 * 8) as f64 / 1e6 / since.as_secs_f64();
+        println!(
+            "LOAD t={} pages={} mbps={mbps:.1} loops={loops} bad={}",
+            start.elapsed().as_secs(),
+            self.written,
+            self.bad
+        );
+    }
+}
+
+fn mib(mib: u64) -> Result<usize, String> {
+    let pages = usize::try_from(mib).ok().and_then(|m| m.checked_mul(PAGES_PER_MIB));
+    pages.filter(|p| *p <= 1 << 28).ok_or(format!("{mib} MiB is more than any guest has"))
+}

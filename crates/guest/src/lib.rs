@@ -1,0 +1,9 @@
+//! What the programs inside guests share: pages whose content proves itself.
+//!
+//! The programs are linked statically and run in an initramfs without a libc: `load` (memory load that finds its own lost
+//! and stale pages) and `beacon` (a datagram every millisecond, by which a client sees how long the guest was away).
+
+#![forbid(unsafe_code)]
+
+pub mod options;
+pub mod pages;

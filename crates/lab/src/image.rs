@@ -1,0 +1,146 @@
+//! The guests' initramfs: busybox, Redis with its libraries, our static programs, and the few kernel modules they need.
+//!
+//! It is not compressed: an emulated CPU unpacks it in no time, and inflating would cost more than reading. The same
+//! input gives the same bytes, so two hosts that build it boot the same image.
+
+mod cpio;
+mod modules;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::place::{LabDir, replace, workspace};
+use crate::{LabError, Packages, run};
+use cpio::Archive;
+
+/// Our programs that run inside guests.
+const PROGRAMS: &[&str] = &["load", "beacon"];
+/// A cold build compiles the standard library's few dependencies on a loaded machine.
+const BUILD: Duration = Duration::from_secs(600);
+/// Modules whose devices the lab's guests may have; what these need is found.
+const MODULES: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon"];
+/// What `init.sh` calls, and what a person at the console misses first.
+const APPLETS: &[&str] = &[
+    "sh", "mount", "cat", "cut", "echo", "free", "grep", "insmod", "ip", "ls", "nc", "poweroff", "printf",
+    "ps", "reboot", "sleep", "tr", "usleep", "dd", "md5sum", "ping", "kill", "dmesg", "mkdir", "sync",
+    "true", "test", "head", "tail",
+];
+/// The first process.
+const INIT: &str = include_str!("init.sh");
+
+/// Builds the guest programs and the image, and returns the image's path. Does nothing anew when nothing changed.
+pub fn build(dir: &LabDir, packages: &Packages) -> Result<PathBuf, LabError> {
+    let _one_at_a_time = dir.lock()?;
+    let programs = guest_programs()?;
+    let mut archive = Archive::default();
+    for directory in ["bin", "dev", "lib", "lib64", "modules", "proc", "sys", "tmp"] {
+        archive.directory(directory);
+    }
+    archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("bin/busybox", 0o755, &read(&packages.busybox)?);
+    APPLETS.iter().for_each(|a| archive.link(&format!("bin/{a}"), "busybox"));
+    for program in PROGRAMS {
+        archive.file(&format!("bin/{program}"), 0o755, &read(&programs.join(program))?);
+    }
+    add_with_libraries(&mut archive, "bin/redis-server", &packages.redis_server)?;
+    add_modules(&mut archive, packages)?;
+    let image = dir.join("initramfs.cpio");
+    replace(&image, &archive.finish(), 0o644)?;
+    Ok(image)
+}
+
+/// Compiles the programs for guests, linked statically, and returns the directory in which they lie.
+pub fn guest_programs() -> Result<PathBuf, LabError> {
+    const TARGET: &str = "x86_64-unknown-linux-gnu";
+    let root = workspace();
+    let into = root.join("target/guest");
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
+    cargo.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--package",
+        "sterna-guest",
+        "--target",
+        TARGET,
+        "--target-dir",
+    ]);
+    // A libc of its own inside each: the guest has none. The flags replace what the caller's build uses.
+    cargo
+        .arg(&into)
+        .current_dir(&root)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static -C strip=symbols")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    run::output(&mut cargo, BUILD)?;
+    Ok(into.join(TARGET).join("release"))
+}
+
+fn add_modules(archive: &mut Archive, packages: &Packages) -> Result<(), LabError> {
+    let mut order = String::new();
+    for module in modules::in_order(&packages.modules, MODULES)? {
+        let name = format!("{}.ko", module.name);
+        archive.file(&format!("modules/{name}"), 0o644, &module.content);
+        order += &name;
+        order.push('\n');
+    }
+    archive.file("modules/order", 0o644, order.as_bytes());
+    Ok(())
+}
+
+/// A program and the libraries that it would load, each where it asks for it.
+fn add_with_libraries(archive: &mut Archive, name: &str, program: &Path) -> Result<(), LabError> {
+    archive.file(name, 0o755, &read(program)?);
+    let mut directories = BTreeSet::new();
+    for library in libraries(program)? {
+        let inside = library.strip_prefix("/").unwrap_or(&library).to_owned();
+        let parents: Vec<_> = inside.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
+        for parent in parents.iter().rev() {
+            if directories.insert(parent.to_path_buf()) {
+                archive.directory(&parent.to_string_lossy());
+            }
+        }
+        archive.file(&inside.to_string_lossy(), 0o755, &read(&library)?);
+    }
+    Ok(())
+}
+
+/// ldd(1) prints `name => /path (address)` or `/path (address)`; the vdso has no path.
+fn libraries(program: &Path) -> Result<Vec<PathBuf>, LabError> {
+    let text = run::output(Command::new("ldd").arg(program), run::QUICK)?;
+    if text.contains("not found") {
+        return Err(LabError::unexpected(format!("libraries of {}", program.display()), text));
+    }
+    let path = |line: &str| line.split_whitespace().find(|w| w.starts_with('/')).map(PathBuf::from);
+    Ok(text.lines().filter_map(path).collect())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, LabError> {
+    std::fs::read(path).map_err(LabError::file("read", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_image_has_all_parts_and_is_the_same_each_time() {
+        let dir = LabDir::open().unwrap();
+        let packages = crate::packages::ensure(&dir).unwrap();
+        let image = build(&dir, &packages).unwrap();
+        let first = read(&image).unwrap();
+        let listing =
+            run::output(Command::new("busybox").args(["cpio", "-t", "-F"]).arg(&image), run::QUICK).unwrap();
+        for name in
+            ["init", "bin/load", "bin/beacon", "bin/redis-server", "modules/virtio_net.ko", "modules/order"]
+        {
+            assert!(listing.lines().any(|l| l == name), "{name} is not in {listing}");
+        }
+        let written = |p: &Path| std::fs::metadata(p).unwrap().modified().unwrap();
+        let before = written(&image);
+        build(&dir, &packages).unwrap();
+        assert_eq!(read(&image).unwrap(), first);
+        assert_eq!(written(&image), before);
+    }
+}

@@ -1,0 +1,192 @@
+//! What lies behind a region: which of its parts are anonymous, which belong to a file or memfd, and where that has data.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use procfs::process::MMPermissions;
+use rustix::fs::{SeekFrom, seek};
+
+use crate::page::{PAGE, Region};
+use crate::process::{Process, ProcessError};
+
+/// File system type of memfds, shared anonymous memory and tmpfs (`TMPFS_MAGIC` of linux/magic.h).
+const TMPFS_MAGIC: i64 = 0x0102_1994;
+
+/// File system type of memory in huge pages (`HUGETLBFS_MAGIC` of linux/magic.h).
+const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
+
+/// Why the mappings behind a region could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum BackingError {
+    /// The process could not be asked.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The kernel's list of mappings could not be read.
+    #[error("cannot read the mappings of process {pid}")]
+    Maps {
+        /// The process's pid.
+        pid: i32,
+        /// What went wrong.
+        #[source]
+        source: procfs::ProcError,
+    },
+    /// A part of the region is not mapped.
+    #[error("nothing is mapped at {addr:#x} of process {pid}; the RAM layout has changed, read it again")]
+    Unmapped {
+        /// The process's pid.
+        pid: i32,
+        /// The first address without a mapping.
+        addr: u64,
+    },
+    /// The region is empty, not whole pages, or wraps around.
+    #[error("a region of {bytes} bytes at {base:#x} is not a range of whole pages")]
+    Malformed {
+        /// Its base.
+        base: u64,
+        /// Its length.
+        bytes: u64,
+    },
+    /// The file behind a mapping could not be opened or asked.
+    #[error("cannot use the file mapped at {addr:#x} of process {pid}; run as root or with CAP_SYS_ADMIN")]
+    File {
+        /// The process's pid.
+        pid: i32,
+        /// Address of the mapping.
+        addr: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What kind of memory a part of a region is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Private, no file: plain `-m` RAM.
+    Anonymous,
+    /// A shared mapping of a file, memfd, or shared anonymous memory: `share=on`.
+    Shared,
+    /// A private mapping of a file or memfd: `share=off`.
+    Private,
+}
+
+/// A part of a region behind which there is one mapping.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) start: u64,
+    pub(crate) end: u64,
+    pub(crate) kind: Kind,
+    /// Offset in the file of the byte at `start`.
+    pub(crate) offset: u64,
+    map: (u64, u64),
+    dev: u64,
+    inode: u64,
+}
+
+/// How a file is to be opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    ReadWrite,
+}
+
+/// The segments of a region, ascending, without a gap.
+pub(crate) fn segments(process: &Process, region: &Region) -> Result<Vec<Segment>, BackingError> {
+    if !region.is_valid() {
+        return Err(BackingError::Malformed { base: region.base, bytes: region.bytes });
+    }
+    let pid = process.pid();
+    let maps = procfs::process::Process::new(pid).and_then(|p| p.maps());
+    let alive = process.is_alive();
+    let maps = maps.map_err(|source| BackingError::Maps { pid, source });
+    let maps = if alive { maps? } else { return Err(process.gone().into()) };
+    let mut segments = Vec::new();
+    let mut at = region.base;
+    for map in &maps {
+        let (from, to) = map.address;
+        if to <= at || from >= region.end() {
+            continue;
+        }
+        if from > at {
+            break;
+        }
+        let (start, end) = (at, to.min(region.end()));
+        let kind = match (map.inode, map.perms.contains(MMPermissions::SHARED)) {
+            (0, false) => Kind::Anonymous,
+            (_, true) => Kind::Shared,
+            (_, false) => Kind::Private,
+        };
+        let dev = rustix::fs::makedev(map.dev.0 as u32, map.dev.1 as u32);
+        let offset = map.offset + (start - from);
+        segments.push(Segment { start, end, kind, offset, map: map.address, dev, inode: map.inode });
+        at = end;
+    }
+    if at < region.end() { Err(BackingError::Unmapped { pid, addr: at }) } else { Ok(segments) }
+}
+
+impl Segment {
+    /// Opens the file behind it: through the mapping itself, else through a descriptor of the process for the same file.
+    pub(crate) fn open(&self, process: &Process, access: Access) -> Result<File, BackingError> {
+        let pid = process.pid();
+        let mut options = OpenOptions::new();
+        options.read(true).write(access == Access::ReadWrite);
+        let file = options.open(format!("/proc/{pid}/map_files/{:x}-{:x}", self.map.0, self.map.1));
+        let file = file.or_else(|e| self.descriptor(pid).ok_or(e).and_then(|path| options.open(path)));
+        if !process.is_alive() {
+            return Err(process.gone().into());
+        }
+        file.map_err(|source| self.failed(process, source))
+    }
+
+    fn descriptor(&self, pid: i32) -> Option<std::path::PathBuf> {
+        let fds = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?;
+        let same = |m: std::fs::Metadata| m.dev() == self.dev && m.ino() == self.inode;
+        fds.flatten().map(|fd| fd.path()).find(|path| std::fs::metadata(path).is_ok_and(same))
+    }
+
+    /// Calls `found(start, end)` with the addresses of each stretch that has data in the file, ascending, in whole pages.
+    pub(crate) fn data(
+        &self,
+        process: &Process,
+        file: &File,
+        mut found: impl FnMut(u64, u64),
+    ) -> Result<(), BackingError> {
+        let end = self.offset + (self.end - self.start);
+        let mut at = self.offset;
+        while at < end {
+            let from = match seek(file, SeekFrom::Data(at)) {
+                Ok(from) => from,
+                Err(rustix::io::Errno::NXIO) => break,
+                // A file system that cannot tell: all of it may be data.
+                Err(rustix::io::Errno::INVAL | rustix::io::Errno::OPNOTSUPP) => at,
+                Err(e) => return Err(self.failed(process, e.into())),
+            };
+            let to = match seek(file, SeekFrom::Hole(from)) {
+                Ok(to) if to > from => to,
+                _ => end,
+            };
+            let (from, to) = (from / PAGE * PAGE, to.next_multiple_of(PAGE).min(end));
+            let from = from.max(at);
+            if from < to {
+                found(self.start + (from - self.offset), self.start + (to - self.offset));
+            }
+            at = to.max(at + PAGE);
+        }
+        Ok(())
+    }
+
+    /// Whether `UFFDIO_COPY` can fill a private mapping of this file: tmpfs and memfds only (`fs/userfaultfd.c`).
+    pub(crate) fn fillable(&self, file: &File) -> bool {
+        rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
+    }
+
+    /// Whether the file can be written with `pwrite(2)`: huge pages of hugetlbfs only through a mapping.
+    pub(crate) fn storable(&self, file: &File) -> bool {
+        rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type != HUGETLBFS_MAGIC)
+    }
+
+    fn failed(&self, process: &Process, source: io::Error) -> BackingError {
+        BackingError::File { pid: process.pid(), addr: self.start, source }
+    }
+}

@@ -1,0 +1,207 @@
+//! The helper process `sterna-attach`: one request, one attach, one answer.
+//!
+//! It must not be ended in the middle, since a tracer's death would leave a thread of QEMU with our registers. So it first
+//! makes itself deaf to signals, takes a session of its own and moves into the target's cgroup; only a SIGKILL aimed at it
+//! could still end it. Its parent may die at any time: the work is finished, and the descriptor that nobody takes closes.
+
+mod inject;
+mod victim;
+
+use std::io::{self, IoSlice, Read};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use linux_raw_sys::general::{
+    __NR_close, __NR_ioctl, __NR_madvise, __NR_userfaultfd, O_CLOEXEC, O_NONBLOCK, UFFD_USER_MODE_ONLY,
+};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+
+use crate::attach::protocol::{Answer, Done, Failure, MAX_CLOSED, MAX_RANGES, MAX_REQUEST, Op, Request};
+use crate::sys;
+use inject::Held;
+
+/// How long the request may take to come: the parent writes it right after starting us.
+const REQUEST_WAIT: Duration = Duration::from_secs(5);
+
+/// How long the answer may take to go; a parent that does not read is as good as dead.
+const ANSWER_WAIT: Duration = Duration::from_secs(5);
+
+/// `MADV_DONTNEED` of asm-generic/mman-common.h.
+const MADV_DONTNEED: u64 = 4;
+
+/// The whole program: reads a request from the socket that is standard input, does it, answers.
+///
+/// Only for the binary `sterna-attach`: it changes signal dispositions and the session of the process that calls it.
+pub fn helper_main() -> ExitCode {
+    become_undisturbed();
+    let Ok(mut stream) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else {
+        return ExitCode::FAILURE;
+    };
+    let (answer, fd) = match read_request(&mut stream).and_then(|r| serve(&r)) {
+        Ok((done, fd)) => (Answer::Done(done), fd),
+        Err(failure) => (Answer::Failed(failure), None),
+    };
+    match send(&stream, &answer, fd.as_ref().map(AsFd::as_fd)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn become_undisturbed() {
+    sys::signals::ignore_all();
+    // Fails only if we lead a session already, which is what is wanted.
+    let _ = rustix::process::setsid();
+    // The kernel shall take anybody else when memory runs out; refused without privilege.
+    let _ = std::fs::write("/proc/self/oom_score_adj", "-1000");
+}
+
+fn read_request(stream: &mut UnixStream) -> Result<Request, Failure> {
+    let unreadable = |e: &dyn std::fmt::Display| Failure::Other { detail: format!("no valid request: {e}") };
+    stream.set_read_timeout(Some(REQUEST_WAIT)).map_err(|e| unreadable(&e))?;
+    let (mut line, mut part) = (Vec::new(), vec![0u8; 64 << 10]);
+    while !line.ends_with(b"\n") {
+        let got = stream.read(&mut part).map_err(|e| unreadable(&e))?;
+        if got == 0 || line.len() + got > MAX_REQUEST {
+            return Err(unreadable(&"it was cut or is too long"));
+        }
+        line.extend_from_slice(&part[..got]);
+    }
+    serde_json::from_slice(&line).map_err(|e| unreadable(&e))
+}
+
+fn serve(request: &Request) -> Result<(Done, Option<OwnedFd>), Failure> {
+    check(request)?;
+    join_cgroup(request.pid);
+    let until = Instant::now() + Duration::from_millis(request.deadline_ms);
+    let mut held = victim::hold(request.pid, request.start_time, until)?;
+    let since = Instant::now();
+    let result = perform(&mut held, request);
+    // Also restores when the work failed; dropping it would do the same, without telling whether it worked.
+    held.restore()?;
+    let (mut done, fd) = result?;
+    done.held_us = since.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+    Ok((done, fd))
+}
+
+fn check(request: &Request) -> Result<(), Failure> {
+    let refuse = |detail: &str| Err(Failure::Other { detail: detail.into() });
+    match &request.op {
+        _ if request.pid <= 0 || request.pid.unsigned_abs() == std::process::id() => {
+            refuse("not a pid to attach to")
+        }
+        Op::Close { fds } if fds.len() > MAX_CLOSED => refuse("too many descriptors in one request"),
+        Op::MadviseDontneed { ranges } if ranges.len() > MAX_RANGES => {
+            refuse("too many ranges in one request")
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Moves this process into the target's cgroup (version 2, where it is mounted), so that ending the agent's cgroup does not
+/// end us. Best effort: without it we are where the agent is, as any child.
+fn join_cgroup(pid: i32) {
+    let groups = std::fs::read_to_string(format!("/proc/{pid}/cgroup")).unwrap_or_default();
+    let Some(path) = groups.lines().find_map(|l| l.strip_prefix("0::")) else { return };
+    for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+        let procs = format!("{root}{path}/cgroup.procs");
+        if std::fs::write(procs, std::process::id().to_string()).is_ok() {
+            return;
+        }
+    }
+}
+
+fn perform(held: &mut Held, request: &Request) -> Result<(Done, Option<OwnedFd>), Failure> {
+    match &request.op {
+        Op::Userfaultfd { device_fd } => {
+            let flags = O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY;
+            let number = make_userfaultfd(held, *device_fd, flags)?;
+            let fd = fetch(request.pid, number);
+            close(held, number)?;
+            Ok((Done::default(), Some(fd?)))
+        }
+        Op::UserfaultfdKeep { device_fd } => {
+            let number = make_userfaultfd(held, *device_fd, O_CLOEXEC | O_NONBLOCK)?;
+            match fetch(request.pid, number) {
+                Ok(fd) => Ok((Done { remote_fd: Some(number), ..Done::default() }, Some(fd))),
+                Err(failure) => close(held, number).and(Err(failure)),
+            }
+        }
+        Op::Close { fds } => {
+            fds.iter().try_for_each(|&fd| close(held, fd))?;
+            Ok((Done::default(), None))
+        }
+        Op::MadviseDontneed { ranges } => Ok((dontneed(held, ranges)?, None)),
+    }
+}
+
+fn make_userfaultfd(held: &mut Held, device_fd: Option<i32>, flags: u32) -> Result<i32, Failure> {
+    let flags = u64::from(flags);
+    let (call, result) = match device_fd {
+        None => ("userfaultfd", held.call(__NR_userfaultfd, [flags, 0, 0])?),
+        Some(fd) => {
+            let args = [i64::from(fd) as u64, sys::uffd::IOC_NEW, flags];
+            ("ioctl(USERFAULTFD_IOC_NEW)", held.call(__NR_ioctl, args)?)
+        }
+    };
+    succeeded(call, result).map(|fd| fd as i32)
+}
+
+fn close(held: &mut Held, fd: i32) -> Result<(), Failure> {
+    let result = held.call(__NR_close, [i64::from(fd) as u64, 0, 0])?;
+    match succeeded("close", result) {
+        Err(Failure::Call { errno, .. }) if errno == nix::libc::EBADF => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+fn dontneed(held: &mut Held, ranges: &[(u64, u64)]) -> Result<Done, Failure> {
+    let mut done = Done::default();
+    for &(addr, len) in ranges {
+        let result = held.call(__NR_madvise, [addr, len, MADV_DONTNEED])?;
+        if succeeded("madvise", result).is_err() {
+            break; // locked memory, for one: the caller writes zeros instead
+        }
+        done.ranges += 1;
+    }
+    Ok(done)
+}
+
+/// The kernel's convention: -4095 to -1 are negated error numbers.
+fn succeeded(call: &str, result: i64) -> Result<i64, Failure> {
+    match result {
+        -4095..=-1 => Err(Failure::Call { call: call.into(), errno: (-result) as i32 }),
+        _ => Ok(result),
+    }
+}
+
+fn fetch(pid: i32, number: i32) -> Result<OwnedFd, Failure> {
+    let pid = Pid::from_raw(pid).ok_or(Failure::Gone)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|_| Failure::Gone)?;
+    pidfd_getfd(&pidfd, number as ForeignRawFd, PidfdGetfdFlags::empty()).map_err(|e| Failure::Call {
+        call: "pidfd_getfd (run by the helper)".into(),
+        errno: e.raw_os_error(),
+    })
+}
+
+fn send(stream: &UnixStream, answer: &Answer, fd: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    stream.set_write_timeout(Some(ANSWER_WAIT))?;
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let fds: Vec<BorrowedFd<'_>> = fd.into_iter().collect();
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
+    let mut sent = sendmsg(stream, &[IoSlice::new(&line)], &mut ancillary, SendFlags::NOSIGNAL)?;
+    while sent < line.len() {
+        let rest = [IoSlice::new(&line[sent..])];
+        let n = sendmsg(stream, &rest, &mut SendAncillaryBuffer::default(), SendFlags::NOSIGNAL)?;
+        sent += n.max(1);
+    }
+    Ok(())
+}

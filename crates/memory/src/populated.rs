@@ -1,0 +1,113 @@
+//! Which pages of a region can differ from zero. The others are holes and are never read: reading a hole of a memfd, also by
+//! `process_vm_readv`, allocates it.
+
+use std::io;
+
+use crate::backing::{self, Access, BackingError, Kind};
+use crate::page::{PAGE, PageRun, Region, append_run, normalise};
+use crate::process::{Process, ProcessError};
+use crate::sys::pagemap::{PRESENT, PageMap, Query, SWAPPED, ZERO};
+
+/// `PM_SWAP` of pagemap.rst: the page is swapped out, or its entry is no swap at all but a marker.
+const ENTRY_SWAP: u64 = 1 << 62;
+
+/// The swap type's bits of a pagemap entry, and the type that marks a page which is protected but has no content
+/// (`SWP_PTE_MARKER`, the last of the 32 types, include/linux/swap.h).
+const ENTRY_SWAP_TYPE: u64 = 0x1f;
+const TYPE_MARKER: u64 = 0x1f;
+
+/// Pagemap entries looked at in one read: 512 kB.
+const ENTRIES_PER_READ: u64 = 1 << 16;
+
+/// Why the populated pages could not be found.
+#[derive(Debug, thiserror::Error)]
+pub enum PopulatedError {
+    /// The process could not be asked.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// The mappings behind the region could not be read.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// The page tables could not be scanned.
+    #[error("cannot scan the page tables of process {pid}; this needs Linux 6.7 or later")]
+    Scan {
+        /// The process's pid.
+        pid: i32,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Finds the pages of a region that can differ from zero, as runs: ascending, disjoint, not touching.
+///
+/// These are the pages that are present or swapped out (the shared zero page does not count) and, where a file or memfd is
+/// mapped, those that have data in it, mapped or not. What was in `out` before is replaced. A page that the process touches
+/// for the first time during the call may be missing: stop the process, or track it.
+pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Result<(), PopulatedError> {
+    out.clear();
+    let mut files = false;
+    for segment in backing::segments(process, region)? {
+        if segment.kind != Kind::Anonymous {
+            let file = segment.open(process, Access::Read)?;
+            segment.data(process, &file, |start, end| out.push(region.run(start, end)))?;
+            files = true;
+        }
+    }
+    let mut scanner = PageMap::new(process.open_proc("pagemap")?);
+    present(&mut scanner, process, region, region.base, region.end(), out)?;
+    if files {
+        normalise(out);
+    }
+    // A dead process has no page tables left, and the scan of nothing succeeds.
+    if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
+}
+
+/// Appends the pages of `start..end` that are present or swapped out.
+pub(crate) fn present(
+    scanner: &mut PageMap,
+    process: &Process,
+    region: &Region,
+    start: u64,
+    end: u64,
+    out: &mut Vec<PageRun>,
+) -> Result<(), PopulatedError> {
+    let query = Query { none: ZERO, any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED, ..Query::default() };
+    let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
+    let mut runs = Vec::new();
+    let found = |start, end, categories| runs.push((start, end, categories & PRESENT != 0));
+    scanner.scan(query, start, end, found).map_err(failed)?;
+    for (start, end, is_present) in runs {
+        if is_present {
+            append_run(out, region.run(start, end));
+        } else {
+            swapped(scanner, region, start, end, out).map_err(failed)?;
+        }
+    }
+    Ok(())
+}
+
+/// Tells pages that are swapped out from empty ones that tracking has marked, which a scan reports alike.
+fn swapped(
+    scanner: &PageMap,
+    region: &Region,
+    start: u64,
+    end: u64,
+    out: &mut Vec<PageRun>,
+) -> io::Result<()> {
+    let mut entries = Vec::new();
+    let mut at = start;
+    while at < end {
+        let pages = ((end - at) / PAGE).min(ENTRIES_PER_READ);
+        entries.resize(pages as usize, 0);
+        scanner.entries(at, &mut entries)?;
+        for (i, entry) in (0u64..).zip(&entries) {
+            let marker = entry & ENTRY_SWAP != 0 && entry & ENTRY_SWAP_TYPE == TYPE_MARKER;
+            if *entry != 0 && !marker {
+                append_run(out, region.run(at + i * PAGE, at + (i + 1) * PAGE));
+            }
+        }
+        at += pages * PAGE;
+    }
+    Ok(())
+}

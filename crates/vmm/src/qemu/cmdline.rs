@@ -1,0 +1,312 @@
+//! The user's own command line of QEMU, and what is made of it.
+//!
+//! The source runs it as it is, with a QMP socket added. The target runs it with `-incoming defer -S` added, with the
+//! machine type and processor that the source's QEMU resolved (an alias such as `q35` means another machine in each
+//! version), and with everything that belongs to a host put into the target's own words by [`HostMap`].
+
+use std::path::Path;
+
+use super::keyval::Settings;
+use super::launch::QMP_SOCKET;
+use super::options::{NEVER, Rule, Takes, implied_key, known};
+use super::policy::{Host, HostMap, Presence, Refusal, TargetPolicy};
+use super::rules;
+
+/// The most arguments taken: large VMs of libvirt have about 200.
+const ARGS_MAX: usize = 4096;
+/// The most bytes of all arguments: the kernel's own limit for one of them is 128 KiB.
+const BYTES_MAX: usize = 1 << 20;
+/// What QEMU gives a VM that asks for no size (`hw/core/machine.c`).
+const RAM_BYTES_DEFAULT: u64 = 128 << 20;
+/// The ids that are ours.
+const OUR_ID: &str = "sterna-qmp";
+
+/// Why a command line cannot be used at all.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum CommandLineError {
+    /// There is no program.
+    #[error("the command line is empty; give qemu-system-x86_64 and its options")]
+    Empty,
+    /// It is too long.
+    #[error("the command line is longer than any VM's")]
+    TooLong,
+    /// A byte that no argument can have.
+    #[error("argument {at} holds a zero byte")]
+    ZeroByte {
+        /// Its place.
+        at: usize,
+    },
+    /// An option at the end lacks its value.
+    #[error("-{option} needs a value")]
+    NoValue {
+        /// The option.
+        option: String,
+    },
+    /// An option that a VM under Sterna must not have.
+    #[error("-{option} cannot be used: {reason}")]
+    Never {
+        /// The option.
+        option: String,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A size that is none.
+    #[error("{text:?} is no size of memory")]
+    Size {
+        /// What was written.
+        text: String,
+    },
+}
+
+/// One option with its value, as it was written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Opt {
+    /// The name without dashes.
+    name: String,
+    /// The dashes as they were written: QEMU takes one or two; a bare image has none.
+    dashes: &'static str,
+    value: Option<String>,
+}
+
+/// A command line of QEMU, read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CommandLine {
+    program: String,
+    options: Vec<Opt>,
+}
+
+impl CommandLine {
+    /// Reads a command line; the first argument is the program.
+    pub fn parse(argv: Vec<String>) -> Result<Self, CommandLineError> {
+        check_limits(&argv)?;
+        let mut args = argv.into_iter();
+        let program = args.next().filter(|program| !program.is_empty()).ok_or(CommandLineError::Empty)?;
+        let mut options = Vec::new();
+        while let Some(arg) = args.next() {
+            options.push(parse_option(arg, &mut args)?);
+        }
+        let line = Self { program, options };
+        line.check_never()?;
+        Ok(line)
+    }
+
+    /// The command line as it was read.
+    pub fn to_argv(&self) -> Vec<String> {
+        let mut argv = vec![self.program.clone()];
+        argv.extend(self.options.iter().flat_map(Opt::to_args));
+        argv
+    }
+
+    /// What is run at the source: the user's own line and our QMP socket in the VM's run directory.
+    pub fn for_source(&self, run_dir: &Path) -> Vec<String> {
+        let mut argv = self.to_argv();
+        argv.extend(qmp_args(run_dir));
+        argv
+    }
+
+    /// What is run at the target, in the target's own words; or everything that the target refuses.
+    ///
+    /// `machine` and `cpu` are what the source's QEMU resolved them to ([`Qemu::machine_type`](super::Qemu::machine_type),
+    /// [`Qemu::cpu_model`](super::Qemu::cpu_model)); `cpu` counts only where the user gave none.
+    pub fn for_target(
+        &self,
+        run_dir: &Path,
+        machine: &str,
+        cpu: Option<&str>,
+        map: &HostMap,
+        policy: &TargetPolicy,
+    ) -> Result<Vec<String>, Vec<Refusal>> {
+        let host = Host { map, policy };
+        let mut refusals = Vec::new();
+        let program = host.binary(&self.program).unwrap_or_else(|reason| {
+            refusals.push(Refusal { option: self.program.clone(), reason });
+            String::new()
+        });
+        let mut argv = vec![program];
+        for option in self.with_resolved(machine, cpu, &mut refusals) {
+            match translate(&option, host) {
+                Ok(translated) => argv.extend(translated.to_args()),
+                Err(reason) => refusals.push(Refusal { option: option.shown(), reason }),
+            }
+        }
+        argv.extend(["-incoming", "defer", "-S"].map(str::to_owned));
+        argv.extend(qmp_args(run_dir));
+        if refusals.is_empty() { Ok(argv) } else { Err(refusals) }
+    }
+
+    /// How much RAM the VM has, for the check whether the target has it: main memory and DIMMs.
+    pub fn ram_bytes(&self) -> Result<u64, CommandLineError> {
+        let mut main = RAM_BYTES_DEFAULT;
+        for size in self.settings_of("m").filter_map(|settings| settings.value("size")) {
+            main = size_bytes(&size, 20)?;
+        }
+        let used: Vec<String> =
+            self.settings_of("device").filter_map(|settings| settings.value("memdev")).collect();
+        let mut total = main;
+        for object in self.settings_of("object") {
+            if let (Some(id), Some(size)) = (object.value("id"), object.value("size"))
+                && used.contains(&id)
+            {
+                total = total.checked_add(size_bytes(&size, 0)?).ok_or(CommandLineError::Size { text: size })?;
+            }
+        }
+        Ok(total)
+    }
+
+    fn settings_of<'a>(&'a self, name: &'static str) -> impl Iterator<Item = Settings> + 'a {
+        let values = self.options.iter().filter(move |option| option.name == name);
+        values.filter_map(move |option| Settings::parse(option.value.as_deref()?, implied_key(name)))
+    }
+
+    fn check_never(&self) -> Result<(), CommandLineError> {
+        for option in &self.options {
+            if let (true, Some((_, Rule::Refused(reason)))) =
+                (NEVER.contains(&option.name.as_str()), known(&option.name))
+            {
+                return Err(CommandLineError::Never { option: option.name.clone(), reason });
+            }
+            if option.value.as_deref().is_some_and(|value| value.contains(OUR_ID)) {
+                let reason = "it uses an id that Sterna needs for itself";
+                return Err(CommandLineError::Never { option: option.name.clone(), reason });
+            }
+        }
+        Ok(())
+    }
+
+    /// The options, with the machine type and the processor as the source's QEMU resolved them.
+    fn with_resolved(&self, machine: &str, cpu: Option<&str>, refusals: &mut Vec<Refusal>) -> Vec<Opt> {
+        let mut options = self.options.clone();
+        let mut resolved = false;
+        for option in options.iter_mut().filter(|option| is_machine(&option.name)) {
+            let settings = option.value.as_deref().and_then(|value| Settings::parse(value, "type"));
+            if let Some(mut settings) = settings.filter(|settings| settings.value("type").is_some()) {
+                settings.set("type", machine);
+                option.value = Some(settings.to_text());
+                resolved = true;
+            }
+        }
+        let mut add = |name: &str, value: &str| {
+            options.insert(0, Opt { name: name.to_owned(), dashes: "-", value: Some(value.to_owned()) });
+        };
+        if !resolved {
+            add("machine", machine);
+        }
+        if let Some(cpu) = cpu.filter(|_| !self.options.iter().any(|option| option.name == "cpu")) {
+            add("cpu", cpu);
+        }
+        for (what, name) in [("machine", Some(machine)), ("cpu", cpu)] {
+            if name.is_some_and(|name| !is_plain_name(name)) {
+                let reason = "what the source says that it resolved is no name".to_owned();
+                refusals.push(Refusal { option: format!("-{what}"), reason });
+            }
+        }
+        options
+    }
+}
+
+impl Opt {
+    fn to_args(&self) -> Vec<String> {
+        let name = (!self.dashes.is_empty()).then(|| format!("{}{}", self.dashes, self.name));
+        name.into_iter().chain(self.value.clone()).collect()
+    }
+
+    fn shown(&self) -> String {
+        self.to_args().join(" ")
+    }
+}
+
+fn is_machine(name: &str) -> bool {
+    matches!(name, "machine" | "M")
+}
+
+fn is_plain_name(name: &str) -> bool {
+    !name.is_empty() && name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+}
+
+fn check_limits(argv: &[String]) -> Result<(), CommandLineError> {
+    if argv.len() > ARGS_MAX || argv.iter().map(String::len).sum::<usize>() > BYTES_MAX {
+        return Err(CommandLineError::TooLong);
+    }
+    match argv.iter().position(|arg| arg.contains('\0')) {
+        Some(at) => Err(CommandLineError::ZeroByte { at }),
+        None => Ok(()),
+    }
+}
+
+fn parse_option(arg: String, rest: &mut std::vec::IntoIter<String>) -> Result<Opt, CommandLineError> {
+    let Some(name) = arg.strip_prefix('-') else {
+        return Ok(Opt { name: String::new(), dashes: "", value: Some(arg) });
+    };
+    let (name, dashes) = name.strip_prefix('-').map_or((name, "-"), |name| (name, "--"));
+    let name = name.to_owned();
+    let value = match known(&name) {
+        Some((Takes::Nothing, _)) => None,
+        Some((Takes::Value, _)) => {
+            Some(rest.next().ok_or_else(|| CommandLineError::NoValue { option: name.clone() })?)
+        }
+        // Whether it takes a value only QEMU knows; for the source it makes no difference, and the target
+        // refuses it by its name.
+        None => rest.as_slice().first().is_some_and(|next| !next.starts_with('-')).then(|| rest.next()).flatten(),
+    };
+    Ok(Opt { name, dashes, value })
+}
+
+/// One option in this host's words.
+fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, String> {
+    let value = option.value.as_deref().unwrap_or_default();
+    let (_, rule) = match known(&option.name) {
+        Some(known) => known,
+        None if option.dashes.is_empty() => {
+            return Err("an image without -drive: QEMU would guess its format; use -drive with format=".to_owned());
+        }
+        None => return Err("this option is not known to be safe at a target".to_owned()),
+    };
+    let translated = match rule {
+        Rule::Plain => value.to_owned(),
+        Rule::Refused(reason) => return Err(reason.to_owned()),
+        Rule::Path => rules::without_commas(&host.path(value, Presence::Required)?)?.to_owned(),
+        Rule::NewPath => host.path(value, Presence::Created)?,
+        Rule::Firmware => rules::firmware(value, host)?,
+        Rule::Character => rules::character(value, host)?,
+        Rule::Display => rules::display(value, host)?,
+        Rule::Settings(implied) => {
+            let mut settings = Settings::parse(value, implied).ok_or("its value cannot be read")?;
+            rules::apply(&option.name, &mut settings, host)?;
+            settings.to_text()
+        }
+    };
+    let value = option.value.is_some().then_some(translated);
+    Ok(Opt { name: option.name.clone(), dashes: option.dashes, value })
+}
+
+fn qmp_args(run_dir: &Path) -> [String; 4] {
+    let path = run_dir.join(QMP_SOCKET).to_string_lossy().replace(',', ",,");
+    [
+        "-chardev".to_owned(),
+        format!("socket,id={OUR_ID},path={path},server=on,wait=off"),
+        "-mon".to_owned(),
+        format!("chardev={OUR_ID},mode=control"),
+    ]
+}
+
+/// Reads a size as QEMU does (`qemu_strtosz`): hexadecimal, or decimal with a fraction, with a suffix; without one
+/// it counts in units of `1 << shift`.
+fn size_bytes(text: &str, shift: u32) -> Result<u64, CommandLineError> {
+    let wrong = || CommandLineError::Size { text: text.to_owned() };
+    if let Some(digits) = text.strip_prefix("0x").or_else(|| text.strip_prefix("0X")) {
+        let number = u64::from_str_radix(digits, 16).map_err(|_| wrong())?;
+        return number.checked_mul(1 << shift).ok_or_else(wrong);
+    }
+    let last = text.chars().next_back().ok_or_else(wrong)?;
+    let suffix = "BKMGTPE".find(last.to_ascii_uppercase());
+    let (digits, shift) = match suffix {
+        Some(power) => (text.get(..text.len() - 1).ok_or_else(wrong)?, power as u32 * 10),
+        None => (text, shift),
+    };
+    let (whole, fraction) = digits.split_once('.').unwrap_or((digits, "0"));
+    let whole: u64 = whole.parse().map_err(|_| wrong())?;
+    let fraction: f64 = format!("0.{fraction}").parse().map_err(|_| wrong())?;
+    let unit = 1u64 << shift;
+    let whole = whole.checked_mul(unit).ok_or_else(wrong)?;
+    whole.checked_add((fraction * unit as f64) as u64).ok_or_else(wrong)
+}

@@ -1,0 +1,269 @@
+//! What both ends must agree on, as QEMU itself tells it: one fact a line, so that a difference can be read.
+//!
+//! The device state of a VM with a hot-added DIMM loads *without error* into a QEMU that has no such DIMM. So what
+//! is loaded into what is compared beforehand, and again at the stop, for QEMU does not know that we migrate and
+//! locks nothing out.
+//!
+//! Only what is the same in a running VM and in a fresh one that waits for its state may be a line: no addresses
+//! that the guest programs, no bus numbers, no paths, no generated node names. So PCI devices behind bridges are
+//! told by their place in QEMU's object tree, and by `query-pci` on the root bus alone.
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::{Value, json};
+
+use super::Qemu;
+use crate::types::{Fingerprint, VmmError};
+use crate::Vmm;
+
+/// Where QEMU keeps the devices of the command line and those added later, by id and without one.
+const DEVICE_ROOTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+/// How many devices are looked at: more than QEMU's buses take.
+const DEVICES_MAX: usize = 4096;
+/// The largest firmware file that is digested: UEFI firmware has 4 to 16 MiB.
+const FIRMWARE_BYTES_MAX: u64 = 256 << 20;
+
+pub(super) fn fingerprint(qemu: &mut Qemu) -> Result<Fingerprint, VmmError> {
+    let layout = qemu.layout()?;
+    let mut lines: BTreeSet<String> =
+        layout.blocks.iter().map(|block| format!("ram {} bytes {}", block.name, block.bytes)).collect();
+    lines.insert(format!("machine {}", qemu.machine_type()?));
+    cpu_lines(qemu, &mut lines)?;
+    for device in devices(qemu)? {
+        lines.insert(device_line(qemu, &device));
+    }
+    pci_lines(qemu, &mut lines)?;
+    memory_device_lines(qemu, &mut lines)?;
+    disk_lines(qemu, &mut lines)?;
+    let needs_firmware = layout.blocks.iter().any(|block| block.hva.is_none());
+    Ok(Fingerprint { lines, firmware: firmware(qemu)?, needs_firmware })
+}
+
+/// The processor model, as `-cpu` takes it.
+pub(super) fn cpu_model(qemu: &mut Qemu) -> Result<String, VmmError> {
+    let operation = "tell its processors";
+    let cpus = qemu.ask("query-cpus-fast", Value::Null, operation)?;
+    let first = cpus[0]["qom-path"].as_str().map(str::to_owned);
+    let first = first.ok_or_else(|| VmmError::Answer { operation, detail: "no processor".to_owned() })?;
+    let class = qemu.qom_text(&first, "type", operation)?;
+    // The type is MODEL-ARCHITECTURE-cpu, where the model may hold dashes: `Skylake-Client-x86_64-cpu`.
+    let model = class.strip_suffix("-cpu").and_then(|rest| rest.rsplit_once('-')).map(|(model, _)| model);
+    Ok(model.unwrap_or(&class).to_owned())
+}
+
+/// The processors and what they really offer. Asked of the processors themselves, not of the model's name
+/// (`query-cpu-model-expansion`): `-cpu X,+flag` and what the host's own processor took away show only there.
+fn cpu_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmError> {
+    let operation = "tell its processors";
+    let cpus = qemu.ask("query-cpus-fast", Value::Null, operation)?;
+    let cpus: Vec<Value> = cpus.as_array().cloned().unwrap_or_default();
+    lines.insert(format!("cpus {}", cpus.len()));
+    for (index, cpu) in cpus.iter().enumerate() {
+        let path = cpu["qom-path"].as_str().unwrap_or_default();
+        lines.insert(format!("cpu {index} {} at {}", qemu.qom_text(path, "type", operation)?, cpu["props"]));
+        // All processors of a machine are of one model: one tells for all.
+        if index == 0 {
+            cpu_feature_lines(qemu, path, lines);
+        }
+    }
+    Ok(())
+}
+
+fn cpu_feature_lines(qemu: &mut Qemu, path: &str, lines: &mut BTreeSet<String>) {
+    let operation = "tell its processors";
+    for word in qemu.qom(path, "feature-words", operation).ok().iter().filter_map(Value::as_array).flatten() {
+        lines.insert(format!(
+            "cpu feature word {}.{} {} {:#x}",
+            word["cpuid-input-eax"],
+            word["cpuid-input-ecx"],
+            word["cpuid-register"].as_str().unwrap_or_default(),
+            word["features"].as_u64().unwrap_or_default(),
+        ));
+    }
+    for name in ["vendor", "model-id", "family", "model", "stepping", "level", "xlevel", "phys-bits", "tsc-frequency"] {
+        // Other architectures have other properties: what is not there at both ends is equal.
+        if let Ok(value) = qemu.qom(path, name, operation) {
+            lines.insert(format!("cpu {name} {value}"));
+        }
+    }
+}
+
+/// A device of the command line, or one that was added later.
+#[derive(Debug)]
+pub(super) struct Device {
+    pub(super) path: String,
+    pub(super) class: String,
+}
+
+/// Every device that is not part of the machine type itself.
+pub(super) fn devices(qemu: &mut Qemu) -> Result<Vec<Device>, VmmError> {
+    let mut found = Vec::new();
+    for root in DEVICE_ROOTS {
+        for child in children(qemu, root)? {
+            found.push(Device { path: format!("{root}/{}", child.0), class: child.1 });
+        }
+    }
+    found.truncate(DEVICES_MAX);
+    Ok(found)
+}
+
+/// The children of an object: their names and classes.
+pub(super) fn children(qemu: &mut Qemu, path: &str) -> Result<Vec<(String, String)>, VmmError> {
+    let listed = qemu.ask("qom-list", json!({ "path": path }), "list its devices")?;
+    let child = |entry: &Value| {
+        let class = entry["type"].as_str()?.strip_prefix("child<")?.strip_suffix('>')?;
+        Some((entry["name"].as_str()?.to_owned(), class.to_owned()))
+    };
+    Ok(listed.as_array().into_iter().flatten().filter_map(child).collect())
+}
+
+fn device_line(qemu: &mut Qemu, device: &Device) -> String {
+    let mut line = format!("device {} {}", device.path, device.class);
+    // Where it sits, and what the network knows it by. A device without such a property has none at either end.
+    for property in ["parent_bus", "addr", "mac"] {
+        if let Ok(value) = qemu.qom(&device.path, property, "tell of a device") {
+            line.push_str(&format!(" {property} {value}"));
+        }
+    }
+    line
+}
+
+fn pci_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmError> {
+    // Machines without PCI refuse, or know no bus.
+    let Ok(buses) = qemu.ask("query-pci", Value::Null, "list its PCI devices") else { return Ok(()) };
+    for bus in buses.as_array().into_iter().flatten() {
+        for device in bus["devices"].as_array().into_iter().flatten() {
+            lines.insert(format!(
+                "pci {}:{}.{} {:#x}:{:#x} class {} id {}",
+                bus["bus"],
+                device["slot"],
+                device["function"],
+                device["id"]["vendor"].as_u64().unwrap_or_default(),
+                device["id"]["device"].as_u64().unwrap_or_default(),
+                device["class_info"]["class"],
+                device["qdev_id"],
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn memory_device_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmError> {
+    let Ok(listed) = qemu.ask("query-memory-devices", Value::Null, "list its memory devices") else { return Ok(()) };
+    for device in listed.as_array().into_iter().flatten() {
+        let data = &device["data"];
+        lines.insert(format!(
+            "memory device {} id {} addr {} size {} slot {} node {}",
+            device["type"], data["id"], data["addr"], data["size"], data["slot"], data["node"],
+        ));
+    }
+    Ok(())
+}
+
+fn disk_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmError> {
+    let disks = qemu.ask("query-block", Value::Null, "list its disks")?;
+    for disk in disks.as_array().into_iter().flatten() {
+        let image = &disk["inserted"]["image"];
+        lines.insert(format!(
+            "disk {} at {} format {} bytes {}",
+            disk["device"], disk["qdev"], image["format"], image["virtual-size"],
+        ));
+    }
+    Ok(())
+}
+
+/// The firmware files behind the blocks that each QEMU makes for itself, with a digest of each file's content.
+///
+/// QEMU before 8.2 does not tell where it keeps what it read from them, so the files are read: from the folders
+/// that QEMU itself searches. A file that is not found is a line too, with its size as QEMU has it.
+fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
+    let mut names = roms(&qemu.hmp("info roms", "list its ROMs")?);
+    for device in devices(qemu)? {
+        if let Ok(Value::String(file)) = qemu.qom(&device.path, "romfile", "tell of a device") {
+            names.insert((file, "option ROM".to_owned()));
+        }
+    }
+    names.retain(|(name, _)| !name.is_empty());
+    let folders = data_folders(qemu.process.id().pid);
+    Ok(names.iter().map(|(name, size)| firmware_line(name, size, &folders)).collect())
+}
+
+/// Reads `info roms`: lines that end with `size=0x002400 name="kvmvapic.bin"`.
+fn roms(text: &str) -> BTreeSet<(String, String)> {
+    let rom = |line: &str| {
+        let (head, name) = line.trim().split_once(" name=\"")?;
+        let size = head.split_whitespace().find_map(|field| field.strip_prefix("size="))?;
+        Some((name.trim_end_matches('"').to_owned(), size.to_owned()))
+    };
+    text.lines().filter_map(rom).collect()
+}
+
+fn firmware_line(name: &str, size: &str, folders: &[PathBuf]) -> String {
+    let named = Path::new(name);
+    // A kernel given by the user carries its whole path, which another host may not have.
+    let shown = named.file_name().map_or(name.into(), |file| file.to_string_lossy());
+    let candidates = folders.iter().map(|folder| folder.join(named));
+    let digest = candidates.into_iter().find_map(|path| digest(&path));
+    match digest {
+        Some(digest) => format!("firmware {shown} {size} {digest}"),
+        None => format!("firmware {shown} {size} made by QEMU"),
+    }
+}
+
+fn digest(path: &Path) -> Option<String> {
+    let file = File::open(path).ok()?;
+    let known = file.metadata().ok()?;
+    if !known.is_file() || known.len() > FIRMWARE_BYTES_MAX {
+        return None;
+    }
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(file).ok()?;
+    Some(hasher.finalize().to_hex().to_string())
+}
+
+/// The folders that a QEMU searches for firmware: its own program says (`-L help`), told the same `-L`.
+fn data_folders(pid: i32) -> Vec<PathBuf> {
+    let args = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let args: Vec<String> = args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
+    let Ok(program) = std::fs::read_link(format!("/proc/{pid}/exe")) else { return Vec::new() };
+    let mut command = Command::new(program);
+    for pair in args.windows(2) {
+        if let [option, folder] = pair
+            && matches!(option.as_str(), "-L" | "--L")
+        {
+            command.arg("-L").arg(folder);
+        }
+    }
+    let Ok(output) = command.args(["-L", "help"]).stdin(std::process::Stdio::null()).output() else {
+        return Vec::new();
+    };
+    String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn roms_are_read_with_names_and_sizes() {
+        let text = "fw=genroms/kvmvapic.bin size=0x002400 name=\"kvmvapic.bin\"\n\
+                    addr=00000000fffc0000 size=0x040000 mem=rom name=\"bios-256k.bin\"\nnonsense\n";
+        let expected = [("bios-256k.bin", "0x040000"), ("kvmvapic.bin", "0x002400")];
+        let expected = expected.map(|(name, size)| (name.to_owned(), size.to_owned()));
+        assert_eq!(roms(text), BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn a_firmware_file_of_other_content_is_another_line() {
+        let folder = tempfile::tempdir().unwrap();
+        let line = |content: &str| {
+            std::fs::write(folder.path().join("bios.bin"), content).unwrap();
+            firmware_line("bios.bin", "0x4", &[folder.path().to_owned()])
+        };
+        assert_ne!(line("abcd"), line("abce"));
+        assert!(firmware_line("etc/acpi/rsdp", "0x1000", &[]).ends_with("made by QEMU"));
+    }
+}

@@ -1,0 +1,231 @@
+//! The pre-check: every reason why a VM cannot move, found before anything is touched.
+//!
+//! `xen-save-devices-state` ignores QEMU's migration blockers (and crashes QEMU 7.2 on an NVMe device), so that
+//! asking here is not a courtesy.
+
+use std::fs;
+
+use serde_json::Value;
+
+use super::fingerprint::{children, devices};
+use super::qmp::Version;
+use super::Qemu;
+use crate::types::{Code, Layout, Reason, RunState, VmmError};
+use crate::Vmm;
+
+/// The oldest QEMU that this was tried on is 7.2; 6.2 has every command that is used.
+const VERSION_MIN: Version = Version::new(6, 2);
+/// The first version that nobody has looked at.
+const VERSION_END: Version = Version::new(11, 0);
+/// What a target keeps free for QEMU itself and the migration: QEMU has 60 to 150 MiB besides the guest's RAM.
+const RESERVE_BYTES: u64 = 256 << 20;
+
+/// Devices by the beginning of their class, with why they do not move.
+const DEVICES: &[(&str, &str)] = &[
+    ("vfio", "its state is in the hardware; unplug it before the move"),
+    ("vhost-user", "another process holds its state and writes the VM's memory unseen; use a virtio device"),
+    ("vhost-vdpa", "its state is in the hardware; use a virtio device"),
+    ("vhost-scsi", "the host's kernel writes the VM's memory unseen; use virtio-scsi"),
+    ("vhost-vsock", "its connections end at this host; unplug it before the move"),
+    ("nvme", "saving its state crashes QEMU; use virtio-blk"),
+    ("virtio-9p", "the folder that it shares is this host's; unmount and unplug it"),
+    ("ivshmem", "its memory is shared with this host; unplug it before the move"),
+    ("virtio-mem", "how much of it is plugged is outside of what is moved; use pc-dimm"),
+    ("virtio-pmem", "its file is outside of what is moved; use a disk"),
+    ("virtio-fs", "the folder that it shares is this host's; unmount and unplug it"),
+    ("usb-host", "it is a device of this host; unplug it before the move"),
+    ("usb-mtp", "the folder that it shares is this host's; unplug it before the move"),
+    ("virtio-gpu-gl", "its state is in this host's graphics driver; use virtio-gpu"),
+    ("virtio-vga-gl", "its state is in this host's graphics driver; use virtio-vga"),
+    ("tpm-", "its state is in another process of this host; unplug it before the move"),
+];
+
+pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
+    let mut reasons = Vec::new();
+    version_reason(qemu.version(), &mut reasons);
+    run_state_reason(&qemu.status()?, &mut reasons);
+    blocked_reasons(qemu, &mut reasons)?;
+    device_reasons(qemu, &mut reasons)?;
+    disk_reasons(qemu, &mut reasons)?;
+    match qemu.layout() {
+        Ok(layout) => layout_reasons(&layout, &mut reasons),
+        Err(VmmError::Layout { detail }) => reasons.push(Reason::new(Code::Layout, detail)),
+        Err(other) => return Err(other),
+    }
+    tracked_reason(qemu.process_id().pid, &mut reasons);
+    Ok(reasons)
+}
+
+/// Every reason why this host cannot take a VM of this much RAM. What its files and options are wrong about,
+/// [`CommandLine::for_target`](super::CommandLine::for_target) tells.
+pub fn target_reasons(ram_bytes: u64) -> Vec<Reason> {
+    let mut reasons = Vec::new();
+    let needed = ram_bytes.saturating_add(RESERVE_BYTES);
+    match available_bytes() {
+        Some(available) if available >= needed => {}
+        Some(available) => reasons.push(Reason::new(
+            Code::Memory,
+            format!(
+                "the target has {} MiB of memory available and the VM needs {} MiB; free some, or choose another host",
+                available >> 20,
+                needed >> 20
+            ),
+        )),
+        None => reasons.push(Reason::new(Code::Host, "the target's /proc/meminfo cannot be read; is /proc mounted?")),
+    }
+    reasons
+}
+
+fn available_bytes() -> Option<u64> {
+    let text = fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.split_whitespace().next()?.parse::<u64>().ok()?.checked_mul(1024)
+}
+
+fn version_reason(version: Version, reasons: &mut Vec<Reason>) {
+    if version < VERSION_MIN {
+        let text = format!("QEMU {version} is too old; {VERSION_MIN} is the oldest that works");
+        reasons.push(Reason::new(Code::Version, text));
+    } else if version >= VERSION_END {
+        let text = format!("QEMU {version} is newer than this Sterna knows; update Sterna");
+        reasons.push(Reason::new(Code::Version, text));
+    }
+}
+
+fn run_state_reason(state: &RunState, reasons: &mut Vec<Reason>) {
+    let what_to_do = match state {
+        RunState::Running => return,
+        RunState::Paused => "paused by somebody; let it run (QMP cont) before the move",
+        RunState::Prelaunch => "launched with -S and never run; let it run (QMP cont) before the move",
+        RunState::Inmigrate => "waiting for another migration's state",
+        RunState::Suspended => "asleep; wake it up (QMP system_wakeup) before the move",
+        RunState::FinishMigrate | RunState::Postmigrate => "being migrated by QEMU itself",
+        RunState::IoError => "stopped by an error of a disk; repair it and let it run",
+        RunState::Shutdown => "switched off",
+        RunState::GuestPanicked | RunState::InternalError => "stopped by a crash; reset it first",
+        RunState::SaveVm | RunState::Other(_) => "in a state that cannot be moved",
+    };
+    reasons.push(Reason::new(Code::RunState, format!("the VM is {state}: {what_to_do}")));
+}
+
+fn blocked_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmError> {
+    let answer = qemu.ask("query-migrate", Value::Null, "tell what blocks a migration")?;
+    for text in answer["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        reasons.push(Reason::new(Code::Blocked, format!("QEMU says: {text}")));
+    }
+    if let Some(status @ ("setup" | "active" | "pre-switchover" | "device" | "postcopy-active" | "cancelling")) =
+        answer["status"].as_str()
+    {
+        let text = format!("QEMU itself is migrating this VM ({status}); wait, or cancel that (QMP migrate_cancel)");
+        reasons.push(Reason::new(Code::Blocked, text));
+    }
+    Ok(())
+}
+
+fn device_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmError> {
+    let found = devices(qemu)?;
+    let old = qemu.version() < Version::new(8, 0);
+    for device in found {
+        let listed = DEVICES.iter().find(|(class, _)| device.class.starts_with(class)).map(|(_, why)| *why);
+        let qxl = (old && device.class.starts_with("qxl")).then_some("QEMU before 8.0 aborts when it is saved; use VGA");
+        if let Some(why) = listed.or(qxl) {
+            reasons.push(Reason::new(Code::Device, format!("device {} ({}): {why}", device.path, device.class)));
+        }
+    }
+    // A network back end beside the guest's memory hides behind an ordinary card.
+    for (name, class) in children(qemu, "/objects")? {
+        if class.starts_with("vhost-user") || class.starts_with("x-remote") {
+            let text = format!("object {name} ({class}): another process writes the VM's memory unseen");
+            reasons.push(Reason::new(Code::Device, text));
+        }
+    }
+    for net in ["vhost-user", "vhost-vdpa"] {
+        if qemu.hmp("info network", "list its networks")?.contains(&format!("type={net}")) {
+            let text = format!("a network of type {net}: another process writes the VM's memory unseen; use a tap");
+            reasons.push(Reason::new(Code::Device, text));
+        }
+    }
+    Ok(())
+}
+
+fn disk_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmError> {
+    let disks = qemu.ask("query-block", Value::Null, "list its disks")?;
+    for disk in disks.as_array().into_iter().flatten() {
+        let name = [&disk["device"], &disk["qdev"]].iter().find_map(|v| v.as_str().filter(|s| !s.is_empty()));
+        let name = name.unwrap_or("without a name");
+        let cache = &disk["inserted"]["cache"];
+        if cache["direct"] == true {
+            let text = format!(
+                "disk {name} uses direct I/O (cache=none or directsync), past which memory is written unseen; \
+                 use cache=writeback"
+            );
+            reasons.push(Reason::new(Code::Disk, text));
+        }
+        if cache["no-flush"] == true {
+            let text = format!(
+                "disk {name} never flushes (cache=unsafe), so the target may not see what was written; \
+                 use cache=writeback"
+            );
+            reasons.push(Reason::new(Code::Disk, text));
+        }
+    }
+    Ok(())
+}
+
+fn layout_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
+    for block in layout.missing() {
+        let text = format!(
+            "RAM block {} ({} KiB) has no address that this QEMU tells; try again when the guest has booted, use \
+             QEMU 8.2 or later, or one card of a kind",
+            block.name,
+            block.bytes >> 10
+        );
+        reasons.push(Reason::new(Code::Layout, text));
+    }
+}
+
+fn tracked_reason(pid: i32, reasons: &mut Vec<Reason>) {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
+    let targets = descriptors.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
+    let held = targets.filter(|target| target.to_string_lossy().contains("[userfaultfd]")).count();
+    if held > 0 {
+        let text = "the VM's memory is tracked or served by a userfaultfd already; end the other migration or \
+                    snapshot first";
+        reasons.push(Reason::new(Code::Tracked, text));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_outside_of_what_was_tried_are_refused() {
+        let refused = |version| {
+            let mut reasons = Vec::new();
+            version_reason(version, &mut reasons);
+            !reasons.is_empty()
+        };
+        assert!(refused(Version::new(6, 1)));
+        assert!(!refused(Version::new(6, 2)));
+        assert!(!refused(Version { major: 10, minor: 2, micro: 3 }));
+        assert!(refused(Version::new(11, 0)));
+    }
+
+    #[test]
+    fn only_a_running_vm_moves() {
+        for (word, count) in [("running", 0), ("paused", 1), ("prelaunch", 1), ("colo", 1), ("suspended", 1)] {
+            let mut reasons = Vec::new();
+            run_state_reason(&RunState::from(word.to_owned()), &mut reasons);
+            assert_eq!(reasons.len(), count, "{word}");
+        }
+    }
+
+    #[test]
+    fn a_target_without_the_memory_says_so() {
+        assert_eq!(target_reasons(0), []);
+        let reasons = target_reasons(u64::MAX);
+        assert_eq!(reasons.len(), 1);
+        assert_eq!(reasons[0].code, Code::Memory);
+    }
+}
