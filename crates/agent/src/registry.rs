@@ -43,7 +43,7 @@ pub(crate) struct Vm {
 
 impl Vm {
     pub(crate) fn new(record: VmRecord, qemu: Option<Qemu>) -> Arc<Self> {
-        let held = Process::open_as(record.process).ok();
+        let held = Process::open_as(record.process.pid, record.process.start_time).ok();
         Arc::new(Self {
             record: Mutex::new(record),
             qemu: Mutex::new(qemu),

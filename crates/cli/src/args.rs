@@ -118,7 +118,9 @@ pub(crate) enum Pki {
         name: String,
     },
     /// Issue a host's certificate and key
-    #[command(after_help = "Example:\n  sterna pki issue /root/sterna-pki hostb --name hostb.example.org --name 192.0.2.7")]
+    #[command(
+        after_help = "Example:\n  sterna pki issue /root/sterna-pki hostb --name hostb.example.org --name 192.0.2.7"
+    )]
     Issue {
         /// Folder of the authority
         dir: PathBuf,

@@ -4,7 +4,8 @@
 //! `GB/s` and `Gbit/s` (or `Gbps`) are clear, `Gb/s` means one to some and the other to others and is refused.
 
 /// What `--bandwidth` takes, for its help.
-pub(crate) const FORMS: &str = "64 (MiB/s), 64MiB/s, 500MB/s, 1.5GiB/s, 800Mbit/s, 1Gbit/s, 10Gbps; 0 is no limit";
+pub(crate) const FORMS: &str =
+    "64 (MiB/s), 64MiB/s, 500MB/s, 1.5GiB/s, 800Mbit/s, 1Gbit/s, 10Gbps; 0 is no limit";
 
 /// Bytes per second; 0 is no limit.
 pub(crate) fn parse(text: &str) -> Result<u64, String> {
@@ -98,7 +99,20 @@ mod tests {
 
     #[test]
     fn what_is_not_clear_is_refused() {
-        for text in ["", "fast", "-1", "1Gb/s", "1gb/s", "1 GiB/h", "1.2.3", "1e9", "NaN", "inf", "9999999999TiB/s", "0.1B/s"] {
+        for text in [
+            "",
+            "fast",
+            "-1",
+            "1Gb/s",
+            "1gb/s",
+            "1 GiB/h",
+            "1.2.3",
+            "1e9",
+            "NaN",
+            "inf",
+            "9999999999TiB/s",
+            "0.1B/s",
+        ] {
             assert!(parse(text).is_err(), "{text}");
         }
     }

@@ -176,8 +176,9 @@ impl Client {
             .map_err(late)
             .flatten()
             .map_err(|source| ClientError::Unreachable { socket: self.socket.clone(), source })?;
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|why| self.silent(why))?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|why| self.silent(why))?;
         // Its error is the exchange's or the body's as well, where it is handled.
         tokio::spawn(async move { drop(connection.await) });
         sender.send_request(request).await.map_err(|why| self.silent(why))

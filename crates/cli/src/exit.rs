@@ -1,9 +1,9 @@
 //! Exit codes, and errors as a person and a script see them.
 
 use crate::human::plain;
-use sterna_agent::model::ReasonView;
 use std::io::Write;
 use std::process::ExitCode;
+use sterna_agent::model::ReasonView;
 
 /// What became of the VM, as a script can test it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -48,9 +48,9 @@ impl Progress {
         match self {
             Self::Bar(bar) => draw(bar, view),
             Self::Lines { last } => {
-                let due = last.as_ref().is_none_or(|(when, status)| {
-                    when.elapsed() >= LINE_EVERY || *status != view.status
-                });
+                let due = last
+                    .as_ref()
+                    .is_none_or(|(when, status)| when.elapsed() >= LINE_EVERY || *status != view.status);
                 if due {
                     tell(&format!("{}: {}", view.vm, figures(view)));
                     *last = Some((Instant::now(), view.status.clone()));

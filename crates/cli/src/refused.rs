@@ -19,7 +19,8 @@ const THROTTLE: &str = "not supported yet: the VM is not slowed down; `--timeout
     converge";
 const COMPRESSION: &str = "not supported yet: pages are sent as they are (zero pages are not sent)";
 const STORAGE: &str = "not supported yet: disks must be on storage that both hosts reach";
-const CONFIGURATION: &str = "not supported yet: an agent keeps no VMs that do not run, so there is nothing to define or undefine";
+const CONFIGURATION: &str =
+    "not supported yet: an agent keeps no VMs that do not run, so there is nothing to define or undefine";
 const CHANNEL: &str = "not needed: agents talk to each other directly and always by TLS; leave it out";
 
 const MIGRATE: &[Flag] = &[
@@ -39,12 +40,24 @@ const MIGRATE: &[Flag] = &[
     Flag("copy-storage-inc", Takes::Nothing, STORAGE),
     Flag("persistent", Takes::Nothing, CONFIGURATION),
     Flag("undefinesource", Takes::Nothing, CONFIGURATION),
-    Flag("xml", Takes::Value, "not supported yet: the target's own names are in its agent's configuration (`[map]`)"),
+    Flag(
+        "xml",
+        Takes::Value,
+        "not supported yet: the target's own names are in its agent's configuration (`[map]`)",
+    ),
     Flag("dname", Takes::Value, "not supported yet: a VM keeps its name"),
     Flag("suspend", Takes::Nothing, "not supported yet: the VM runs at the target"),
-    Flag("abort-on-error", Takes::Nothing, "not supported yet: disk errors of the guest do not end a migration"),
+    Flag(
+        "abort-on-error",
+        Takes::Nothing,
+        "not supported yet: disk errors of the guest do not end a migration",
+    ),
     Flag("unsafe", Takes::Nothing, "not supported yet: the pre-check cannot be skipped"),
-    Flag("parallel", Takes::Nothing, "not needed: `--parallel-connections N` sets the number of page streams"),
+    Flag(
+        "parallel",
+        Takes::Nothing,
+        "not needed: `--parallel-connections N` sets the number of page streams",
+    ),
     Flag("p2p", Takes::Nothing, CHANNEL),
     Flag("direct", Takes::Nothing, CHANNEL),
     Flag("tunnelled", Takes::Nothing, CHANNEL),

@@ -3,7 +3,7 @@
 use crate::args::Format;
 use crate::exit::{Exit, Failure};
 use crate::human::plain;
-use comfy_table::{Table, presets};
+use comfy_table::{Table, TableStyle};
 use serde::Serialize;
 use std::io::{self, ErrorKind, Write};
 
@@ -68,7 +68,7 @@ fn one_line(cell: &str) -> String {
 
 fn blank_table() -> Table {
     let mut table = Table::new();
-    table.load_preset(presets::NOTHING);
+    table.load_style(TableStyle::new());
     table
 }
 

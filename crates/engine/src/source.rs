@@ -182,6 +182,7 @@ pub struct Source {
     connected: bool,
     last_sent: Bytes,
     cancelling: bool,
+    ended: Status,
 }
 
 impl Source {
@@ -227,6 +228,7 @@ impl Source {
             connected: false,
             last_sent: Bytes(0),
             cancelling: false,
+            ended: Status::Completed,
         }
     }
 
@@ -262,9 +264,8 @@ impl Source {
             State::Sending { .. } | State::Scanning { .. } => Status::Active,
             State::Undoing(_) if self.cancelling => Status::Cancelling,
             State::Released | State::Asking { .. } if self.needs_attention(now) => Status::Unresolved,
-            State::Undoing(Outcome::Stranded(_)) => Status::Unresolved,
             State::Undoing(_) => Status::Failed,
-            State::Over => Status::Completed,
+            State::Over => self.ended,
             _ => Status::Device,
         }
     }
@@ -599,6 +600,11 @@ impl Source {
             if !matches!(outcome, Outcome::Stranded(_)) {
                 self.record(Step::Kept);
             }
+            self.ended = match outcome {
+                Outcome::Cancelled => Status::Cancelled,
+                Outcome::Stranded(_) => Status::Unresolved,
+                _ => Status::Failed,
+            };
             self.state = State::Over;
             self.actions.push_back(SourceAction::Over(outcome));
         }

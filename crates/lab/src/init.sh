@@ -7,24 +7,18 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev 2>/dev/null
 mount -t tmpfs tmp /tmp
-mmio=
 for word in $(cat /proc/cmdline); do
     case $word in
         sterna.ip=*) address=${word#sterna.ip=} ;;
         sterna.run=*) programs=${word#sterna.run=} ;;
-        virtio_mmio.device=*) mmio="$mmio ${word#virtio_mmio.}" ;;
     esac
 done
 for module in $(cat /modules/order); do
-    case $module in
-        virtio_mmio.ko) insmod /modules/$module $mmio ;;
-        *) insmod /modules/$module ;;
-    esac
+    insmod /modules/$module
 done
 ip link set lo up
 if [ -n "$address" ]; then
-    ip addr add "$address" dev eth0
-    ip link set eth0 up
+    ip addr add "$address" dev eth0 && ip link set eth0 up || echo "INIT found no network card"
 fi
 # Redis asks for it, and a guest whose memory is nearly all in use needs it.
 echo 1 > /proc/sys/vm/overcommit_memory

@@ -23,7 +23,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Action {
-    /// Make a lab and keep it until Ctrl-C (or, detached, until `down`)
+    /// Make a lab and keep it until Ctrl-C (or, detached, until `down` with its name)
     Up(Up),
     /// Remove labs whose owner is gone, or the one with the given name
     Down {

@@ -122,6 +122,13 @@ impl Lab {
         state::dir_of(&self.state.name)
     }
 
+    /// A directory for one host's own files, made if it is missing; it goes with the lab.
+    pub fn host_dir(&self, host: &Host) -> Result<PathBuf, LabError> {
+        let path = self.dir().join(&host.name);
+        std::fs::create_dir_all(&path).map_err(LabError::file("make", &path))?;
+        Ok(path)
+    }
+
     /// The hosts.
     #[must_use]
     pub fn hosts(&self) -> &[Host] {
@@ -345,24 +352,16 @@ pub fn command_in(namespace: &str, program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// Removes a lab by name, or all that nobody answers for. Refuses one whose owner lives.
+/// Removes a lab by name, or all whose owner is gone; returns their names. Refuses one whose owner lives.
 pub fn down(name: Option<&str>) -> Result<Vec<String>, LabError> {
-    let labs = state::all()?.into_iter().filter(|l| name.is_none_or(|n| n == l.name));
-    let mut removed = Vec::new();
-    for lab in labs {
-        match (lab.living_owner(), name) {
-            (Some(owner), Some(_)) => return Err(LabError::InUse { name: lab.name, pid: owner.pid }),
-            (Some(_), None) => {}
-            (None, _) => {
-                lab.remove()?;
-                removed.push(lab.name);
-            }
-        }
+    let Some(name) = name else { return state::sweep() };
+    let lab = state::all()?.into_iter().find(|l| l.name == name);
+    let lab = lab.ok_or_else(|| LabError::Refused(format!("there is no lab {name}")))?;
+    if let Some(owner) = lab.living_owner() {
+        return Err(LabError::InUse { name: lab.name, pid: owner.pid });
     }
-    match name {
-        Some(name) if removed.is_empty() => Err(LabError::Refused(format!("there is no lab {name}"))),
-        _ => Ok(removed),
-    }
+    lab.remove()?;
+    Ok(vec![lab.name])
 }
 
 /// Arguments: directory, state file, namespaces. A last word `done` means that the owner removed everything itself.

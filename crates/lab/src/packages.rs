@@ -54,7 +54,7 @@ pub fn ensure(dir: &LabDir) -> Result<Packages, LabError> {
     let new = qemu(dir, &Sources::backports(dir), "10.0", "1:10.0")?;
     let kernel = kernel(dir, &stock)?;
     let ovmf = dir.once("ovmf", RECIPE, |to| stock.unpack(&["ovmf".into()], to))?;
-    install(dir, &stock, &[&old, &new])?;
+    install(&stock, &[&old, &new])?;
     let packages = Packages {
         qemu_72: wrapper(dir, &old, "7.2")?,
         qemu_10: wrapper(dir, &new, "10.0")?,
@@ -110,7 +110,7 @@ fn kernel(dir: &LabDir, sources: &Sources) -> Result<PathBuf, LabError> {
 }
 
 /// Installs missing packages as root; says exactly which are missing otherwise.
-fn install(dir: &LabDir, sources: &Sources, qemus: &[&PathBuf]) -> Result<(), LabError> {
+fn install(sources: &Sources, qemus: &[&PathBuf]) -> Result<(), LabError> {
     let mut wanted: Vec<String> = INSTALLED.iter().map(|p| (*p).to_owned()).collect();
     for qemu in qemus {
         let depends = qemu.join("depends");
@@ -119,15 +119,8 @@ fn install(dir: &LabDir, sources: &Sources, qemus: &[&PathBuf]) -> Result<(), La
     }
     wanted.sort();
     wanted.dedup();
-    let stamp = dir.join(".installed");
-    if std::fs::read_to_string(&stamp).is_ok_and(|s| s == wanted.join("\n")) {
-        return Ok(());
-    }
     let missing = apt::not_installed(&wanted)?;
-    if !missing.is_empty() {
-        sources.install(missing)?;
-    }
-    replace(&stamp, wanted.join("\n").as_bytes(), 0o644)
+    if missing.is_empty() { Ok(()) } else { sources.install(missing) }
 }
 
 /// A script that starts an unpacked QEMU. 7.2 finds its firmware beside itself, 10.0 does not: both are told.

@@ -33,7 +33,7 @@ impl LabDir {
     }
 
     /// Runs `make` into a fresh directory that becomes `name` only when it is complete; does nothing when `name` was made
-    /// by the same `recipe` before. Says whether it was made now.
+    /// by the same `recipe` before. Returns where it is.
     pub(crate) fn once(
         &self,
         name: &str,

@@ -18,7 +18,7 @@ const DIR: &str = "/run/sterna-lab";
 pub enum Owner {
     /// The lab goes when this process goes.
     Process(ProcessId),
-    /// Nobody: it stays until it is taken down by name or with `--detached`.
+    /// Nobody: it stays until it is taken down by name.
     Detached,
 }
 
@@ -50,8 +50,10 @@ impl State {
         }
         for namespace in &self.namespaces {
             empty(namespace)?;
+            let deleted = run::output(Command::new("ip").args(["netns", "delete", namespace]), run::QUICK);
+            // Several may remove the same lab at once (its reaper, a sweep): only what is still there is an error.
             if namespace_path(namespace).exists() {
-                run::output(Command::new("ip").args(["netns", "delete", namespace]), run::QUICK)?;
+                deleted?;
             }
         }
         remove_tree(&dir_of(&self.name))?;

@@ -2,13 +2,14 @@
 //! link, under a client's writes. If the lab lost writes here, no result about ours could be believed.
 
 #![forbid(unsafe_code)]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 use std::net::SocketAddrV4;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sterna_lab::client::{BEACON_PORT, Client};
-use sterna_lab::guest::{GuestSpec, Nic, Program};
+use sterna_lab::guest::{Disk, GuestSpec, Nic, Program, Vga};
 use sterna_lab::process::ProcessId;
 use sterna_lab::stock::{self, StockOptions};
 use sterna_lab::{Arrival, Lab, LabDir, LabSpec, Machine, Packages, Ram, Running, image, packages, state};
@@ -87,6 +88,8 @@ fn qemu_10_migrates_without_losing_a_write() {
 fn every_kind_of_guest_boots() {
     let (packages, image) = prepared();
     let lab = Lab::up(&LabSpec { hosts: 1, rate: None, ..LabSpec::default() }).unwrap();
+    let image_file = lab.dir().join("disk.raw");
+    std::fs::File::create(&image_file).unwrap().set_len(16 << 20).unwrap();
     let kinds = [
         (Machine::Q35, Ram::PrivateMemfd, 2),
         (Machine::Pc, Ram::SharedFile, 1),
@@ -102,6 +105,8 @@ fn every_kind_of_guest_boots() {
                 memory_mib: 256,
                 name: format!("vm{index}-{version}"),
                 programs: vec![Program::Load(vec!["--fill=16".into(), "--dirty=8".into(), "--check".into()])],
+                vga: if machine == Machine::Pc { Vga::Standard } else { Vga::Absent },
+                disk: Some(Disk { path: image_file.clone(), format: "raw".into() }),
                 ..guest(&lab, &packages, &image)
             };
             let start = Instant::now();

@@ -59,7 +59,7 @@ fn pages_arrive_in_every_kind_of_memory() {
             assert_eq!(victim.tell(&format!("verify {first} {count} {seed}")), "ok", "{kind} {first}");
         }
         let after = footprint(&victim.process).unwrap();
-        assert_eq!(before, after, "{kind}: {:#?}", before.differences(&after));
+        common::assert_same(&before, &after, kind);
         let untouched = victim.tell("zero 607 392");
         assert_eq!(untouched, "392", "{kind}");
     }
@@ -207,7 +207,7 @@ fn a_real_qemus_ram_is_copied() {
             let mut target = Qemu::start(&executable, kind);
             target.command(r#"{"execute":"stop"}"#);
             let to = target.ram();
-            let before = footprint(&target.process).unwrap();
+            let before = target.footprint();
             let installer = Installer::open(&target.process, vec![to], &attach()).unwrap();
             let (mut there, mut runs) = (Vec::new(), Vec::new());
             populated(&target.process, &to, &mut there).unwrap();
@@ -225,8 +225,8 @@ fn a_real_qemus_ram_is_copied() {
             }
             installer.finish().unwrap();
             assert_eq!(digest(&target.process, &to).unwrap(), want, "{} {kind:?}", executable.display());
-            let after = footprint(&target.process).unwrap();
-            assert_eq!(before, after, "{kind:?}: {:#?}", before.differences(&after));
+            let after = target.footprint();
+            common::assert_same(&before, &after, kind.unwrap_or("plain RAM"));
         }
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::Vmm;
 use crate::process::ProcessId;
-use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, VmmError};
+use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
 
 /// What a fake VM is and has been through.
 #[derive(Debug)]
@@ -108,7 +108,8 @@ impl FakeVmm {
     }
 
     fn new(process_id: ProcessId, layout: Layout, run_state: RunState, disk: FakeDisk) -> (Self, FakeHandle) {
-        let lines = layout.blocks.iter().map(|block| format!("ram {} bytes {}", block.name, block.bytes)).collect();
+        let lines =
+            layout.blocks.iter().map(|block| format!("ram {} bytes {}", block.name, block.bytes)).collect();
         let state = FakeState {
             run_state,
             process_id,
@@ -178,7 +179,12 @@ impl FakeState {
         std::ptr::from_ref(self).addr() as u64
     }
 
-    fn require(&self, state: RunState, operation: &'static str, detail: &'static str) -> Result<(), VmmError> {
+    fn require(
+        &self,
+        state: RunState,
+        operation: &'static str,
+        detail: &'static str,
+    ) -> Result<(), VmmError> {
         if self.run_state == state {
             return Ok(());
         }
@@ -203,7 +209,10 @@ impl FakeState {
             return Err(VmmError::WrongState { operation: "resume", state: RunState::Inmigrate, detail });
         }
         if !self.disk_is_free() {
-            return Err(VmmError::Order { operation: "resume", detail: "the disk is locked by the other end" });
+            return Err(VmmError::Order {
+                operation: "resume",
+                detail: "the disk is locked by the other end",
+            });
         }
         self.take_disk();
         self.run_state = RunState::Running;
@@ -238,6 +247,13 @@ impl Vmm for FakeVmm {
         self.call("fingerprint", |state| Ok(state.fingerprint.clone()))
     }
 
+    fn shape(&mut self) -> Result<Shape, VmmError> {
+        self.call("shape", |state| {
+            let text = format!("{:?} {:?}", state.layout, state.fingerprint);
+            Ok(Shape(*blake3::hash(text.as_bytes()).as_bytes()))
+        })
+    }
+
     fn lend_fd(&mut self, _fd: BorrowedFd<'_>) -> Result<LentFd, VmmError> {
         self.call("lend_fd", |state| {
             state.lent += 1;
@@ -262,7 +278,11 @@ impl Vmm for FakeVmm {
     fn pause(&mut self) -> Result<(), VmmError> {
         self.call("pause", |state| {
             if state.run_state != RunState::Paused {
-                state.require(RunState::Running, "pause", "only a running VM can be paused; let it run first")?;
+                state.require(
+                    RunState::Running,
+                    "pause",
+                    "only a running VM can be paused; let it run first",
+                )?;
             }
             state.run_state = RunState::Paused;
             Ok(())

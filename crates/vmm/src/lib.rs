@@ -27,9 +27,10 @@ mod types;
 use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-pub use process::{Process, ProcessError, ProcessId};
+pub use process::ProcessId;
+pub use sterna_memory::{Process, ProcessError};
 pub use types::{
-    Block, Code, Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, VmmError, difference,
+    Block, Code, Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError, difference,
 };
 
 /// A virtual machine in a process of its own, as much as a migration must know of it.
@@ -53,6 +54,12 @@ pub trait Vmm: Send {
 
     /// Everything both ends must have in common, as lines of text that [`difference`] compares.
     fn fingerprint(&mut self) -> Result<Fingerprint, VmmError>;
+
+    /// Tells quickly enough for the downtime whether the VM is still made of what it was when its
+    /// [`fingerprint`](Vmm::fingerprint) was taken: take one then, compare it with one at the stop.
+    ///
+    /// QEMU does not know that we migrate, and lets everybody plug things in and out.
+    fn shape(&mut self) -> Result<Shape, VmmError>;
 
     /// Gives the VMM a descriptor to keep, and tells its number in the VMM's process.
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError>;

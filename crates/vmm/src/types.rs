@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
+use sterna_memory::ProcessError;
 
-use crate::process::ProcessError;
 use crate::qemu::{LaunchError, QmpError};
 
 /// What a VM does, in QEMU's words (`RunState` in QEMU's `qapi/run-state.json`).
@@ -141,6 +141,10 @@ pub struct Fingerprint {
     pub needs_firmware: bool,
 }
 
+/// Stands for what a VM is made of, for comparison with the same VM a little later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Shape(pub(crate) [u8; 32]);
+
 /// What the fingerprints of `source` and `target` do not share, for a person to read. Empty means that they agree.
 pub fn difference(source: &Fingerprint, target: &Fingerprint) -> Vec<String> {
     let mut found = one_sided(&source.lines, &target.lines);
@@ -241,7 +245,9 @@ pub enum VmmError {
         log: String,
     },
     /// Another process than ours answers at the socket.
-    #[error("the QMP socket belongs to process {found}, not to {expected}; this is not the VM that was meant")]
+    #[error(
+        "the QMP socket belongs to process {found}, not to {expected}; this is not the VM that was meant"
+    )]
     WrongProcess {
         /// Who answers.
         found: i32,

@@ -1,4 +1,5 @@
 //! The user's command line: read, kept, put into a target's words, and refused where a peer could harm the target.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -44,7 +45,8 @@ impl Target {
             scripts: pairs(&[("/etc/up", "/opt/target/up")]),
             addresses: pairs(&[(":1", "127.0.0.1:7")]),
         };
-        let policy = TargetPolicy { binaries: vec!["/opt/bin/qemu-system-x86_64".into()], path_roots: vec![images] };
+        let policy =
+            TargetPolicy { binaries: vec!["/opt/bin/qemu-system-x86_64".into()], path_roots: vec![images] };
         Self { folder, map, policy }
     }
 
@@ -67,7 +69,18 @@ impl Target {
 
 #[test]
 fn the_source_runs_what_the_user_wrote() {
-    let args = ["-M", "q35", "--name", "x", "-drive", "file=/a,,b,if=virtio", "-no-such", "value", "-S2", "disk.img"];
+    let args = [
+        "-M",
+        "q35",
+        "--name",
+        "x",
+        "-drive",
+        "file=/a,,b,if=virtio",
+        "-no-such",
+        "value",
+        "-S2",
+        "disk.img",
+    ];
     let line = parse(&args);
     let argv = line.to_argv();
     assert_eq!(argv.iter().skip(1).map(String::as_str).collect::<Vec<_>>(), args);
@@ -82,9 +95,15 @@ fn the_source_runs_what_the_user_wrote() {
 #[test]
 fn lines_that_cannot_be_watched_or_moved_are_refused_at_once() {
     let parse = |args: &[&str]| CommandLine::parse(args.iter().map(|arg| (*arg).to_owned()).collect());
-    for never in [&["q", "-daemonize"][..], &["q", "--daemonize"], &["q", "-S"], &["q", "-incoming", "defer"],
-        &["q", "-unknown", "-daemonize"], &["q", "-preconfig"], &["q", "-chardev", "null,id=sterna-qmp"]]
-    {
+    for never in [
+        &["q", "-daemonize"][..],
+        &["q", "--daemonize"],
+        &["q", "-S"],
+        &["q", "-incoming", "defer"],
+        &["q", "-unknown", "-daemonize"],
+        &["q", "-preconfig"],
+        &["q", "-chardev", "null,id=sterna-qmp"],
+    ] {
         let error = parse(never).unwrap_err();
         assert!(matches!(error, CommandLineError::Never { .. }), "{never:?}: {error}");
     }
@@ -116,44 +135,84 @@ fn the_target_gets_the_resolved_machine_and_processor() {
     let own = target.translate(&["-cpu", "host,-vmx"]).unwrap().join(" ");
     assert!(own.contains("-cpu host,-vmx") && !own.contains("qemu64"), "{own}");
     let evil = parse(&["-nodefaults"]).for_target(
-        Path::new("/x"), "q35,dumpdtb=/etc/x", Some("host,x=/y"), &target.map, &target.policy,
+        Path::new("/x"),
+        "q35,dumpdtb=/etc/x",
+        Some("host,x=/y"),
+        &target.map,
+        &target.policy,
     );
     assert!(evil.is_err_and(|refusals| refusals.len() >= 2));
 }
+
+/// Option, the source's value, and this host's: `IMAGES` stands for where its images are.
+const TRANSLATED: &[(&str, &str, &str)] = &[
+    (
+        "-drive",
+        "file=/srv/vm/disk.qcow2,if=virtio,format=qcow2",
+        "file=IMAGES/disk.qcow2,if=virtio,format=qcow2",
+    ),
+    ("-drive", "format=raw,file=/srv/vm/a,,b.raw", "format=raw,file=IMAGES/a,,b.raw"),
+    (
+        "-drive",
+        "if=pflash,format=raw,readonly=on,file=/srv/vm/OVMF.fd",
+        "if=pflash,format=raw,readonly=on,file=IMAGES/OVMF.fd",
+    ),
+    (
+        "-blockdev",
+        r#"{"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"/srv/vm/disk.qcow2"}}"#,
+        r#"{"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"IMAGES/disk.qcow2"}}"#,
+    ),
+    (
+        "-blockdev",
+        "driver=raw,node-name=n,file.driver=file,file.filename=/srv/vm/disk.qcow2",
+        "driver=raw,node-name=n,file.driver=file,file.filename=IMAGES/disk.qcow2",
+    ),
+    (
+        "-netdev",
+        "tap,id=n,ifname=tap0,script=no,downscript=no,vhost=on",
+        "tap,id=n,ifname=vm7-tap,script=no,downscript=no,vhost=on",
+    ),
+    ("-netdev", "tap,id=n,ifname=tap0", "tap,id=n,ifname=vm7-tap,script=no,downscript=no"),
+    (
+        "-netdev",
+        "tap,id=n,ifname=tap0,script=/etc/up,downscript=no",
+        "tap,id=n,ifname=vm7-tap,script=/opt/target/up,downscript=no",
+    ),
+    (
+        "-netdev",
+        r#"{"type":"tap","id":"n","ifname":"tap0"}"#,
+        r#"{"type":"tap","id":"n","ifname":"vm7-tap","script":"no","downscript":"no"}"#,
+    ),
+    ("-netdev", "user,id=n,net=10.0.2.0/24", "user,id=n,net=10.0.2.0/24"),
+    ("-kernel", "/srv/vm/vmlinuz", "IMAGES/vmlinuz"),
+    ("-append", "root=/dev/vda init=/bin/sh", "root=/dev/vda init=/bin/sh"),
+    ("-bios", "bios-256k.bin", "bios-256k.bin"),
+    ("-serial", "file:/srv/vm/serial.log", "file:IMAGES/serial.log"),
+    ("-chardev", "socket,id=c,path=/srv/vm/c.sock,server=on", "socket,id=c,path=IMAGES/c.sock,server=on"),
+    ("-qmp", "unix:/srv/vm/own.sock,server=on,wait=off", "unix:IMAGES/own.sock,server=on,wait=off"),
+    ("-vnc", ":1", "127.0.0.1:7"),
+    (
+        "-object",
+        "memory-backend-file,id=m,size=1G,mem-path=/srv/vm/disk.qcow2,share=on",
+        "memory-backend-file,id=m,size=1G,mem-path=IMAGES/disk.qcow2,share=on",
+    ),
+    (
+        "-device",
+        "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56",
+        "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56",
+    ),
+    ("-fw_cfg", "name=opt/org.x/y,string=a/b", "name=opt/org.x/y,string=a/b"),
+    ("-m", "size=1G,slots=2,maxmem=4G", "size=1G,slots=2,maxmem=4G"),
+];
 
 #[test]
 fn what_belongs_to_a_host_is_put_into_the_targets_words() {
     let target = Target::new();
     let images = target.images();
-    let images = images.display();
-    let cases = [
-        ("-drive", "file=/srv/vm/disk.qcow2,if=virtio,format=qcow2".to_owned(), format!("file={images}/disk.qcow2,if=virtio,format=qcow2")),
-        ("-drive", "format=raw,file=/srv/vm/a,,b.raw".to_owned(), format!("format=raw,file={images}/a,,b.raw")),
-        ("-drive", "if=pflash,format=raw,readonly=on,file=/srv/vm/OVMF.fd".to_owned(), format!("if=pflash,format=raw,readonly=on,file={images}/OVMF.fd")),
-        ("-blockdev", r#"{"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"/srv/vm/disk.qcow2"}}"#.to_owned(),
-            format!(r#"{{"driver":"qcow2","node-name":"n","file":{{"driver":"file","filename":"{images}/disk.qcow2"}}}}"#)),
-        ("-blockdev", "driver=raw,node-name=n,file.driver=file,file.filename=/srv/vm/disk.qcow2".to_owned(),
-            format!("driver=raw,node-name=n,file.driver=file,file.filename={images}/disk.qcow2")),
-        ("-netdev", "tap,id=n,ifname=tap0,script=no,downscript=no,vhost=on".to_owned(), "tap,id=n,ifname=vm7-tap,script=no,downscript=no,vhost=on".to_owned()),
-        ("-netdev", "tap,id=n,ifname=tap0".to_owned(), "tap,id=n,ifname=vm7-tap,script=no,downscript=no".to_owned()),
-        ("-netdev", "tap,id=n,ifname=tap0,script=/etc/up,downscript=no".to_owned(), "tap,id=n,ifname=vm7-tap,script=/opt/target/up,downscript=no".to_owned()),
-        ("-netdev", r#"{"type":"tap","id":"n","ifname":"tap0"}"#.to_owned(), r#"{"type":"tap","id":"n","ifname":"vm7-tap","script":"no","downscript":"no"}"#.to_owned()),
-        ("-netdev", "user,id=n,net=10.0.2.0/24".to_owned(), "user,id=n,net=10.0.2.0/24".to_owned()),
-        ("-kernel", "/srv/vm/vmlinuz".to_owned(), format!("{images}/vmlinuz")),
-        ("-append", "root=/dev/vda init=/bin/sh".to_owned(), "root=/dev/vda init=/bin/sh".to_owned()),
-        ("-bios", "bios-256k.bin".to_owned(), "bios-256k.bin".to_owned()),
-        ("-serial", "file:/srv/vm/serial.log".to_owned(), format!("file:{images}/serial.log")),
-        ("-chardev", "socket,id=c,path=/srv/vm/c.sock,server=on".to_owned(), format!("socket,id=c,path={images}/c.sock,server=on")),
-        ("-qmp", "unix:/srv/vm/own.sock,server=on,wait=off".to_owned(), format!("unix:{images}/own.sock,server=on,wait=off")),
-        ("-vnc", ":1".to_owned(), "127.0.0.1:7".to_owned()),
-        ("-object", "memory-backend-file,id=m,size=1G,mem-path=/srv/vm/disk.qcow2,share=on".to_owned(),
-            format!("memory-backend-file,id=m,size=1G,mem-path={images}/disk.qcow2,share=on")),
-        ("-device", "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56".to_owned(), "virtio-net-pci,netdev=n,mac=52:54:00:12:34:56".to_owned()),
-        ("-fw_cfg", "name=opt/org.x/y,string=a/b".to_owned(), "name=opt/org.x/y,string=a/b".to_owned()),
-        ("-m", "size=1G,slots=2,maxmem=4G".to_owned(), "size=1G,slots=2,maxmem=4G".to_owned()),
-    ];
-    for (name, value, expected) in cases {
-        let found = target.option(name, &value).unwrap_or_else(|refused| panic!("{name} {value}: {refused:?}"));
+    for (name, value, expected) in TRANSLATED {
+        let expected = expected.replace("IMAGES", images.to_str().unwrap());
+        let found =
+            target.option(name, value).unwrap_or_else(|refused| panic!("{name} {value}: {refused:?}"));
         if expected.starts_with('{') {
             let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).unwrap();
             assert_eq!(json(&found), json(&expected), "{name} {value}");
@@ -163,60 +222,130 @@ fn what_belongs_to_a_host_is_put_into_the_targets_words() {
     }
 }
 
+/// What a peer that means harm could send.
+const EVIL: &[(&str, &str)] = &[
+    ("-netdev", "tap,id=n,ifname=tap0,script=/tmp/evil"),
+    ("-netdev", "tap,id=n,ifname=tap0,downscript=/tmp/evil"),
+    ("-netdev", "tap,id=n,ifname=tap0,script=no,script=/tmp/evil"),
+    ("-netdev", "tap,id=n,ifname=eth0"),
+    ("-netdev", "tap,id=n,ifname=tap0,helper=/bin/sh"),
+    ("-netdev", "tap,id=n,fd=3"),
+    ("-netdev", "tap,id=n"),
+    ("-netdev", "tap,id=n,ifname=tap0,ifname=tap9,script,=x"),
+    ("-netdev", r#"{"type":"tap","id":"n","ifname":"tap0","script":"/tmp/evil"}"#),
+    ("-netdev", r#"{"type":"tap","id":"n","ifname":"tap0","script":{"x":"/tmp/evil"}}"#),
+    ("-netdev", "bridge,id=n,helper=/bin/sh"),
+    ("-netdev", "user,id=n,smb=/"),
+    ("-netdev", "user,id=n,tftp=/etc"),
+    ("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:/bin/sh"),
+    ("-netdev", "user,id=n,hostfwd=tcp::22-:22"),
+    ("-netdev", "socket,id=n,listen=:1234"),
+    ("-netdev", "vhost-user,id=n,chardev=c"),
+    ("-netdev", "passt,id=n"),
+    ("-nic", "tap,ifname=tap0,helper=/bin/sh"),
+    ("-nic", "bridge"),
+    ("-net", "tap,script=/bin/sh"),
+    ("-drive", "file=/etc/shadow,format=raw"),
+    ("-drive", "file=/srv/vm/link,format=raw"),
+    ("-drive", "file=/srv/vm/../secret,format=raw"),
+    ("-drive", "file=/srv/vm/disk.qcow2"),
+    ("-drive", "file=json:{\"driver\":\"file\"},format=raw"),
+    ("-drive", "file=nbd:evil:1,format=raw"),
+    ("-drive", "file=/srv/vm/disk.qcow2,format=raw,file=/etc/shadow"),
+    ("-drive", "format=raw,file.driver=nbd,file.host=evil"),
+    ("-drive", "format=raw,file.filename=/etc/shadow"),
+    ("-drive", "file=ssh://evil/x,format=raw"),
+    ("-drive", "file=fat:rw:/etc,format=raw"),
+    ("-drive", "file=/srv/vm/disk.qcow2,format=qcow2,backing.file.filename=/etc/shadow"),
+    ("-drive", "file=/srv/vm/missing,format=raw"),
+    ("-drive", "file=disk.qcow2,format=raw"),
+    ("-blockdev", r#"{"driver":"raw","file":{"driver":"file","filename":"/etc/shadow"}}"#),
+    ("-blockdev", r#"{"driver":"nbd","server":{"type":"inet","host":"evil"}}"#),
+    ("-blockdev", "driver=vvfat,node-name=n,dir=/etc"),
+    ("-blockdev", "driver=file,filename=/srv/vm/link"),
+    ("-blockdev", "{\"driver\":"),
+    ("-chardev", "pipe,id=c,path=/srv/vm/p"),
+    ("-chardev", "serial,id=c,path=/dev/sda"),
+    ("-chardev", "socket,id=c,host=0.0.0.0,port=1,server=on"),
+    ("-chardev", "file,id=c,path=/etc/cron.d/x"),
+    ("-chardev", "null,id=c,logfile=/etc/cron.d/x"),
+    ("-chardev", "udp,id=c,port=1"),
+    ("-serial", "file:/etc/cron.d/x"),
+    ("-serial", "tcp::4444,server=on"),
+    ("-serial", "/dev/ttyS0"),
+    ("-serial", "pipe:/tmp/x"),
+    ("-monitor", "telnet::4444,server=on"),
+    ("-monitor", "mon:unix:/tmp/x"),
+    ("-qmp", "tcp:0.0.0.0:4444,server=on"),
+    ("-qmp", "unix:/tmp/x,server=on"),
+    ("-vnc", ":2"),
+    ("-vnc", "unix:/tmp/x"),
+    ("-vnc", ":1,tls-creds=x"),
+    ("-vnc", ":1,websocket=80"),
+    ("-display", "gtk"),
+    ("-spice", "port=1"),
+    ("-display", "egl-headless,rendernode=/dev/dri/renderD128"),
+    ("-audiodev", "wav,id=a,path=/etc/x"),
+    ("-device", "vfio-pci,host=00:01.0"),
+    ("-device", "loader,file=/etc/shadow,addr=0"),
+    ("-device", "nvme,drive=d"),
+    ("-device", "virtio-net-pci,romfile=/etc/shadow"),
+    ("-device", "virtio-input-host-pci,evdev=/dev/input/event0"),
+    ("-device", "ivshmem-plain,memdev=m"),
+    ("-device", "usb-host,hostbus=1"),
+    ("-device", "virtio-net-pci,x=/etc/x"),
+    ("-device", r#"{"driver":"virtio-net-pci","romfile":"/etc/shadow"}"#),
+    ("-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/x"),
+    ("-object", "rng-random,id=r,filename=/etc/x"),
+    ("-object", "secret,id=s,file=/etc/shadow"),
+    ("-object", "filter-dump,id=f,netdev=n,file=/etc/x"),
+    ("-object", "input-linux,id=i,evdev=/dev/input/event0"),
+    ("-object", "x-remote-object,id=r,fd=3"),
+    ("-object", "can-host-socketcan,id=c,if=can0"),
+    ("-machine", "q35,dumpdtb=/etc/x"),
+    ("-machine", "q35,kernel=/etc/x"),
+    ("-kernel", "/etc/shadow"),
+    ("-initrd", "/srv/vm/initrd,/etc/shadow"),
+    ("-bios", "/etc/shadow"),
+    ("-bios", "../x"),
+    ("-boot", "splash=/etc/shadow"),
+    ("-fw_cfg", "name=opt/x,file=/etc/shadow"),
+    ("-smbios", "file=/etc/shadow"),
+    ("-smbios", "type=11,path=/etc/shadow"),
+    ("-acpitable", "data=/etc/shadow"),
+    ("-pidfile", "/etc/x"),
+    ("-D", "/etc/x"),
+    ("-global", "virtio-net-pci.romfile=/etc/shadow"),
+    ("-global", "driver=virtio-net-pci,property=romfile,value=/x"),
+    ("-L", "/etc"),
+    ("-mem-path", "/etc"),
+    ("-readconfig", "/srv/vm/disk.qcow2"),
+    ("-plugin", "/srv/vm/disk.qcow2"),
+    ("-set", "netdev.n.script=/bin/sh"),
+    ("-trace", "file=/etc/x"),
+    ("-tpmdev", "passthrough,id=t"),
+    ("-gdb", "tcp::1"),
+    ("-fsdev", "local,id=f,path=/"),
+    ("-virtfs", "local,path=/"),
+    ("-iscsi", "id=x"),
+    ("-loadvm", "x"),
+    ("-runas", "root"),
+    ("-chroot", "/"),
+    ("-run-with", "chroot=/"),
+    ("-add-fd", "fd=3,set=1"),
+    ("-hda", "/srv/vm/disk.qcow2"),
+    ("-cdrom", "/srv/vm/disk.qcow2"),
+    ("-usbdevice", "disk:/etc/x"),
+    ("-no-such-option", "x"),
+    ("-icount", "shift=1,rr=record,rrfile=/etc/x"),
+];
+
 /// Each of these would, at the target, run a program, reach a file outside of what is allowed, open a socket, or
 /// hide one of these from a check that reads the line otherwise than QEMU does.
 #[test]
 fn a_hostile_line_is_refused() {
     let target = Target::new();
-    let evil = [
-        ("-netdev", "tap,id=n,ifname=tap0,script=/tmp/evil"), ("-netdev", "tap,id=n,ifname=tap0,downscript=/tmp/evil"),
-        ("-netdev", "tap,id=n,ifname=tap0,script=no,script=/tmp/evil"), ("-netdev", "tap,id=n,ifname=eth0"),
-        ("-netdev", "tap,id=n,ifname=tap0,helper=/bin/sh"), ("-netdev", "tap,id=n,fd=3"), ("-netdev", "tap,id=n"),
-        ("-netdev", "tap,id=n,ifname=tap0,ifname=tap9,script,=x"),
-        ("-netdev", r#"{"type":"tap","id":"n","ifname":"tap0","script":"/tmp/evil"}"#),
-        ("-netdev", r#"{"type":"tap","id":"n","ifname":"tap0","script":{"x":"/tmp/evil"}}"#),
-        ("-netdev", "bridge,id=n,helper=/bin/sh"), ("-netdev", "user,id=n,smb=/"), ("-netdev", "user,id=n,tftp=/etc"),
-        ("-netdev", "user,id=n,guestfwd=tcp:10.0.2.100:80-cmd:/bin/sh"), ("-netdev", "user,id=n,hostfwd=tcp::22-:22"),
-        ("-netdev", "socket,id=n,listen=:1234"), ("-netdev", "vhost-user,id=n,chardev=c"), ("-netdev", "passt,id=n"),
-        ("-nic", "tap,ifname=tap0,helper=/bin/sh"), ("-nic", "bridge"), ("-net", "tap,script=/bin/sh"),
-        ("-drive", "file=/etc/shadow,format=raw"), ("-drive", "file=/srv/vm/link,format=raw"),
-        ("-drive", "file=/srv/vm/../secret,format=raw"), ("-drive", "file=/srv/vm/disk.qcow2"),
-        ("-drive", "file=json:{\"driver\":\"file\"},format=raw"), ("-drive", "file=nbd:evil:1,format=raw"),
-        ("-drive", "file=/srv/vm/disk.qcow2,format=raw,file=/etc/shadow"),
-        ("-drive", "format=raw,file.driver=nbd,file.host=evil"), ("-drive", "format=raw,file.filename=/etc/shadow"),
-        ("-drive", "file=ssh://evil/x,format=raw"), ("-drive", "file=fat:rw:/etc,format=raw"),
-        ("-drive", "file=/srv/vm/disk.qcow2,format=qcow2,backing.file.filename=/etc/shadow"),
-        ("-drive", "file=/srv/vm/missing,format=raw"), ("-drive", "file=disk.qcow2,format=raw"),
-        ("-blockdev", r#"{"driver":"raw","file":{"driver":"file","filename":"/etc/shadow"}}"#),
-        ("-blockdev", r#"{"driver":"nbd","server":{"type":"inet","host":"evil"}}"#),
-        ("-blockdev", "driver=vvfat,node-name=n,dir=/etc"), ("-blockdev", "driver=file,filename=/srv/vm/link"),
-        ("-blockdev", "{\"driver\":"), ("-chardev", "pipe,id=c,path=/srv/vm/p"), ("-chardev", "serial,id=c,path=/dev/sda"),
-        ("-chardev", "socket,id=c,host=0.0.0.0,port=1,server=on"), ("-chardev", "file,id=c,path=/etc/cron.d/x"),
-        ("-chardev", "null,id=c,logfile=/etc/cron.d/x"), ("-chardev", "udp,id=c,port=1"),
-        ("-serial", "file:/etc/cron.d/x"), ("-serial", "tcp::4444,server=on"), ("-serial", "/dev/ttyS0"),
-        ("-serial", "pipe:/tmp/x"), ("-monitor", "telnet::4444,server=on"), ("-monitor", "mon:unix:/tmp/x"),
-        ("-qmp", "tcp:0.0.0.0:4444,server=on"), ("-qmp", "unix:/tmp/x,server=on"), ("-vnc", ":2"), ("-vnc", "unix:/tmp/x"),
-        ("-vnc", ":1,tls-creds=x"), ("-vnc", ":1,websocket=80"), ("-display", "gtk"), ("-spice", "port=1"),
-        ("-display", "egl-headless,rendernode=/dev/dri/renderD128"), ("-audiodev", "wav,id=a,path=/etc/x"),
-        ("-device", "vfio-pci,host=00:01.0"), ("-device", "loader,file=/etc/shadow,addr=0"), ("-device", "nvme,drive=d"),
-        ("-device", "virtio-net-pci,romfile=/etc/shadow"), ("-device", "virtio-input-host-pci,evdev=/dev/input/event0"),
-        ("-device", "ivshmem-plain,memdev=m"), ("-device", "usb-host,hostbus=1"), ("-device", "virtio-net-pci,x=/etc/x"),
-        ("-device", r#"{"driver":"virtio-net-pci","romfile":"/etc/shadow"}"#),
-        ("-object", "memory-backend-file,id=m,size=1G,mem-path=/dev/shm/x"), ("-object", "rng-random,id=r,filename=/etc/x"),
-        ("-object", "secret,id=s,file=/etc/shadow"), ("-object", "filter-dump,id=f,netdev=n,file=/etc/x"),
-        ("-object", "input-linux,id=i,evdev=/dev/input/event0"), ("-object", "x-remote-object,id=r,fd=3"),
-        ("-object", "can-host-socketcan,id=c,if=can0"), ("-machine", "q35,dumpdtb=/etc/x"), ("-machine", "q35,kernel=/etc/x"),
-        ("-kernel", "/etc/shadow"), ("-initrd", "/srv/vm/initrd,/etc/shadow"), ("-bios", "/etc/shadow"), ("-bios", "../x"),
-        ("-boot", "splash=/etc/shadow"), ("-fw_cfg", "name=opt/x,file=/etc/shadow"), ("-smbios", "file=/etc/shadow"),
-        ("-smbios", "type=11,path=/etc/shadow"), ("-acpitable", "data=/etc/shadow"), ("-pidfile", "/etc/x"), ("-D", "/etc/x"),
-        ("-global", "virtio-net-pci.romfile=/etc/shadow"), ("-global", "driver=virtio-net-pci,property=romfile,value=/x"),
-        ("-L", "/etc"), ("-mem-path", "/etc"), ("-readconfig", "/srv/vm/disk.qcow2"), ("-plugin", "/srv/vm/disk.qcow2"),
-        ("-set", "netdev.n.script=/bin/sh"), ("-trace", "file=/etc/x"), ("-tpmdev", "passthrough,id=t"), ("-gdb", "tcp::1"),
-        ("-fsdev", "local,id=f,path=/"), ("-virtfs", "local,path=/"), ("-iscsi", "id=x"), ("-loadvm", "x"), ("-runas", "root"),
-        ("-chroot", "/"), ("-run-with", "chroot=/"), ("-add-fd", "fd=3,set=1"), ("-hda", "/srv/vm/disk.qcow2"),
-        ("-cdrom", "/srv/vm/disk.qcow2"), ("-usbdevice", "disk:/etc/x"), ("-no-such-option", "x"), ("-icount", "shift=1,rr=record,rrfile=/etc/x"),
-    ];
-    for (name, value) in evil {
+    for (name, value) in EVIL {
         match target.option(name, value) {
             Ok(passed) => panic!("{name} {value} became {passed}"),
             Err(refusals) => {
@@ -234,7 +363,8 @@ fn a_hostile_line_is_refused() {
 #[test]
 fn everything_that_is_refused_is_told_at_once() {
     let target = Target::new();
-    let refusals = target.translate(&["-readconfig", "/x", "-m", "1G", "-kernel", "/etc/x", "-vnc", ":9"]).unwrap_err();
+    let refusals =
+        target.translate(&["-readconfig", "/x", "-m", "1G", "-kernel", "/etc/x", "-vnc", ":9"]).unwrap_err();
     let options: Vec<&str> = refusals.iter().map(|refusal| refusal.option.as_str()).collect();
     assert_eq!(options, ["-readconfig /x", "-kernel /etc/x", "-vnc :9"]);
 }
@@ -248,10 +378,32 @@ fn the_size_of_memory_is_what_qemu_would_give() {
         (&["-m", "1.5g"], 3 << 29),
         (&["-m", "size=512M,slots=2,maxmem=4G"], 512 << 20),
         (&["-m", "64", "-m", "2048"], 2 << 30),
-        (&["-m", "1G", "-object", "memory-backend-ram,id=mem,size=1G", "-machine", "q35,memory-backend=mem"], 1 << 30),
-        (&["-m", "1G", "-object", "memory-backend-ram,id=d,size=256M", "-device", "pc-dimm,memdev=d"], 1280 << 20),
-        (&["-m", "1G", "-object", r#"{"qom-type":"memory-backend-ram","id":"d","size":1048576}"#,
-           "-device", r#"{"driver":"pc-dimm","memdev":"d"}"#], (1 << 30) + (1 << 20)),
+        (
+            &[
+                "-m",
+                "1G",
+                "-object",
+                "memory-backend-ram,id=mem,size=1G",
+                "-machine",
+                "q35,memory-backend=mem",
+            ],
+            1 << 30,
+        ),
+        (
+            &["-m", "1G", "-object", "memory-backend-ram,id=d,size=256M", "-device", "pc-dimm,memdev=d"],
+            1280 << 20,
+        ),
+        (
+            &[
+                "-m",
+                "1G",
+                "-object",
+                r#"{"qom-type":"memory-backend-ram","id":"d","size":1048576}"#,
+                "-device",
+                r#"{"driver":"pc-dimm","memdev":"d"}"#,
+            ],
+            (1 << 30) + (1 << 20),
+        ),
     ];
     for (args, bytes) in cases {
         assert_eq!(parse(args).ram_bytes(), Ok(bytes), "{args:?}");
@@ -269,9 +421,27 @@ fn a_translated_line_makes_the_same_vm() {
         let stage = Stage::new(&binary);
         let folder = fs::canonicalize(stage.folder.path()).unwrap();
         let mut argv = stage.argv(&[
-            "-M", "q35", "-device", "VGA", "-smp", "2", "-object", "memory-backend-memfd,id=m0,size=64M,share=on",
-            "-machine", "memory-backend=m0", "-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:00:00:01",
-            "-serial", "null", "-device", "virtio-rng-pci", "-name", "guest=x", "-no-reboot",
+            "-M",
+            "q35",
+            "-device",
+            "VGA",
+            "-smp",
+            "2",
+            "-object",
+            "memory-backend-memfd,id=m0,size=64M,share=on",
+            "-machine",
+            "memory-backend=m0",
+            "-netdev",
+            "user,id=n0",
+            "-device",
+            "virtio-net-pci,netdev=n0,mac=52:54:00:00:00:01",
+            "-serial",
+            "null",
+            "-device",
+            "virtio-rng-pci",
+            "-name",
+            "guest=x",
+            "-no-reboot",
         ]);
         argv.extend(["-drive".into(), format!("file={}/disk.raw,format=raw,if=virtio", folder.display())]);
         let line = CommandLine::parse(argv).unwrap();

@@ -1,4 +1,5 @@
 //! The fake keeps the rules that QEMU has, so that what passes with it has a chance with QEMU.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use sterna_vmm::fake::{FakeVmm, When};
 use sterna_vmm::{Layout, ProcessId, RunState, Vmm, VmmError};

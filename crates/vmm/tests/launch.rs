@@ -1,4 +1,5 @@
 //! Real QEMUs started, found again, silent, and gone.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -108,13 +109,15 @@ fn a_program_that_is_no_qemu_is_killed_in_the_end() {
         name: "sleeper".into(),
         run_dir: folder.path().join("run"),
         log: folder.path().join("log"),
+        cwd: None,
         user: None,
     };
     let error = launch.start(SHORT).unwrap_err();
     assert!(matches!(error, VmmError::Launch(LaunchError::Silent { .. })), "{error:?}");
     let own = std::process::id().to_string();
     let children = fs::read_to_string(format!("/proc/{own}/task/{own}/children")).unwrap_or_default();
-    let sleeps = |pid: &&str| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.contains("1000"));
+    let sleeps =
+        |pid: &&str| fs::read_to_string(format!("/proc/{pid}/cmdline")).is_ok_and(|c| c.contains("1000"));
     assert_eq!(children.split_whitespace().filter(sleeps).count(), 0);
 }
 
@@ -127,6 +130,7 @@ fn a_name_that_could_leave_its_folder_is_refused() {
             name: name.into(),
             run_dir: folder.path().join("run"),
             log: folder.path().join("log"),
+            cwd: None,
             user: None,
         };
         let error = launch.start(SHORT).unwrap_err();
@@ -145,6 +149,7 @@ fn launcher() {
         name: "outliving".into(),
         run_dir: folder.join("outliving"),
         log: folder.join("outliving.log"),
+        cwd: None,
         user: None,
     };
     let started = launch.start(WITHIN).unwrap();
@@ -175,7 +180,8 @@ fn qemu_outlives_whoever_started_it() {
 
         let id: ProcessId = serde_json::from_str(&fs::read_to_string(folder.join("id")).unwrap()).unwrap();
         let socket = folder.join("outliving/qmp.sock");
-        let mut qemu = Qemu::attach(id, &socket, None, WITHIN).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let mut qemu =
+            Qemu::attach(id, &socket, None, WITHIN).unwrap_or_else(|error| panic!("{}", chain(&error)));
         assert_eq!(qemu.status().unwrap(), RunState::Running);
         let other = ProcessId { start_time: id.start_time + 1, ..id };
         let reused = Qemu::attach(other, &socket, None, SHORT).unwrap_err();

@@ -1,4 +1,5 @@
 //! Device state and memory layout of real QEMUs, of every version that is supported.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -299,10 +300,12 @@ fn a_hot_added_device_changes_the_fingerprint() {
         let extra = ["-M", "q35", "-device", "pcie-root-port,id=rp,chassis=1"];
         let mut vm = stage.source(&extra);
         vm.wait_for_boot(1);
-        let before = vm.qemu.fingerprint().unwrap();
+        let (before, shape) = (vm.qemu.fingerprint().unwrap(), vm.qemu.shape().unwrap());
+        assert_eq!(vm.qemu.shape().unwrap(), shape);
         assert!(before.lines.iter().any(|line| line.contains("machine pc-q35-")), "{before:?}");
         let device = serde_json::json!({ "driver": "virtio-rng-pci", "id": "hot", "bus": "rp" });
         vm.qemu.qmp().execute("device_add", device, WITHIN).unwrap();
+        assert_ne!(vm.qemu.shape().unwrap(), shape);
         let found = difference(&vm.qemu.fingerprint().unwrap(), &before);
         assert!(found.iter().any(|line| line.contains("/machine/peripheral/hot")), "{found:?}");
     }
@@ -337,8 +340,18 @@ fn what_cannot_move_is_told_with_every_reason() {
         let unsafe_disk = format!("if=none,id=d1,format=raw,cache=unsafe,file={}", a.display());
         let nvme_disk = format!("if=none,id=d2,format=raw,file={}", b.display());
         let mut vm = stage.source(&[
-            "-M", "q35", "-drive", &unsafe_disk, "-drive", &nvme_disk, "-device", "nvme,drive=d2,serial=x", "-device",
-            "ivshmem-plain,memdev=shared", "-object", "memory-backend-ram,id=shared,size=1M,share=on",
+            "-M",
+            "q35",
+            "-drive",
+            &unsafe_disk,
+            "-drive",
+            &nvme_disk,
+            "-device",
+            "nvme,drive=d2,serial=x",
+            "-device",
+            "ivshmem-plain,memdev=shared",
+            "-object",
+            "memory-backend-ram,id=shared,size=1M,share=on",
         ]);
         vm.qemu.pause().unwrap();
         let reasons = vm.qemu.source_reasons().unwrap();

@@ -1,4 +1,5 @@
 //! The QMP client against a scripted server that says what a sane QEMU never would, and against real events.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 
@@ -12,8 +13,7 @@ use common::{Stage, WITHIN, versions};
 use serde_json::{Value, json};
 use sterna_vmm::qemu::{Qmp, QmpError, Version};
 
-const GREETING: &str =
-    r#"{"QMP": {"version": {"qemu": {"micro": 3, "minor": 2, "major": 7}, "package": "x", "new": 1}, "capabilities": ["oob"]}}"#;
+const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 3, "minor": 2, "major": 7}, "package": "x", "new": 1}, "capabilities": ["oob"]}}"#;
 const SHORT: Duration = Duration::from_millis(200);
 
 /// A server that answers the n-th command with the n-th text; `ID` in it stands for the command's id.
@@ -71,7 +71,8 @@ fn commands_carry_their_arguments_and_ids() {
 
 #[test]
 fn answers_out_of_order_find_their_commands() {
-    let (mut qmp, _) = client(&["", "{\"return\": \"second\", \"id\": 3}\n{\"return\": \"first\", \"id\": 2}\n"]);
+    let (mut qmp, _) =
+        client(&["", "{\"return\": \"second\", \"id\": 3}\n{\"return\": \"first\", \"id\": 2}\n"]);
     let first = qmp.send("slow", Value::Null, WITHIN).unwrap();
     let second = qmp.send("quick", Value::Null, WITHIN).unwrap();
     assert_eq!(qmp.wait(&first, WITHIN).unwrap(), "first");
@@ -110,14 +111,25 @@ fn a_refusal_carries_qemus_words() {
     let (mut qmp, error) =
         one_error("{\"error\": {\"class\": \"GenericError\", \"desc\": \"no such thing\"}, \"id\": ID}\n");
     assert!(matches!(&error, QmpError::Refused { desc, .. } if desc == "no such thing"), "{error}");
-    assert!(!matches!(qmp.execute("x", Value::Null, SHORT), Err(QmpError::Broken)), "the connection is still good");
+    assert!(
+        !matches!(qmp.execute("x", Value::Null, SHORT), Err(QmpError::Broken)),
+        "the connection is still good"
+    );
 }
 
 #[test]
 fn what_is_no_qmp_ends_the_connection() {
     let cases = [
-        "garbage\n", "\n", "[]\n", "null\n", "{\"return\": 1, \"id\": 99}\n", "{\"return\": 1}\n", "\u{0}\u{1}\u{2}\n",
-        "{\"error\": {\"desc\": \"bad JSON\"}}\n", "{\"return\": 1, \"id\": \"ID\"}\n", "{\"return\":\n",
+        "garbage\n",
+        "\n",
+        "[]\n",
+        "null\n",
+        "{\"return\": 1, \"id\": 99}\n",
+        "{\"return\": 1}\n",
+        "\u{0}\u{1}\u{2}\n",
+        "{\"error\": {\"desc\": \"bad JSON\"}}\n",
+        "{\"return\": 1, \"id\": \"ID\"}\n",
+        "{\"return\":\n",
     ];
     for case in cases {
         let (mut qmp, error) = one_error(case);
@@ -156,7 +168,12 @@ fn an_end_in_the_middle_says_that_qemu_closed() {
 
 #[test]
 fn a_greeting_that_is_none_is_refused() {
-    for greeting in ["HTTP/1.1 400\r\n", "{}\n", "{\"QMP\": {}}\n", "{\"QMP\": {\"version\": {\"qemu\": {\"major\": -1}}}}\n"] {
+    for greeting in [
+        "HTTP/1.1 400\r\n",
+        "{}\n",
+        "{\"QMP\": {}}\n",
+        "{\"QMP\": {\"version\": {\"qemu\": {\"major\": -1}}}}\n",
+    ] {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(greeting.as_bytes()).unwrap();
         let error = Qmp::over(ours, WITHIN).unwrap_err();
@@ -200,7 +217,10 @@ fn a_real_qemu_answers_sends_events_and_takes_descriptors() {
         assert_eq!(qmp.next_event(&["STOP"], WITHIN).unwrap().name, "STOP");
         qmp.wait(&ticket, WITHIN).unwrap();
         let refused = qmp.execute("no-such-command", Value::Null, WITHIN).unwrap_err();
-        assert!(matches!(&refused, QmpError::Refused { class, .. } if class == "CommandNotFound"), "{refused}");
+        assert!(
+            matches!(&refused, QmpError::Refused { class, .. } if class == "CommandNotFound"),
+            "{refused}"
+        );
         assert!(qmp.hmp("info version", WITHIN).unwrap().starts_with(&qmp.version().to_string()));
         let file = std::fs::File::open(stage.disk()).unwrap();
         qmp.execute_with_fds("getfd", json!({ "fdname": "x" }), &[file.as_fd()], WITHIN).unwrap();

@@ -60,7 +60,13 @@ impl World {
         for host in ["a", "b"] {
             pki::issue(&folder.path().join("pki"), host, &[]).unwrap();
         }
-        Self { parts: Parts::find(), folder, user: None, version: version.into(), ports: [free_port(), free_port()] }
+        Self {
+            parts: Parts::find(),
+            folder,
+            user: None,
+            version: version.into(),
+            ports: [free_port(), free_port()],
+        }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -78,14 +84,31 @@ impl World {
              attach-helper = {helper:?}\n\
              [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
              [hosts.a]\naddress = \"127.0.0.1:{a}\"\n[hosts.b]\naddress = \"127.0.0.1:{b}\"\n\
-             [qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
+             [map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
             dir = dir.display(),
             pki = pki.display(),
             a = self.ports[0],
             b = self.ports[1],
             folder = self.folder.path(),
             helper = helper(),
+            map = self.map(name),
         )
+    }
+
+    /// Sockets have another folder at `b`: a QEMU that ends removes its own.
+    fn map(&self, name: &str) -> String {
+        std::fs::create_dir_all(self.path("sockets-a")).unwrap();
+        std::fs::create_dir_all(self.path("sockets-b")).unwrap();
+        match name {
+            "b" => format!("{:?} = {:?}", self.path("sockets-a"), self.path("sockets-b")),
+            _ => String::new(),
+        }
+    }
+
+    /// The QMP connection that the user's own command line asks for, at this host.
+    pub(crate) fn qmp(&self, host: &str, guest: &str) -> sterna_lab::qmp::Qmp {
+        let path = self.path(&format!("sockets-{host}")).join(format!("{guest}.qmp"));
+        sterna_lab::qmp::Qmp::connect(&path, BOOT).unwrap()
     }
 
     pub(crate) fn agent(&self, name: &str) -> Arc<Agent> {
@@ -101,9 +124,11 @@ impl World {
     pub(crate) fn argv(&self, guest: &GuestSpec) -> Vec<String> {
         let serial = Serial::File(self.serial(&guest.name));
         // QEMU of another user may append to it.
-        let file = std::fs::OpenOptions::new().create(true).append(true).open(self.serial(&guest.name)).unwrap();
+        let file =
+            std::fs::OpenOptions::new().create(true).append(true).open(self.serial(&guest.name)).unwrap();
         file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)).unwrap();
-        let side = HostSide { tap: None, serial, qmp: None, arrival: Arrival::Boot };
+        let qmp = Some(self.path("sockets-a").join(format!("{}.qmp", guest.name)));
+        let side = HostSide { tap: None, serial, qmp, arrival: Arrival::Boot };
         let mut argv = vec![self.parts.qemu(&self.version).display().to_string()];
         argv.extend(guest.arguments(&side));
         argv
@@ -129,7 +154,11 @@ impl World {
         let before = self.console(name).matches(word).count();
         let end = Instant::now() + within;
         while self.console(name).matches(word).count() <= before {
-            assert!(Instant::now() < end, "no further {word:?} on the console:\n{}", tail(&self.console(name)));
+            assert!(
+                Instant::now() < end,
+                "no further {word:?} on the console:\n{}",
+                tail(&self.console(name))
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }
@@ -141,6 +170,11 @@ impl World {
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+}
+
+/// Memory that is filled and left alone.
+pub(crate) fn idle() -> Program {
+    Program::Load(vec!["--fill=64".into(), "--dirty=0".into(), "--check".into()])
 }
 
 /// A load that dirties `rate` MB/s of a 32 MB working set and checks every page for loss.

@@ -22,7 +22,11 @@ pub(crate) async fn list(client: &Client, format: Format) -> Result<Exit, Failur
     };
     show::list(format, &views, columns, |view| {
         let mut row = vec![view.id.clone(), view.vm.clone(), view.source.clone(), view.target.clone()];
-        row.extend([view.status.clone(), format!("{} ago", age(view.began)), format!("{:.1}", view.total_time)]);
+        row.extend([
+            view.status.clone(),
+            format!("{} ago", age(view.began)),
+            format!("{:.1}", view.total_time),
+        ]);
         row.push(view.downtime.map_or_else(|| "-".to_owned(), |ms| format!("{ms:.1}")));
         if wide {
             row.extend([bytes(view.wire_bytes), view.error_desc.clone().unwrap_or_default()]);
@@ -101,7 +105,9 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Normal pages", ram.normal.to_string()),
         ("Normal data", bytes(ram.normal_bytes)),
     ];
-    rows.extend(view.expected_downtime.filter(|_| !is_final(view)).map(|time| ("Expected downtime", ms(time))));
+    rows.extend(
+        view.expected_downtime.filter(|_| !is_final(view)).map(|time| ("Expected downtime", ms(time))),
+    );
     rows.extend(view.downtime.map(|time| ("Total downtime", ms(time))));
     rows.push(("Setup time", ms(view.setup_time)));
     rows.extend(our_rows(view));
@@ -170,10 +176,8 @@ fn aborted(view: &MigrationView) -> String {
 /// `sterna set`
 pub(crate) async fn set(client: &Client, args: &Set) -> Result<Exit, Failure> {
     let view = running(client, &args.which.which).await?;
-    let request = SetRequest {
-        max_bandwidth: args.limits.bandwidth,
-        downtime_limit: args.limits.max_downtime,
-    };
+    let request =
+        SetRequest { max_bandwidth: args.limits.bandwidth, downtime_limit: args.limits.max_downtime };
     let path = format!("/v1/migrations/{}", segment(&view.id));
     let view: MigrationView = client.send(Method::PATCH, &path, &request, None).await?;
     match args.which.output.format {

@@ -1,7 +1,7 @@
 //! `sterna migrate`: asks, waits, and tells what became of the VM.
 
 use crate::args::{Format, Migrate};
-use crate::client::{Client, ClientError};
+use crate::client::{Client, ClientError, segment};
 use crate::exit::{Exit, Failure};
 use crate::follow::follow;
 use crate::human::bytes;
@@ -75,8 +75,8 @@ async fn begin_or_interrupt(
         tokio::select! {
             view = &mut answer => {
                 let view = view?;
-                if cancel {
-                    client.delete(&format!("/v1/migrations/{}", crate::client::segment(&view.id))).await?;
+                if cancel && let Err(why) = client.delete(&format!("/v1/migrations/{}", segment(&view.id))).await {
+                    progress.note(&format!("not cancelled: {why}"));
                 }
                 return Ok(view);
             }

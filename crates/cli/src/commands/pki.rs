@@ -32,7 +32,10 @@ fn issue(dir: &Path, host: &str, names: &[String]) -> Result<(), Failure> {
     show::pairs(&[
         ("Certificate", format!("{}  for {host}", made.certificate.display())),
         ("Key", format!("{}  for {host} alone", made.key.display())),
-        ("Next", "put both and the authority's certificate on the host, and name them in its [tls]".to_owned()),
+        (
+            "Next",
+            "put both and the authority's certificate on the host, and name them in its [tls]".to_owned(),
+        ),
     ])
 }
 
@@ -56,12 +59,14 @@ fn or_dash(text: String) -> String {
 }
 
 fn time(time: SystemTime) -> String {
-    jiff::Timestamp::try_from(time).map_or_else(|_| "beyond all calendars".to_owned(), |time| time.to_string())
+    jiff::Timestamp::try_from(time)
+        .map_or_else(|_| "beyond all calendars".to_owned(), |time| time.to_string())
 }
 
 /// What can be mended by other arguments is usage; a disk that refuses is a failure.
 fn failure(error: PkiError) -> Failure {
-    let exit = if matches!(error, PkiError::Write { .. } | PkiError::Make(_)) { Exit::Failed } else { Exit::Usage };
+    let exit =
+        if matches!(error, PkiError::Write { .. } | PkiError::Make(_)) { Exit::Failed } else { Exit::Usage };
     let text = match error.source() {
         Some(source) => format!("{error}: {source}"),
         None => error.to_string(),

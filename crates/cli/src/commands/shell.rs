@@ -19,7 +19,9 @@ pub(crate) fn completion(shell: Shell) -> Result<Exit, Failure> {
 pub(crate) fn man(dir: Option<&Path>) -> Result<Exit, Failure> {
     let Some(dir) = dir else {
         let mut page = Vec::new();
-        clap_mangen::Man::new(Args::command()).render(&mut page).map_err(|why| unwritten("the page", &why))?;
+        clap_mangen::Man::new(Args::command())
+            .render(&mut page)
+            .map_err(|why| unwritten("the page", &why))?;
         show::print(&String::from_utf8_lossy(&page))?;
         return Ok(Exit::Done);
     };

@@ -49,6 +49,9 @@ impl World {
             world.hosts[host].disk.write(record);
             let back = world.chance.spread(100 * MS, WRITE_BACK_MAX);
             world.queue.after(back, Box::new(move |world| world.hosts[host].disk.sync()));
+            if world.point(host) {
+                return;
+            }
             if fails || !durable {
                 return done(world, !fails);
             }
@@ -89,7 +92,11 @@ impl World {
     /// An agent or a host dies, and comes back after a while.
     pub(crate) fn die(&mut self, host: usize, crash: Crash) {
         self.note(|| format!("host {host}: its {crash:?} crashes"));
-        self.close_all_of(host, crash == Crash::Agent);
+        self.close_all_of(host, crash != Crash::Host);
+        if crash == Crash::AgentThenHost {
+            let soon = self.chance.spread(50 * MS, 20 * SECOND);
+            self.queue.after(soon, Box::new(move |world| world.die(host, Crash::Host)));
+        }
         let dead = &mut self.hosts[host];
         dead.up = false;
         dead.life += 1;
@@ -116,7 +123,8 @@ impl World {
 
     fn away(&mut self, crash: Crash) -> Micros {
         match crash {
-            Crash::Agent => self.chance.spread(50 * MS, 40 * SECOND),
+            Crash::Agent | Crash::Connections => self.chance.spread(50 * MS, 40 * SECOND),
+            Crash::AgentThenHost => self.chance.spread(50 * MS, SECOND),
             Crash::Host => self.chance.between(5 * SECOND, 60 * SECOND),
         }
     }

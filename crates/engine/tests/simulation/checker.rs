@@ -56,8 +56,9 @@ impl Violation {
 
     /// All that is known, for the message of a failing test.
     pub(crate) fn story(&self) -> String {
-        let tail = self.trace.len().saturating_sub(120);
-        format!("{}\n{:?}\n{}", self.what, self.plan, self.trace[tail..].join("\n"))
+        let (head, tail) = (self.trace.len().min(160), self.trace.len().saturating_sub(60).max(160));
+        let [head, tail] = [&self.trace[..head], &self.trace[tail.min(self.trace.len())..]];
+        format!("{}\n{:?}\n{}\n...\n{}", self.what, self.plan, head.join("\n"), tail.join("\n"))
     }
 }
 

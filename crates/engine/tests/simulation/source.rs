@@ -323,6 +323,7 @@ impl World {
                     if world.qemus[qemu].life == Life::Running {
                         world.qemus[qemu].life = Life::Paused;
                     }
+                    world.point(host);
                 }),
             );
         }

@@ -279,6 +279,7 @@ impl World {
                     if world.qemus[qemu].obeys() {
                         world.run_qemu(qemu);
                     }
+                    world.point(host);
                 }),
             );
         }

@@ -43,13 +43,17 @@ pub(crate) enum Mutation {
     CommitAnsweredAsOwnership,
 }
 
-/// How a host dies.
+/// What fails at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Crash {
+    /// Every connection.
+    Connections,
     /// The agent alone: QEMU and the page cache live on.
     Agent,
     /// The whole host.
     Host,
+    /// The agent, and a while later the whole host: maybe before what the agent wrote is on the disk.
+    AgentThenHost,
 }
 
 /// A crash at the n-th step (input taken in, or action begun or done) of a host's machines.
@@ -127,7 +131,7 @@ impl World {
         for page in 0..PAGES {
             first.memory[page] = if chance.permille(700) { chance.any() } else { 0 };
         }
-        let failures_permille = [0, 0, 15, 60][chance.below(4) as usize];
+        let failures_permille = [0, 10, 50, 150][chance.below(4) as usize];
         Self {
             queue: Queue::default(),
             chance,
@@ -254,8 +258,11 @@ impl World {
         match self.crash {
             Some(at) if at.host == host && at.nth == nth => {
                 self.crash = None;
-                self.die(host, at.crash);
-                true
+                match at.crash {
+                    Crash::Connections => self.cut_all(),
+                    _ => self.die(host, at.crash),
+                }
+                at.crash != Crash::Connections
             }
             _ => false,
         }
@@ -299,7 +306,12 @@ impl World {
             self.queue.after(at, Box::new(|world| world.go_wrong()));
         }
         if self.chance.permille(400) {
-            let crash = if self.chance.permille(700) { Crash::Agent } else { Crash::Host };
+            let crash = match self.chance.below(5) {
+                0 | 1 => Crash::Agent,
+                2 => Crash::Host,
+                3 => Crash::Connections,
+                _ => Crash::AgentThenHost,
+            };
             let (host, nth) = (self.chance.below(2) as usize, self.chance.between(1, 160) as u32);
             self.crash = Some(CrashPoint { host, nth, crash });
         }

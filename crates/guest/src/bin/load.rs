@@ -21,6 +21,8 @@ const CATCH_UP_MAX: Duration = Duration::from_millis(50);
 /// Pages whose edges are looked at for each page written, and how many of these are looked at whole.
 const CHECKED_PER_SLICE: usize = 256;
 const WHOLE_EVERY: usize = 32;
+/// Without a rate: writes between two looks at the clock.
+const UNLIMITED_PER_SLICE: u64 = 256;
 /// The first bad pages tell the story; a lost block would fill the console.
 const BAD_SHOWN_MAX: u64 = 20;
 /// In `hot` mode, nine of ten writes go to this part of the working set.
@@ -57,6 +59,9 @@ struct Load {
     noise: Noise,
     cursor: usize,
     checked: usize,
+    /// Bytes times nanoseconds that may still be written: whole numbers lose nothing.
+    allowance: u128,
+    last_slice: Instant,
     written: u64,
     bad: u64,
 }
@@ -88,6 +93,8 @@ impl Load {
             noise: Noise::new(seed),
             cursor: 0,
             checked: 0,
+            allowance: 0,
+            last_slice: Instant::now(),
             written: 0,
             bad: 0,
         })
@@ -97,9 +104,10 @@ impl Load {
     fn run(&mut self) -> i32 {
         println!("LOAD filled pages={}", self.pages.count());
         let start = Instant::now();
-        let (mut told, mut told_written, mut loops, mut allowance_from) = (start, 0, 0_u64, start);
+        let (mut told, mut told_written, mut loops) = (start, 0, 0_u64);
+        self.last_slice = start;
         loop {
-            allowance_from = self.slice(allowance_from);
+            self.slice();
             loops += 1;
             let since = told.elapsed();
             if since >= Duration::from_secs(1) {
@@ -113,13 +121,13 @@ impl Load {
         }
     }
 
-    /// Writes what the rate allows since `from`, checks a little, sleeps the rest; returns until when the writes count.
-    fn slice(&mut self, from: Instant) -> Instant {
-        let due = from.elapsed().min(CATCH_UP_MAX);
+    /// Writes what the rate allows since the last slice, checks a little, and sleeps the rest.
+    fn slice(&mut self) {
         let now = Instant::now();
+        let since = now.duration_since(self.last_slice).min(CATCH_UP_MAX);
+        self.last_slice = now;
         let unlimited = self.bytes_per_second == 0;
-        let bytes = u128::from(self.bytes_per_second) * due.as_micros() / 1_000_000;
-        let pages = if unlimited { CHECKED_PER_SLICE as u64 } else { bytes as u64 / (PAGE_WORDS as u64 * 8) };
+        let pages = if unlimited { UNLIMITED_PER_SLICE } else { self.pages_due(since) };
         if self.working_set > 0 {
             (0..pages).for_each(|_| self.write_next());
         }
@@ -129,8 +137,17 @@ impl Load {
         if !unlimited || self.working_set == 0 {
             std::thread::sleep(SLICE.saturating_sub(now.elapsed()));
         }
-        // Less than a page was due: the time is kept for the next slice.
-        if pages == 0 { from.max(now.checked_sub(CATCH_UP_MAX).unwrap_or(from)) } else { now }
+    }
+
+    /// Whole pages that may be written; the rest of the allowance is kept.
+    fn pages_due(&mut self, since: Duration) -> u64 {
+        const PAGE_BYTES: u64 = PAGE_WORDS as u64 * 8;
+        let nanoseconds = u64::try_from(since.as_nanos()).unwrap_or(u64::MAX);
+        self.allowance += u128::from(self.bytes_per_second) * u128::from(nanoseconds);
+        let page = u128::from(PAGE_BYTES) * 1_000_000_000;
+        let pages = self.allowance / page;
+        self.allowance -= pages * page;
+        u64::try_from(pages).unwrap_or(u64::MAX)
     }
 
     fn write_next(&mut self) {

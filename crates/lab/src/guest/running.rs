@@ -1,6 +1,8 @@
 //! A guest that runs in one of the lab's hosts.
 
 use std::fs::File;
+use std::io::Write;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -14,6 +16,9 @@ use crate::{Host, Lab, LabError, run};
 const BOOT: Duration = Duration::from_secs(120);
 /// QEMU opens its socket within 0.2 s.
 const LAUNCH: Duration = Duration::from_secs(30);
+
+/// How long the guest gets to read what was typed.
+const TYPING: Duration = Duration::from_millis(500);
 
 /// A QEMU process of the lab. Dropping it kills it.
 #[derive(Debug)]
@@ -38,7 +43,7 @@ impl Running {
     ) -> Result<Running, LabError> {
         let file = |end: &str| lab.dir().join(format!("{}-{}.{end}", spec.name, host.name));
         let (qmp, output) = (file("qmp"), file("log"));
-        let serial = Serial::File(file("serial"));
+        let serial = Serial::Socket { socket: file("console"), log: file("serial") };
         let side =
             HostSide { tap: Some(host.tap(tap)), serial: serial.clone(), qmp: Some(qmp.clone()), arrival };
         let log = File::create(&output).map_err(LabError::file("make", &output))?;
@@ -74,6 +79,27 @@ impl Running {
     #[must_use]
     pub fn console(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(self.serial.log()).unwrap_or_default()).into_owned()
+    }
+
+    /// Types a line at the guest's console: `poweroff`, `reboot`, or a shell command.
+    pub fn say(&self, line: &str) -> Result<(), LabError> {
+        let Serial::Socket { socket, .. } = &self.serial else {
+            return Err(LabError::Refused(
+                "this guest's console is a file: it cannot be typed at".to_owned(),
+            ));
+        };
+        let typed = UnixStream::connect(socket).and_then(|mut s| {
+            writeln!(s, "{line}")?;
+            // QEMU takes a byte at a time while the guest's serial port has room; closing would throw the rest away.
+            std::thread::sleep(TYPING);
+            Ok(())
+        });
+        typed.map_err(LabError::file("type at", socket))
+    }
+
+    /// Waits until the guest has ended QEMU by itself.
+    pub fn wait_ended(&self, limit: Duration) -> Result<(), LabError> {
+        run::until("the end of QEMU", limit, || !self.id.is_alive())
     }
 
     /// Waits until the guest has started everything that it was asked to run.

@@ -7,11 +7,12 @@
 //!    after this point.
 //! 2. With the call's number set to -1 nothing is restarted; the thread leaves to a `syscall` instruction that is already in
 //!    its address space (text and stack are never written) and stops at the entry and at the exit of our call.
-//! 3. At that exit a restart could not be had any more: registers restored here would show the internal result to the program.
+//! 3. At that exit it is too late for a restart by what ptrace(2) promises: the old registers, restored here, could show the
+//!    internal result to the program (that a detach happens to pass through signal delivery again is the kernel's own matter).
 //!    So the thread is told to stop once more and goes on to its next stop inside signal delivery, without a single
 //!    instruction of user mode; *there* all registers are restored, and the kernel restarts the old call as it would have.
 //!
-//! Signals stay pending meanwhile: the thread's mask blocks all but those that a fault raises, and is restored last.
+//! Signals stay pending meanwhile: the thread's mask blocks all of them, and is restored last.
 
 use std::fs::File;
 use std::io;
@@ -32,9 +33,9 @@ const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// Where `struct rseq` (linux/rseq.h) holds the pointer to the sequence that is under way.
 const RSEQ_CS_OFFSET: u64 = 8;
 
-/// Never blocked: a fault of a blocked signal makes the kernel reset the program's handler.
-const FAULTS: [i32; 6] =
-    [libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGTRAP, libc::SIGSYS];
+/// Every signal; the kernel leaves SIGKILL and SIGSTOP out. Signals that faults raise are among them: a `syscall` instruction
+/// raises none, and one that somebody sends must wait like any other.
+const ALL_SIGNALS: u64 = u64::MAX;
 
 /// Looks for a stop without sleeping between them, before sleeping: a sleeping thread stops within microseconds.
 const QUICK_LOOKS: u32 = 50;
@@ -113,7 +114,7 @@ impl Seized {
         // From here on, what was changed is put back by `Held`.
         self.ours = false;
         let held = Held { tid, saved, mask, gadget, place: Place::Delivery };
-        ptrace::set_signal_mask(tid, blocked(mask)).map_err(other)?;
+        ptrace::set_signal_mask(tid, ALL_SIGNALS).map_err(other)?;
         Ok(Try::Held(Box::new(held)))
     }
 }
@@ -183,10 +184,10 @@ impl Held {
                 // The process is being stopped or continued by somebody; our thread goes on, and joins them at the detach.
                 Stop::Event => signal = 0,
                 Stop::Signal(stop) if stops_process(stop) => signal = stop,
-                // A fault's signal, sent by somebody: given to the program with its own registers, and our call is off.
-                Stop::Signal(fault) => {
-                    self.leave(fault)?;
-                    return Err(Failure::NoThread { detail: format!("signal {fault} came in between") });
+                // Cannot be, since it is blocked; if it is, the program gets it with its own registers, and our call is off.
+                Stop::Signal(signal) => {
+                    self.leave(signal)?;
+                    return Err(Failure::Other { detail: format!("signal {signal} came in between") });
                 }
                 Stop::Ended => return Err(self.lost(&"the thread ended")),
             }
@@ -198,7 +199,7 @@ impl Held {
             Place::Gone => Ok(()),
             Place::Delivery => self.leave(0),
             Place::Exit => {
-                let signal = 0;
+                let signal = self.run_to_delivery()?;
                 self.leave(signal)
             }
         }
@@ -213,7 +214,7 @@ impl Held {
             match ptrace::wait(self.tid).map_err(|e| self.lost(&e))? {
                 Stop::Event => return Ok(0),
                 Stop::Signal(stop) if stops_process(stop) => signal = stop,
-                Stop::Signal(fault) => return Ok(fault),
+                Stop::Signal(signal) => return Ok(signal),
                 Stop::Syscall => signal = 0,
                 Stop::Ended => return Err(self.lost(&"the thread ended")),
             }
@@ -253,10 +254,6 @@ fn other(e: io::Error) -> Failure {
     } else {
         Failure::Other { detail: e.to_string() }
     }
-}
-
-fn blocked(mask: u64) -> u64 {
-    FAULTS.iter().fold(u64::MAX, |all, signal| all & !(1 << (signal - 1))) | mask
 }
 
 fn stops_process(signal: i32) -> bool {

@@ -99,7 +99,7 @@ impl Round {
         }
         round.hosts.sort_unstable_by_key(|&(rank, tid)| (rank, tid == pid, tid));
         match tracer {
-            Some(tracer) if is_helper(tracer) => round.shared_with = Some(tracer),
+            Some(tracer) if is_passing(tracer) => round.shared_with = Some(tracer),
             Some(tracer) if round.hosts.is_empty() => return Err(Failure::Traced { tracer }),
             _ if round.states.iter().all(|s| matches!(s.1, 'Z' | 'X')) => return Err(Failure::Gone),
             _ => {}
@@ -166,8 +166,9 @@ fn status_number(path: &str, key: &str) -> Option<i32> {
     text.lines().find_map(|l| l.strip_prefix(key))?.trim().parse().ok()
 }
 
-fn is_helper(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim_end() == HELPER)
+/// Whether a tracer will be done in a moment: another helper, or one that has ended since it was seen.
+fn is_passing(tracer: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{tracer}/comm")).map_or(true, |name| name.trim_end() == HELPER)
 }
 
 /// `None`: not to be touched (disk sleep, dead, idle).

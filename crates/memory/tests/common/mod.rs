@@ -16,7 +16,7 @@ use std::path::PathBuf;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::Duration;
 
-use sterna_memory::{Attach, PAGE, PageRun, Process, Reader, Region};
+use sterna_memory::{Attach, Footprint, PAGE, PageRun, Process, Reader, Region};
 
 /// Environment variable that makes the executable a victim.
 pub const ROLE: &str = "STERNA_TEST_ROLE";
@@ -146,6 +146,11 @@ pub fn wait_until(what: &str, mut condition: impl FnMut() -> bool) {
         assert!(std::time::Instant::now() < until, "waited in vain for {what}");
         std::thread::sleep(Duration::from_millis(1));
     }
+}
+
+/// Fails with what differs between two footprints.
+pub fn assert_same(before: &Footprint, after: &Footprint, what: &str) {
+    assert!(before == after, "{what}: {:#?}", before.differences(after));
 }
 
 pub fn run(first: u64, pages: u64) -> PageRun {

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-use sterna_memory::{Process, Region};
+use sterna_memory::{Footprint, Process, Region, footprint};
 
 use super::wait_until;
 
@@ -81,6 +81,16 @@ impl Qemu {
                 return value.clone();
             }
         }
+    }
+
+    /// Its footprint without the heap's end, which QEMU moves by itself even when its guest is stopped.
+    pub fn footprint(&self) -> Footprint {
+        let mut footprint = footprint(&self.process).unwrap();
+        for mapping in footprint.mappings.iter_mut().filter(|m| m.line.ends_with("[heap]")) {
+            let start = mapping.line.split('-').next().unwrap_or_default();
+            mapping.line = format!("{start} [heap]");
+        }
+        footprint
     }
 
     /// Where guest RAM is in the process.

@@ -27,6 +27,7 @@ static BEFORE_MAIN: extern "C" fn() = {
         match std::env::var(ROLE).as_deref() {
             Ok("victim") => serve(),
             Ok("tracker") => track_for_ever(),
+            Ok("preflight") => reply(&format!("{:?}", sterna_memory::preflight())),
             _ => return,
         }
         std::process::exit(0);
@@ -252,10 +253,13 @@ fn forbid_userfaultfd() -> String {
     "ok".into()
 }
 
+/// Real-time signals, each of which is queued, and SIGBUS, of which one can be pending.
 static SIGNALS: AtomicU64 = AtomicU64::new(0);
+static FAULTS: AtomicU64 = AtomicU64::new(0);
 
-extern "C" fn count_signal(_: libc::c_int) {
-    SIGNALS.fetch_add(1, Ordering::Relaxed);
+extern "C" fn count_signal(signal: libc::c_int) {
+    let counter = if signal == libc::SIGBUS { &FAULTS } else { &SIGNALS };
+    counter.fetch_add(1, Ordering::Relaxed);
 }
 
 fn sit(kind: &str) -> String {
@@ -279,8 +283,11 @@ fn sit(kind: &str) -> String {
     let mut line = String::new();
     std::io::stdin().lock().read_line(&mut line).unwrap();
     wrong.truncate(5);
-    let signals = SIGNALS.load(Ordering::Relaxed);
-    format!("{} {wrong:?} signals {signals} calls {calls}", if wrong.is_empty() { "fine" } else { "WRONG" })
+    let (signals, faults) = (SIGNALS.load(Ordering::Relaxed), FAULTS.load(Ordering::Relaxed));
+    format!(
+        "{} {wrong:?} signals {signals} faults {faults} calls {calls}",
+        if wrong.is_empty() { "fine" } else { "WRONG" }
+    )
 }
 
 const NAP: Duration = Duration::from_millis(5);

@@ -147,7 +147,8 @@ impl CommandLine {
             if let (Some(id), Some(size)) = (object.value("id"), object.value("size"))
                 && used.contains(&id)
             {
-                total = total.checked_add(size_bytes(&size, 0)?).ok_or(CommandLineError::Size { text: size })?;
+                total =
+                    total.checked_add(size_bytes(&size, 0)?).ok_or(CommandLineError::Size { text: size })?;
             }
         }
         Ok(total)
@@ -246,7 +247,9 @@ fn parse_option(arg: String, rest: &mut std::vec::IntoIter<String>) -> Result<Op
         }
         // Whether it takes a value only QEMU knows; for the source it makes no difference, and the target
         // refuses it by its name.
-        None => rest.as_slice().first().is_some_and(|next| !next.starts_with('-')).then(|| rest.next()).flatten(),
+        None => {
+            rest.as_slice().first().is_some_and(|next| !next.starts_with('-')).then(|| rest.next()).flatten()
+        }
     };
     Ok(Opt { name, dashes, value })
 }
@@ -257,7 +260,9 @@ fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, String> {
     let (_, rule) = match known(&option.name) {
         Some(known) => known,
         None if option.dashes.is_empty() => {
-            return Err("an image without -drive: QEMU would guess its format; use -drive with format=".to_owned());
+            return Err(
+                "an image without -drive: QEMU would guess its format; use -drive with format=".to_owned()
+            );
         }
         None => return Err("this option is not known to be safe at a target".to_owned()),
     };

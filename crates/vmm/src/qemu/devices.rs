@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 
 use super::qmp::{QmpError, Ticket, Version};
 use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu};
-use crate::types::{LentFd, RunState, SaveTicket, VmmError};
 use crate::Vmm;
+use crate::types::{LentFd, RunState, SaveTicket, VmmError};
 
 /// The most device state that is taken: real VMs have 33 KiB to some MiB (large virtio-gpu and tpm states).
 const STATE_BYTES_MAX: u64 = 256 << 20;
@@ -181,11 +181,13 @@ fn read_whole(file: &File) -> Result<Vec<u8>, VmmError> {
 /// sections of the devices; end; a description in JSON, whose content nothing reads.
 fn complete(state: &[u8], machine: &str) -> Result<Vec<u8>, VmmError> {
     let wrong = |detail: &str| VmmError::State { detail: detail.to_owned() };
-    let sections = state.strip_prefix(&HEADER).ok_or_else(|| wrong("it does not begin as QEMU's version 3 does"))?;
+    let sections =
+        state.strip_prefix(&HEADER).ok_or_else(|| wrong("it does not begin as QEMU's version 3 does"))?;
     if sections.last() != Some(&SECTION_EOF) {
         return Err(wrong("it is cut off"));
     }
-    let name_bytes = u32::try_from(machine.len()).map_err(|_| wrong("the machine type's name is too long"))?;
+    let name_bytes =
+        u32::try_from(machine.len()).map_err(|_| wrong("the machine type's name is too long"))?;
     let description = b"{}";
     let mut stream = Vec::with_capacity(state.len() + machine.len() + 16);
     stream.extend(HEADER);
@@ -242,7 +244,9 @@ pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
     }
     match qemu.status()? {
         RunState::Paused | RunState::Prelaunch => Ok(()),
-        state => Err(VmmError::WrongState { operation: "load", state, detail: "a loaded target must be paused" }),
+        state => {
+            Err(VmmError::WrongState { operation: "load", state, detail: "a loaded target must be paused" })
+        }
     }
 }
 
@@ -287,7 +291,8 @@ fn wait_loaded(qemu: &mut Qemu, end: Instant) -> Result<bool, VmmError> {
 /// Since 9.1 QEMU stays and tells the reason; before, it exits and the reason is in its log.
 fn load_failed(qemu: &mut Qemu) -> VmmError {
     let told = qemu.qmp.execute("query-migrate", Value::Null, COMMAND_WITHIN).ok();
-    let told = told.as_ref().and_then(|answer| answer["error-desc"].as_str()).unwrap_or("it gave no reason by QMP");
+    let told =
+        told.as_ref().and_then(|answer| answer["error-desc"].as_str()).unwrap_or("it gave no reason by QMP");
     // The end of the log is written before the process exits, but maybe not yet when the connection closes.
     if qemu.version() < HAS_EXIT_ON_ERROR {
         qemu.process.wait_exit(COMMAND_WITHIN);
@@ -311,7 +316,8 @@ mod tests {
 
     #[test]
     fn what_is_no_whole_state_is_refused() {
-        for state in [&b""[..], b"QEVM", b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x04abc", b"QEVM\0\0\0\x02\x04\0"] {
+        for state in [&b""[..], b"QEVM", b"QEVM\0\0\0\x03", b"QEVM\0\0\0\x03\x04abc", b"QEVM\0\0\0\x02\x04\0"]
+        {
             let error = complete(state, "pc").unwrap_err();
             assert!(matches!(error, VmmError::State { .. }), "{state:?}: {error}");
         }

@@ -15,12 +15,15 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::Qemu;
-use crate::types::{Fingerprint, VmmError};
+use super::qmp::QmpError;
+use super::{COMMAND_WITHIN, Qemu};
 use crate::Vmm;
+use crate::types::{Fingerprint, Shape, VmmError};
 
 /// Where QEMU keeps the devices of the command line and those added later, by id and without one.
 const DEVICE_ROOTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
+/// Where QEMU keeps the devices of the machine itself, and those of old options such as `-vga`.
+const MACHINE_ROOT: &str = "/machine/unattached";
 /// How many devices are looked at: more than QEMU's buses take.
 const DEVICES_MAX: usize = 4096;
 /// The largest firmware file that is digested: UEFI firmware has 4 to 16 MiB.
@@ -39,7 +42,41 @@ pub(super) fn fingerprint(qemu: &mut Qemu) -> Result<Fingerprint, VmmError> {
     memory_device_lines(qemu, &mut lines)?;
     disk_lines(qemu, &mut lines)?;
     let needs_firmware = layout.blocks.iter().any(|block| block.hva.is_none());
-    Ok(Fingerprint { lines, firmware: firmware(qemu)?, needs_firmware })
+    // Read once: QEMU itself read these files at its start, and asking again takes longer than a stop should.
+    let firmware = match qemu.firmware.take() {
+        Some(known) => known,
+        None => firmware(qemu)?,
+    };
+    qemu.firmware = Some(firmware.clone());
+    Ok(Fingerprint { lines, firmware, needs_firmware })
+}
+
+/// What tells within the downtime whether a VM is still the one whose fingerprint was taken: a question or two for
+/// each kind of thing that can be plugged in, all of them under way at once.
+pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
+    let operation = "tell whether it has changed";
+    let questions = [
+        ("human-monitor-command", json!({ "command-line": "info ramblock" })),
+        ("qom-list", json!({ "path": DEVICE_ROOTS[0] })),
+        ("qom-list", json!({ "path": DEVICE_ROOTS[1] })),
+        ("query-memory-devices", Value::Null),
+        ("query-cpus-fast", Value::Null),
+    ];
+    let mut tickets = Vec::new();
+    for (command, args) in questions {
+        tickets.push(qemu.qmp.send(command, args, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?);
+    }
+    let mut hasher = blake3::Hasher::new();
+    for ticket in tickets {
+        // A machine without memory devices refuses that question, each time in the same words.
+        let answer = match qemu.qmp.wait(&ticket, COMMAND_WITHIN) {
+            Err(QmpError::Refused { desc, .. }) => desc,
+            answer => answer.map_err(|e| qemu.explain(operation, e))?.to_string(),
+        };
+        hasher.update(&(answer.len() as u64).to_le_bytes());
+        hasher.update(answer.as_bytes());
+    }
+    Ok(Shape(*hasher.finalize().as_bytes()))
 }
 
 /// The processor model, as `-cpu` takes it.
@@ -83,7 +120,8 @@ fn cpu_feature_lines(qemu: &mut Qemu, path: &str, lines: &mut BTreeSet<String>) 
             word["features"].as_u64().unwrap_or_default(),
         ));
     }
-    for name in ["vendor", "model-id", "family", "model", "stepping", "level", "xlevel", "phys-bits", "tsc-frequency"] {
+    // Not the TSC's frequency: hosts of one model differ a little, and the device state carries it.
+    for name in ["vendor", "model-id", "family", "model", "stepping", "level", "xlevel", "phys-bits"] {
         // Other architectures have other properties: what is not there at both ends is equal.
         if let Ok(value) = qemu.qom(path, name, operation) {
             lines.insert(format!("cpu {name} {value}"));
@@ -98,10 +136,19 @@ pub(super) struct Device {
     pub(super) class: String,
 }
 
-/// Every device that is not part of the machine type itself.
-pub(super) fn devices(qemu: &mut Qemu) -> Result<Vec<Device>, VmmError> {
+/// Every device that the user asked for by `-device`, or added later.
+fn devices(qemu: &mut Qemu) -> Result<Vec<Device>, VmmError> {
+    devices_below(qemu, &DEVICE_ROOTS)
+}
+
+/// Every device, also those of the machine itself.
+pub(super) fn all_devices(qemu: &mut Qemu) -> Result<Vec<Device>, VmmError> {
+    devices_below(qemu, &[DEVICE_ROOTS[0], DEVICE_ROOTS[1], MACHINE_ROOT])
+}
+
+fn devices_below(qemu: &mut Qemu, roots: &[&str]) -> Result<Vec<Device>, VmmError> {
     let mut found = Vec::new();
-    for root in DEVICE_ROOTS {
+    for root in roots {
         for child in children(qemu, root)? {
             found.push(Device { path: format!("{root}/{}", child.0), class: child.1 });
         }
@@ -152,7 +199,9 @@ fn pci_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmErr
 }
 
 fn memory_device_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmError> {
-    let Ok(listed) = qemu.ask("query-memory-devices", Value::Null, "list its memory devices") else { return Ok(()) };
+    let Ok(listed) = qemu.ask("query-memory-devices", Value::Null, "list its memory devices") else {
+        return Ok(());
+    };
     for device in listed.as_array().into_iter().flatten() {
         let data = &device["data"];
         lines.insert(format!(
@@ -181,13 +230,13 @@ fn disk_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmEr
 /// that QEMU itself searches. A file that is not found is a line too, with its size as QEMU has it.
 fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
     let mut names = roms(&qemu.hmp("info roms", "list its ROMs")?);
-    for device in devices(qemu)? {
+    for device in all_devices(qemu)? {
         if let Ok(Value::String(file)) = qemu.qom(&device.path, "romfile", "tell of a device") {
             names.insert((file, "option ROM".to_owned()));
         }
     }
     names.retain(|(name, _)| !name.is_empty());
-    let folders = data_folders(qemu.process.id().pid);
+    let folders = data_folders(qemu.process.pid());
     Ok(names.iter().map(|(name, size)| firmware_line(name, size, &folders)).collect())
 }
 
@@ -227,7 +276,8 @@ fn digest(path: &Path) -> Option<String> {
 /// The folders that a QEMU searches for firmware: its own program says (`-L help`), told the same `-L`.
 fn data_folders(pid: i32) -> Vec<PathBuf> {
     let args = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let args: Vec<String> = args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
+    let args: Vec<String> =
+        args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
     let Ok(program) = std::fs::read_link(format!("/proc/{pid}/exe")) else { return Vec::new() };
     let mut command = Command::new(program);
     for pair in args.windows(2) {

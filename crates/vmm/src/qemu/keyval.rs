@@ -77,7 +77,9 @@ impl Settings {
         change: &mut impl FnMut(&str, &str) -> Result<String, E>,
     ) -> Result<(), E> {
         match self {
-            Settings::Json(map) => map.iter_mut().try_for_each(|(key, value)| rewrite_json(key, value, change)),
+            Settings::Json(map) => {
+                map.iter_mut().try_for_each(|(key, value)| rewrite_json(key, value, change))
+            }
             Settings::List(pairs) => pairs.iter_mut().try_for_each(|pair| {
                 // A flag is the same as `key=on`.
                 let changed = change(&pair.key, pair.value.as_deref().unwrap_or("on"))?;
@@ -132,9 +134,9 @@ fn rewrite_json<E>(
     change: &mut impl FnMut(&str, &str) -> Result<String, E>,
 ) -> Result<(), E> {
     match value {
-        Value::Object(map) => {
-            map.iter_mut().try_for_each(|(inner, value)| rewrite_json(&format!("{key}.{inner}"), value, change))
-        }
+        Value::Object(map) => map
+            .iter_mut()
+            .try_for_each(|(inner, value)| rewrite_json(&format!("{key}.{inner}"), value, change)),
         Value::Array(list) => {
             let mut items = list.iter_mut().enumerate();
             items.try_for_each(|(at, value)| rewrite_json(&format!("{key}.{at}"), value, change))

@@ -8,12 +8,14 @@ use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use sterna_memory::{Process, ProcessError};
+
 use super::qmp::{Qmp, QmpError};
 use super::{LOG_TAIL_BYTES, Qemu};
-use crate::process::{Process, ProcessError};
 use crate::types::VmmError;
 
 /// The socket's name in a VM's run directory.
@@ -30,6 +32,9 @@ const CGROUP_TRIES: u32 = 20;
 const CGROUP_PAUSE: Duration = Duration::from_millis(5);
 /// systemd runs the host when this is there (sd_booted(3)).
 const SYSTEMD_RUNS: &str = "/run/systemd/system";
+
+/// How many were launched by this process.
+static LAUNCHES: AtomicU64 = AtomicU64::new(0);
 
 /// Whom a QEMU runs as.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -54,6 +59,8 @@ pub struct Launch {
     pub run_dir: PathBuf,
     /// Where QEMU's output goes; appended to.
     pub log: PathBuf,
+    /// Where the relative paths of the user's line begin; the run directory when it is not given.
+    pub cwd: Option<PathBuf>,
     /// Whom it runs as; nobody else than we when it is not given.
     pub user: Option<User>,
 }
@@ -198,11 +205,15 @@ impl Launch {
     }
 
     fn spawn(&self) -> Result<(Process, Exit), LaunchError> {
-        let log = open_log(&self.log).map_err(|source| LaunchError::Prepare { path: self.log.clone(), source })?;
-        let errors = log.try_clone().map_err(|source| LaunchError::Prepare { path: self.log.clone(), source })?;
+        let log =
+            open_log(&self.log).map_err(|source| LaunchError::Prepare { path: self.log.clone(), source })?;
+        let errors =
+            log.try_clone().map_err(|source| LaunchError::Prepare { path: self.log.clone(), source })?;
         let chain = self.chain();
         let (program, args) = chain.split_first().map(|(p, a)| (p.clone(), a)).unwrap_or_default();
-        let spawned = Command::new(&program).args(args).stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
+        let mut command = Command::new(&program);
+        command.args(args).current_dir(self.cwd.as_ref().unwrap_or(&self.run_dir));
+        let spawned = command.stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
         let child = spawned.map_err(|source| LaunchError::Spawn { program, source })?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         // Held before the reaper can wait for it: until then the pid cannot be used again.
@@ -221,7 +232,9 @@ impl Launch {
     fn chain(&self) -> Vec<String> {
         let mut chain = Vec::new();
         if systemd_runs() {
-            let unit = format!("--unit=sterna-vm-{}-{}", self.name, std::process::id());
+            // A name is used again, maybe before systemd has forgotten the unit of its last VM.
+            let (agent, number) = (std::process::id(), LAUNCHES.fetch_add(1, Ordering::Relaxed));
+            let unit = format!("--unit=sterna-vm-{}-{agent}-{number}", self.name);
             chain.extend(["systemd-run", "--scope", "--quiet", "--collect", &unit, "--"].map(str::to_owned));
         }
         // A session of its own: no terminal's signal reaches it.

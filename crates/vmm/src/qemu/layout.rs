@@ -40,7 +40,9 @@ pub(super) fn addresses_by_map(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTre
     let mut tries = 1..TRIES_MAX;
     loop {
         match addresses_once(qemu, blocks) {
-            Err(VmmError::Layout { detail }) if tries.next().is_some() => tracing::debug!(detail, "asking again"),
+            Err(VmmError::Layout { detail }) if tries.next().is_some() => {
+                tracing::debug!(detail, "asking again")
+            }
             done => return done,
         }
     }
@@ -91,16 +93,21 @@ fn base(qemu: &mut Qemu, name: &str, pieces: &[Piece]) -> Result<Option<u64>, Vm
         }
     }
     if bases.len() > 1 {
-        return Err(VmmError::Layout { detail: format!("the pieces of block {name} disagree about where it begins") });
+        return Err(VmmError::Layout {
+            detail: format!("the pieces of block {name} disagree about where it begins"),
+        });
     }
     Ok(bases.first().copied())
 }
 
 /// Reads `info ramblock`: name, page size and its unit, offset, used, total, and since 8.2 address and access.
 fn parse_blocks(text: &str) -> Result<Vec<Block>, VmmError> {
-    let understood = text.lines().next().is_some_and(|head| head.contains("Block Name") && head.contains("Used"));
+    let understood =
+        text.lines().next().is_some_and(|head| head.contains("Block Name") && head.contains("Used"));
     if !understood {
-        return Err(VmmError::Layout { detail: "info ramblock has another form than it is known to have".into() });
+        return Err(VmmError::Layout {
+            detail: "info ramblock has another form than it is known to have".into(),
+        });
     }
     let lines = text.lines().skip(1).filter(|line| !line.trim().is_empty());
     let blocks: Option<Vec<Block>> = lines.take(BLOCKS_MAX).map(parse_block).collect();
@@ -229,7 +236,12 @@ mod tests {
 
     #[test]
     fn an_unknown_form_is_an_error() {
-        for text in ["", "unknown command: 'info ramblock'", "Block Name Used\nnonsense", "Block Name Used\n4 KiB 1 2 3"] {
+        for text in [
+            "",
+            "unknown command: 'info ramblock'",
+            "Block Name Used\nnonsense",
+            "Block Name Used\n4 KiB 1 2 3",
+        ] {
             assert!(matches!(parse_blocks(text), Err(VmmError::Layout { .. })), "{text:?}");
         }
         let twice = format!("{OLD}{}", OLD.lines().nth(1).unwrap());
@@ -253,7 +265,8 @@ mod tests {
 
     #[test]
     fn a_region_that_could_be_two_blocks_is_neither() {
-        let blocks = [block("0000:00:01.0/vga.vram"), block("0000:00:02.0/vga.vram"), block("mem"), block("x/pc.ram")];
+        let blocks =
+            [block("0000:00:01.0/vga.vram"), block("0000:00:02.0/vga.vram"), block("mem"), block("x/pc.ram")];
         assert_eq!(block_of(&piece("vga.vram", 0), &blocks), None);
         assert_eq!(block_of(&piece("mem", 0), &blocks), Some(&blocks[2]));
         assert_eq!(block_of(&piece("pc.ram", 0), &blocks), Some(&blocks[3]));

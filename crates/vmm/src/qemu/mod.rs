@@ -17,13 +17,14 @@ mod precheck;
 mod qmp;
 mod rules;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::socket_peercred;
 use serde_json::{Value, json};
+use sterna_memory::Process;
 
 pub use cmdline::{CommandLine, CommandLineError};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail};
@@ -31,9 +32,9 @@ pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use precheck::target_reasons;
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};
 
-use crate::process::{Process, ProcessId};
-use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, VmmError};
 use crate::Vmm;
+use crate::process::ProcessId;
+use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
 use devices::Devices;
 
 /// How long an ordinary command may take. QEMU answers in a millisecond; its main thread can be held up for seconds
@@ -55,6 +56,8 @@ pub struct Qemu {
     /// Addresses of RAM blocks that were found before. They never change, but may become hard to find.
     addresses: BTreeMap<String, u64>,
     devices: Devices,
+    /// The firmware files' part of the fingerprint, once it was found.
+    firmware: Option<BTreeSet<String>>,
     /// The cgroup that was made for it, to be removed after it.
     cgroup: Option<PathBuf>,
 }
@@ -67,7 +70,7 @@ impl Qemu {
         log: Option<PathBuf>,
         within: Duration,
     ) -> Result<Self, VmmError> {
-        let process = Process::open_as(id)?;
+        let process = id.open()?;
         let qmp = Qmp::connect(qmp_path, within).map_err(asked("greet us"))?;
         let mut qemu = Self::new(qmp, process, log)?;
         qemu.drop_leftovers()?;
@@ -77,12 +80,13 @@ impl Qemu {
     fn new(qmp: Qmp, process: Process, log: Option<PathBuf>) -> Result<Self, VmmError> {
         let peer = socket_peercred(qmp.socket())
             .map_err(|e| VmmError::Host { operation: "asking who holds the QMP socket", source: e.into() })?;
-        let (found, expected) = (peer.pid.as_raw_nonzero().get(), process.id().pid);
+        let (found, expected) = (peer.pid.as_raw_nonzero().get(), process.pid());
         if found != expected {
             return Err(VmmError::WrongProcess { found, expected });
         }
         let cgroup = launch::own_cgroup(expected);
-        Ok(Self { qmp, process, log, addresses: BTreeMap::new(), devices: Devices::default(), cgroup })
+        let (addresses, devices) = (BTreeMap::new(), Devices::default());
+        Ok(Self { qmp, process, log, addresses, devices, firmware: None, cgroup })
     }
 
     /// The version that QEMU itself tells.
@@ -170,7 +174,7 @@ fn asked(operation: &'static str) -> impl Fn(QmpError) -> VmmError {
 
 impl Vmm for Qemu {
     fn process_id(&self) -> ProcessId {
-        self.process.id()
+        ProcessId::of(&self.process)
     }
 
     fn status(&mut self) -> Result<RunState, VmmError> {
@@ -191,6 +195,10 @@ impl Vmm for Qemu {
 
     fn fingerprint(&mut self) -> Result<Fingerprint, VmmError> {
         fingerprint::fingerprint(self)
+    }
+
+    fn shape(&mut self) -> Result<Shape, VmmError> {
+        fingerprint::shape(self)
     }
 
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError> {
@@ -248,13 +256,13 @@ impl Vmm for Qemu {
         let end = Instant::now() + within;
         // It may close the connection before the answer comes, or hang: only the process's end counts.
         if let Err(error) = self.qmp.execute("quit", Value::Null, within) {
-            tracing::debug!(%error, pid = self.process.id().pid, "quit was not answered");
+            tracing::debug!(%error, pid = self.process.pid(), "quit was not answered");
         }
         if !self.process.wait_exit(end.saturating_duration_since(Instant::now())) {
             self.process.kill()?;
         }
         if !self.process.wait_exit(COMMAND_WITHIN) {
-            return Err(VmmError::DoesNotDie { id: self.process.id() });
+            return Err(VmmError::DoesNotDie { id: self.process_id() });
         }
         if let Some(dir) = self.cgroup.take() {
             launch::remove_cgroup(&dir);

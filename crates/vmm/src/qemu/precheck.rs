@@ -7,11 +7,11 @@ use std::fs;
 
 use serde_json::Value;
 
-use super::fingerprint::{children, devices};
-use super::qmp::Version;
 use super::Qemu;
-use crate::types::{Code, Layout, Reason, RunState, VmmError};
+use super::fingerprint::{all_devices, children};
+use super::qmp::Version;
 use crate::Vmm;
+use crate::types::{Code, Layout, Reason, RunState, VmmError};
 
 /// The oldest QEMU that this was tried on is 7.2; 6.2 has every command that is used.
 const VERSION_MIN: Version = Version::new(6, 2);
@@ -19,6 +19,9 @@ const VERSION_MIN: Version = Version::new(6, 2);
 const VERSION_END: Version = Version::new(11, 0);
 /// What a target keeps free for QEMU itself and the migration: QEMU has 60 to 150 MiB besides the guest's RAM.
 const RESERVE_BYTES: u64 = 256 << 20;
+
+/// `UFFD_FEATURE_WP_ASYNC` of linux/userfaultfd.h.
+const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
 
 /// Devices by the beginning of their class, with why they do not move.
 const DEVICES: &[(&str, &str)] = &[
@@ -53,6 +56,9 @@ pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
         Err(other) => return Err(other),
     }
     tracked_reason(qemu.process_id().pid, &mut reasons);
+    for text in sterna_memory::preflight().err().unwrap_or_default() {
+        reasons.push(Reason::new(Code::Host, format!("at the source: {text}")));
+    }
     Ok(reasons)
 }
 
@@ -72,6 +78,9 @@ pub fn target_reasons(ram_bytes: u64) -> Vec<Reason> {
             ),
         )),
         None => reasons.push(Reason::new(Code::Host, "the target's /proc/meminfo cannot be read; is /proc mounted?")),
+    }
+    for text in sterna_memory::preflight().err().unwrap_or_default() {
+        reasons.push(Reason::new(Code::Host, format!("at the target: {text}")));
     }
     reasons
 }
@@ -113,23 +122,27 @@ fn blocked_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), Vmm
     for text in answer["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         reasons.push(Reason::new(Code::Blocked, format!("QEMU says: {text}")));
     }
-    if let Some(status @ ("setup" | "active" | "pre-switchover" | "device" | "postcopy-active" | "cancelling")) =
-        answer["status"].as_str()
+    if let Some(
+        status @ ("setup" | "active" | "pre-switchover" | "device" | "postcopy-active" | "cancelling"),
+    ) = answer["status"].as_str()
     {
-        let text = format!("QEMU itself is migrating this VM ({status}); wait, or cancel that (QMP migrate_cancel)");
+        let text =
+            format!("QEMU itself is migrating this VM ({status}); wait, or cancel that (QMP migrate_cancel)");
         reasons.push(Reason::new(Code::Blocked, text));
     }
     Ok(())
 }
 
 fn device_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmError> {
-    let found = devices(qemu)?;
+    let found = all_devices(qemu)?;
     let old = qemu.version() < Version::new(8, 0);
     for device in found {
         let listed = DEVICES.iter().find(|(class, _)| device.class.starts_with(class)).map(|(_, why)| *why);
-        let qxl = (old && device.class.starts_with("qxl")).then_some("QEMU before 8.0 aborts when it is saved; use VGA");
+        let qxl = (old && device.class.starts_with("qxl"))
+            .then_some("QEMU before 8.0 aborts when it is saved; use VGA");
         if let Some(why) = listed.or(qxl) {
-            reasons.push(Reason::new(Code::Device, format!("device {} ({}): {why}", device.path, device.class)));
+            reasons
+                .push(Reason::new(Code::Device, format!("device {} ({}): {why}", device.path, device.class)));
         }
     }
     // A network back end beside the guest's memory hides behind an ordinary card.
@@ -141,7 +154,8 @@ fn device_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmE
     }
     for net in ["vhost-user", "vhost-vdpa"] {
         if qemu.hmp("info network", "list its networks")?.contains(&format!("type={net}")) {
-            let text = format!("a network of type {net}: another process writes the VM's memory unseen; use a tap");
+            let text =
+                format!("a network of type {net}: another process writes the VM's memory unseen; use a tap");
             reasons.push(Reason::new(Code::Device, text));
         }
     }
@@ -186,13 +200,27 @@ fn layout_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
 
 fn tracked_reason(pid: i32, reasons: &mut Vec<Reason>) {
     let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
-    let targets = descriptors.flatten().filter_map(|entry| fs::read_link(entry.path()).ok());
-    let held = targets.filter(|target| target.to_string_lossy().contains("[userfaultfd]")).count();
-    if held > 0 {
+    let is_userfaultfd = |entry: &fs::DirEntry| {
+        fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("[userfaultfd]"))
+    };
+    let foreign = |entry: &fs::DirEntry| {
+        let number = entry.file_name();
+        let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy()));
+        !info.is_ok_and(|info| is_async(&info))
+    };
+    if descriptors.flatten().any(|entry| is_userfaultfd(&entry) && foreign(&entry)) {
         let text = "the VM's memory is tracked or served by a userfaultfd already; end the other migration or \
                     snapshot first";
         reasons.push(Reason::new(Code::Tracked, text));
     }
+}
+
+/// Whether a userfaultfd only tracks, as ours do: what an agent that died left behind is no obstacle, for the next
+/// one closes it. The second number of line `API:` holds the features (`userfaultfd_show_fdinfo` in the kernel).
+fn is_async(fdinfo: &str) -> bool {
+    let api = fdinfo.lines().find_map(|line| line.strip_prefix("API:"));
+    let features = api.and_then(|api| u64::from_str_radix(api.trim().split(':').nth(1)?, 16).ok());
+    features.is_some_and(|features| features & UFFD_FEATURE_WP_ASYNC != 0)
 }
 
 #[cfg(test)]
@@ -214,11 +242,19 @@ mod tests {
 
     #[test]
     fn only_a_running_vm_moves() {
-        for (word, count) in [("running", 0), ("paused", 1), ("prelaunch", 1), ("colo", 1), ("suspended", 1)] {
+        for (word, count) in [("running", 0), ("paused", 1), ("prelaunch", 1), ("colo", 1), ("suspended", 1)]
+        {
             let mut reasons = Vec::new();
             run_state_reason(&RunState::from(word.to_owned()), &mut reasons);
             assert_eq!(reasons.len(), count, "{word}");
         }
+    }
+
+    #[test]
+    fn a_tracking_descriptor_is_told_from_a_serving_one() {
+        assert!(is_async("pos:\t0\npending:\t0\ntotal:\t0\nAPI:\taa:1e000:1ffff\n"));
+        assert!(!is_async("pending:\t1\ntotal:\t1\nAPI:\taa:0:1ffff\n"));
+        assert!(!is_async("") && !is_async("API: x"));
     }
 
     #[test]

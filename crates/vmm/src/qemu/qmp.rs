@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    connect, sendmsg, socket_with,
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags,
+    SocketType, connect, sendmsg, socket_with,
 };
 use serde_json::{Value, json};
 
@@ -302,7 +302,8 @@ impl Qmp {
         if !args.is_null() {
             message["arguments"] = args;
         }
-        self.write(format!("{message}\n").as_bytes(), fds, command, deadline).inspect_err(|_| self.broken = true)?;
+        self.write(format!("{message}\n").as_bytes(), fds, command, deadline)
+            .inspect_err(|_| self.broken = true)?;
         self.waiting.insert(id);
         Ok(Ticket { id, command: command.to_owned() })
     }
@@ -323,7 +324,9 @@ impl Qmp {
                 }
                 Err(Errno::AGAIN) => self.ready(PollFlags::OUT, command, deadline)?,
                 Err(Errno::INTR) => {}
-                Err(Errno::PIPE | Errno::CONNRESET) => return Err(QmpError::Closed { during: command.into() }),
+                Err(Errno::PIPE | Errno::CONNRESET) => {
+                    return Err(QmpError::Closed { during: command.into() });
+                }
                 Err(e) => return Err(QmpError::Socket { during: command.into(), source: e.into() }),
             }
         }
@@ -440,7 +443,9 @@ fn reach(path: &Path, deadline: Deadline) -> Result<UnixStream, QmpError> {
             Err(Errno::AGAIN) if deadline.left().is_none() => {
                 return Err(QmpError::NoGreeting { path: path.into(), within: deadline.within });
             }
-            Err(Errno::AGAIN | Errno::NOENT | Errno::CONNREFUSED | Errno::INTR) if deadline.left().is_some() => {
+            Err(Errno::AGAIN | Errno::NOENT | Errno::CONNREFUSED | Errno::INTR)
+                if deadline.left().is_some() =>
+            {
                 std::thread::sleep(CONNECT_PAUSE);
             }
             Err(e) => return Err(failed(e)),
@@ -483,5 +488,10 @@ fn text(value: &Value) -> String {
 }
 
 fn excerpt(line: &[u8]) -> String {
-    String::from_utf8_lossy(line).trim_end().chars().take(EXCERPT_CHARS).flat_map(char::escape_default).collect()
+    String::from_utf8_lossy(line)
+        .trim_end()
+        .chars()
+        .take(EXCERPT_CHARS)
+        .flat_map(char::escape_default)
+        .collect()
 }

@@ -74,7 +74,9 @@ fn rule(option: &str, settings: &Settings) -> Result<KindOf, String> {
         "display" => only(&chosen("type"), &["none"]),
         "audio" | "audiodev" => only(&chosen("driver"), &["none"]),
         "name" => Ok(|_| Text),
-        "icount" => Ok(|key| if matches!(key, "rr" | "rrfile" | "rrsnapshot") { Refused(FILE) } else { Word }),
+        "icount" => {
+            Ok(|key| if matches!(key, "rr" | "rrfile" | "rrsnapshot") { Refused(FILE) } else { Word })
+        }
         "rtc" => Ok(|_| Text),
         _ => Ok(|_| Word),
     }
@@ -83,7 +85,11 @@ fn rule(option: &str, settings: &Settings) -> Result<KindOf, String> {
 /// A key must be one: QEMU's several parsers disagree about odd ones.
 fn check_key(key: &str) -> Result<(), String> {
     let usable = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '+' | '[' | ']');
-    if !key.is_empty() && key.chars().all(usable) { Ok(()) } else { Err(format!("{key:?} is no name of a setting")) }
+    if !key.is_empty() && key.chars().all(usable) {
+        Ok(())
+    } else {
+        Err(format!("{key:?} is no name of a setting"))
+    }
 }
 
 /// A value that cannot name a file elsewhere, a URL or a program with arguments.
@@ -100,33 +106,109 @@ fn machine(key: &str) -> Kind {
         "kernel" | "initrd" | "dtb" | "firmware" => Path,
         "append" => Text,
         "dumpdtb" | "dt-compatible" => Refused(FILE),
-        "memory-encryption" | "confidential-guest-support" => Refused("encrypted memory cannot be moved from outside"),
+        "memory-encryption" | "confidential-guest-support" => {
+            Refused("encrypted memory cannot be moved from outside")
+        }
         _ => Word,
     }
 }
 
 /// The devices that keep all their state where QEMU's device state and the VM's RAM have it.
 const DEVICES: &[&str] = &[
-    "virtio-", "e1000", "rtl8139", "vmxnet3", "pcnet", "ne2k", "i82", "tulip", "VGA", "secondary-vga", "bochs-display",
-    "cirrus-vga", "vmware-svga", "ramfb", "isa-", "ide-", "scsi-", "ahci", "ich9-", "piix", "lsi", "mptsas", "megasas",
-    "am53c974", "pvscsi", "pci-bridge", "pcie-", "pci-serial", "pxb", "ioh3420", "x3130-upstream", "xio3130-downstream",
-    "i82801b11-bridge", "qemu-xhci", "nec-usb-xhci", "usb-ehci", "usb-uhci", "pci-ohci", "usb-tablet", "usb-kbd",
-    "usb-mouse", "usb-hub", "usb-storage", "usb-uas", "usb-net", "usb-serial", "usb-audio", "pc-dimm", "pvpanic",
-    "vmcoreinfo", "vmgenid", "i6300esb", "ib700", "intel-hda", "hda-", "AC97", "ES1370", "sdhci-pci", "sd-card",
-    "intel-iommu", "vmmouse", "vmport", "hyperv-", "virtconsole", "virtserialport", "edu",
+    "virtio-",
+    "e1000",
+    "rtl8139",
+    "vmxnet3",
+    "pcnet",
+    "ne2k",
+    "i82",
+    "tulip",
+    "VGA",
+    "secondary-vga",
+    "bochs-display",
+    "cirrus-vga",
+    "vmware-svga",
+    "ramfb",
+    "isa-",
+    "ide-",
+    "scsi-",
+    "ahci",
+    "ich9-",
+    "piix",
+    "lsi",
+    "mptsas",
+    "megasas",
+    "am53c974",
+    "pvscsi",
+    "pci-bridge",
+    "pcie-",
+    "pci-serial",
+    "pxb",
+    "ioh3420",
+    "x3130-upstream",
+    "xio3130-downstream",
+    "i82801b11-bridge",
+    "qemu-xhci",
+    "nec-usb-xhci",
+    "usb-ehci",
+    "usb-uhci",
+    "pci-ohci",
+    "usb-tablet",
+    "usb-kbd",
+    "usb-mouse",
+    "usb-hub",
+    "usb-storage",
+    "usb-uas",
+    "usb-net",
+    "usb-serial",
+    "usb-audio",
+    "pc-dimm",
+    "pvpanic",
+    "vmcoreinfo",
+    "vmgenid",
+    "i6300esb",
+    "ib700",
+    "intel-hda",
+    "hda-",
+    "AC97",
+    "ES1370",
+    "sdhci-pci",
+    "sd-card",
+    "intel-iommu",
+    "vmmouse",
+    "vmport",
+    "hyperv-",
+    "virtconsole",
+    "virtserialport",
+    "edu",
 ];
 
 /// Those among them that are not: hostile to a move, or doors into the host.
 const NOT_DEVICES: &[&str] = &[
-    "virtio-9p", "virtio-fs", "virtio-input-host", "virtio-mem", "virtio-pmem", "virtio-vhost", "virtio-gpu-gl",
-    "virtio-vga-gl", "virtio-gpu-rutabaga", "virtio-vga-rutabaga", "virtio-nsm", "isa-applesmc", "scsi-generic",
-    "scsi-block", "isa-parallel", "virtio-snd",
+    "virtio-9p",
+    "virtio-fs",
+    "virtio-input-host",
+    "virtio-mem",
+    "virtio-pmem",
+    "virtio-vhost",
+    "virtio-gpu-gl",
+    "virtio-vga-gl",
+    "virtio-gpu-rutabaga",
+    "virtio-vga-rutabaga",
+    "virtio-nsm",
+    "isa-applesmc",
+    "scsi-generic",
+    "scsi-block",
+    "isa-parallel",
+    "virtio-snd",
 ];
 
 fn device(driver: &str) -> Result<KindOf, String> {
     let starts = |list: &[&str]| list.iter().any(|prefix| driver.starts_with(prefix));
     if !starts(DEVICES) || starts(NOT_DEVICES) {
-        return Err(format!("device {driver:?} is not known to move: its state may be outside of what is moved"));
+        return Err(format!(
+            "device {driver:?} is not known to move: its state may be outside of what is moved"
+        ));
     }
     Ok(|key| match key {
         "romfile" => Path,
@@ -138,8 +220,13 @@ fn device(driver: &str) -> Result<KindOf, String> {
 
 fn object(kind: &str) -> Result<KindOf, String> {
     match kind {
-        "memory-backend-ram" | "memory-backend-memfd" | "iothread" | "rng-builtin" | "throttle-group"
-        | "main-loop" | "thread-context" => Ok(|_| Word),
+        "memory-backend-ram"
+        | "memory-backend-memfd"
+        | "iothread"
+        | "rng-builtin"
+        | "throttle-group"
+        | "main-loop"
+        | "thread-context" => Ok(|_| Word),
         "memory-backend-file" => Ok(|key| if key == "mem-path" { Path } else { Word }),
         // Only the kernel's own: reading from another device can do anything.
         "rng-random" => Ok(|key| match key {
@@ -161,11 +248,39 @@ fn drive(key: &str) -> Kind {
         "file.driver" | "driver" | "format" => Word,
         "snapshot" => Refused("what the guest writes would be in a temporary file of one host"),
         "serial" => Text,
-        "if" | "index" | "bus" | "unit" | "media" | "id" | "cache" | "aio" | "discard" | "detect-zeroes" | "readonly"
-        | "read-only" | "auto-read-only" | "werror" | "rerror" | "node-name" | "copy-on-read" | "file.locking"
-        | "file.node-name" | "file.aio" | "file.discard" | "locking" | "l2-cache-size" | "cache-size"
-        | "refcount-cache-size" | "cache-clean-interval" | "lazy-refcounts" => Word,
-        _ if ["cache.", "file.cache.", "throttling", "bps", "iops", "group"].iter().any(|p| key.starts_with(p)) => Word,
+        "if"
+        | "index"
+        | "bus"
+        | "unit"
+        | "media"
+        | "id"
+        | "cache"
+        | "aio"
+        | "discard"
+        | "detect-zeroes"
+        | "readonly"
+        | "read-only"
+        | "auto-read-only"
+        | "werror"
+        | "rerror"
+        | "node-name"
+        | "copy-on-read"
+        | "file.locking"
+        | "file.node-name"
+        | "file.aio"
+        | "file.discard"
+        | "locking"
+        | "l2-cache-size"
+        | "cache-size"
+        | "refcount-cache-size"
+        | "cache-clean-interval"
+        | "lazy-refcounts" => Word,
+        _ if ["cache.", "file.cache.", "throttling", "bps", "iops", "group"]
+            .iter()
+            .any(|p| key.starts_with(p)) =>
+        {
+            Word
+        }
         _ => Refused(UNKNOWN),
     }
 }
@@ -175,10 +290,32 @@ fn blockdev(key: &str) -> Kind {
     let leaf = key.rsplit_once('.').map_or(key, |(_, leaf)| leaf);
     match leaf {
         "filename" => Path,
-        "driver" | "node-name" | "read-only" | "auto-read-only" | "discard" | "detect-zeroes" | "force-share"
-        | "direct" | "no-flush" | "locking" | "aio" | "aio-max-batch" | "size" | "offset" | "file" | "backing"
-        | "throttle-group" | "l2-cache-size" | "cache-size" | "refcount-cache-size" | "cache-clean-interval"
-        | "lazy-refcounts" | "read-zeroes" | "latency-ns" | "l2-cache-entry-size" | "pass-discard-request" => Word,
+        "driver"
+        | "node-name"
+        | "read-only"
+        | "auto-read-only"
+        | "discard"
+        | "detect-zeroes"
+        | "force-share"
+        | "direct"
+        | "no-flush"
+        | "locking"
+        | "aio"
+        | "aio-max-batch"
+        | "size"
+        | "offset"
+        | "file"
+        | "backing"
+        | "throttle-group"
+        | "l2-cache-size"
+        | "cache-size"
+        | "refcount-cache-size"
+        | "cache-clean-interval"
+        | "lazy-refcounts"
+        | "read-zeroes"
+        | "latency-ns"
+        | "l2-cache-entry-size"
+        | "pass-discard-request" => Word,
         _ => Refused(UNKNOWN),
     }
 }
@@ -300,7 +437,8 @@ pub(super) fn character(value: &str, host: Host<'_>) -> Result<String, String> {
         "chardev" => word(rest).map(|id| format!("chardev:{id}")),
         "file" => Ok(format!("file:{}", without_commas(&host.path(rest, Presence::Created)?)?)),
         "unix" => {
-            let (path, flags) = rest.split_once(',').map_or((rest, None), |(path, flags)| (path, Some(flags)));
+            let (path, flags) =
+                rest.split_once(',').map_or((rest, None), |(path, flags)| (path, Some(flags)));
             let path = host.path(path, Presence::Created)?;
             let path = without_commas(&path)?;
             let flags = flags.map(word).transpose()?.map(|flags| format!(",{flags}")).unwrap_or_default();
@@ -315,7 +453,8 @@ pub(super) fn display(value: &str, host: Host<'_>) -> Result<String, String> {
     if value == "none" {
         return Ok(value.to_owned());
     }
-    let (address, flags) = value.split_once(',').map_or((value, None), |(address, flags)| (address, Some(flags)));
+    let (address, flags) =
+        value.split_once(',').map_or((value, None), |(address, flags)| (address, Some(flags)));
     let flags = flags.map(vnc_flags).transpose()?.unwrap_or_default();
     let address = match address.strip_prefix("unix:") {
         Some(path) => format!("unix:{}", without_commas(&host.path(path, Presence::Created)?)?),

@@ -1,5 +1,9 @@
 //! Real QEMUs for tests: found, started with a tiny guest, and killed in the end.
-#![allow(dead_code, clippy::unwrap_used, reason = "each test program uses its own part of this, and a test may panic")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    reason = "each test program uses its own part of this, and a test may panic"
+)]
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -7,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use sterna_vmm::qemu::{Exit, Launch, Qemu, User};
-use sterna_vmm::{Layout, Process, ProcessId, Vmm};
+use sterna_vmm::{Layout, ProcessId, Vmm};
 use tempfile::TempDir;
 
 /// Long enough for a loaded machine; no test measures time.
@@ -30,7 +34,9 @@ const BOOT_SECTOR: [u8; 16] = [
 pub(crate) fn versions() -> Vec<PathBuf> {
     let on_path = || {
         let folders = std::env::var_os("PATH").unwrap_or_default();
-        std::env::split_paths(&folders).map(|folder| folder.join("qemu-system-x86_64")).find(|file| file.is_file())
+        std::env::split_paths(&folders)
+            .map(|folder| folder.join("qemu-system-x86_64"))
+            .find(|file| file.is_file())
     };
     let find = |variable: &str| {
         std::env::var_os(variable).map(PathBuf::from).or_else(on_path).unwrap_or_else(|| {
@@ -95,7 +101,7 @@ impl Stage {
     pub(crate) fn launch(&self, name: &str, argv: Vec<String>, user: Option<User>) -> Launch {
         let run_dir = self.folder.path().join(name);
         let log = self.folder.path().join(format!("{name}.log"));
-        Launch { argv, name: name.to_owned(), run_dir, log, user }
+        Launch { argv, name: name.to_owned(), run_dir, log, cwd: None, user }
     }
 
     /// Starts a line as it is, with the QMP socket added.
@@ -112,7 +118,12 @@ impl Stage {
 
     pub(crate) fn start_launch(&self, launch: &Launch) -> Vm {
         let started = launch.start(WITHIN).unwrap_or_else(|error| panic!("{}", chain(&error)));
-        Vm { qemu: started.qemu, exit: started.exit, run_dir: launch.run_dir.clone(), log: launch.log.clone() }
+        Vm {
+            qemu: started.qemu,
+            exit: started.exit,
+            run_dir: launch.run_dir.clone(),
+            log: launch.log.clone(),
+        }
     }
 
     /// A VM that counts, from the disk of the stage.
@@ -204,7 +215,7 @@ pub(crate) fn eventually(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 pub(crate) fn is_alive(id: ProcessId) -> bool {
-    Process::open_as(id).is_ok_and(|process| process.is_alive())
+    id.open().is_ok_and(|process| process.is_alive())
 }
 
 /// An error with everything that caused it.

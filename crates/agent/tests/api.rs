@@ -1,0 +1,247 @@
+//! The API over a real Unix socket, with a fake agent behind it.
+
+mod fake;
+
+use fake::{Server, wait_until};
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use std::path::Path;
+use tokio::net::UnixStream;
+
+struct Reply {
+    status: StatusCode,
+    headers: hyper::HeaderMap,
+    text: String,
+}
+
+impl Reply {
+    fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|_| panic!("no JSON: {}", self.text))
+    }
+
+    /// Checks that it is a problem as RFC 9457 has it.
+    fn problem(&self, status: u16) -> Value {
+        assert_eq!(self.status.as_u16(), status, "{}", self.text);
+        assert_eq!(self.headers["content-type"], "application/problem+json");
+        let problem = self.json();
+        assert_eq!(problem["status"], status);
+        assert!(problem["detail"].as_str().is_some_and(|text| !text.is_empty()), "{problem}");
+        problem
+    }
+}
+
+fn ask(server: &Server, request: Request<Full<Bytes>>) -> Reply {
+    ask_at(&server.socket(), request)
+}
+
+fn ask_at(socket: &Path, request: Request<Full<Bytes>>) -> Reply {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let stream = UnixStream::connect(socket).await.unwrap();
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.unwrap();
+        tokio::spawn(connection);
+        let reply: Response<_> = sender.send_request(request).await.unwrap();
+        let (head, body) = reply.into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        Reply { status: head.status, headers: head.headers, text: String::from_utf8(body.into()).unwrap() }
+    })
+}
+
+fn request(
+    method: Method,
+    path: &str,
+    headers: &[(&str, &str)],
+    body: impl Into<Bytes>,
+) -> Request<Full<Bytes>> {
+    let builder = Request::builder().method(method).uri(path).header("host", "agent");
+    let builder = headers.iter().fold(builder, |builder, (name, value)| builder.header(*name, *value));
+    builder.body(Full::new(body.into())).unwrap()
+}
+
+fn get(server: &Server, path: &str) -> Reply {
+    ask(server, request(Method::GET, path, &[], ""))
+}
+
+fn post(server: &Server, path: &str, body: &Value) -> Reply {
+    ask(server, request(Method::POST, path, &[], body.to_string()))
+}
+
+fn migrate(server: &Server, vm: &str) -> String {
+    let reply = post(server, "/v1/migrations", &json!({"vm": vm, "host": "hostb"}));
+    assert_eq!(reply.status, 202, "{}", reply.text);
+    reply.json()["id"].as_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_vm_is_run_listed_read_and_stopped() {
+    let server = Server::start();
+    let made = post(&server, "/v1/vms", &json!({"name": "new", "argv": ["qemu-system-x86_64", "-m", "1G"]}));
+    assert_eq!(made.status, 201, "{}", made.text);
+    assert_eq!(made.headers["location"], "/v1/vms/new");
+    let names = get(&server, "/v1/vms").json();
+    assert!(names.as_array().unwrap().iter().any(|vm| vm["name"] == "new"), "{names}");
+    assert_eq!(get(&server, "/v1/vms/new").json()["argv"][2], "1G");
+    assert_eq!(get(&server, "/v1/hosts").json()[1]["name"], "hostb");
+    assert_eq!(ask(&server, request(Method::DELETE, "/v1/vms/new", &[], "")).status, 204);
+    get(&server, "/v1/vms/new").problem(404);
+}
+
+#[test]
+fn each_error_of_the_agent_has_its_status() {
+    let server = Server::start();
+    assert_eq!(
+        post(&server, "/v1/vms", &json!({"name": "x", "argv": ["/bin/sh"]})).problem(400)["type"],
+        "invalid"
+    );
+    assert_eq!(get(&server, "/v1/migrations/none").problem(404)["type"], "not-found");
+    let twice = post(&server, "/v1/vms", &json!({"name": "web", "argv": ["qemu"]}));
+    assert_eq!(twice.problem(409)["type"], "conflict");
+    let refused = post(&server, "/v1/migrations", &json!({"vm": "refused", "host": "hostb"})).problem(422);
+    assert_eq!(refused["reasons"][0]["code"], "vfio");
+    assert_eq!(refused["reasons"][1]["code"], "memory");
+    assert_eq!(
+        post(&server, "/v1/migrations", &json!({"vm": "panics", "host": "b"})).problem(500)["type"],
+        "failed"
+    );
+    assert_eq!(get(&server, "/healthz").status, 200, "the API survives a call that panicked");
+}
+
+#[test]
+fn what_is_no_request_is_refused_and_does_no_harm() {
+    let server = Server::start();
+    get(&server, "/v2/vms").problem(404);
+    ask(&server, request(Method::PUT, "/v1/vms", &[], "")).problem(405);
+    ask(&server, request(Method::POST, "/v1/vms", &[], "{")).problem(400);
+    ask(&server, request(Method::POST, "/v1/vms", &[], "[[[[")).problem(400);
+    ask(&server, request(Method::POST, "/v1/vms", &[], vec![b' '; 1 << 20])).problem(413);
+    ask(&server, request(Method::PATCH, "/v1/migrations/%2e%2e%2f", &[], "{}")).problem(404);
+    let body = json!({"vm": "web", "host": "hostb"}).to_string();
+    let long = "k".repeat(1000);
+    for key in ["", long.as_str()] {
+        ask(&server, request(Method::POST, "/v1/migrations", &[("idempotency-key", key)], body.clone()))
+            .problem(400);
+    }
+    assert_eq!(get(&server, "/v1/migrations").json(), json!([]));
+}
+
+#[test]
+fn a_repeated_key_begins_one_migration() {
+    let server = Server::start();
+    let body = json!({"vm": "stuck", "host": "hostb"}).to_string();
+    let again =
+        || ask(&server, request(Method::POST, "/v1/migrations", &[("Idempotency-Key", "k1")], body.clone()));
+    let (first, second) = (again(), again());
+    assert_eq!(first.status, 202);
+    assert_eq!(first.headers["location"], "/v1/migrations/m1");
+    assert_eq!(first.json()["id"], second.json()["id"]);
+    assert_eq!(get(&server, "/v1/migrations").json().as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn events_show_each_state_and_end_with_the_final_one() {
+    let server = Server::start();
+    let id = migrate(&server, "web");
+    let reply = get(&server, &format!("/v1/migrations/{id}/events"));
+    assert_eq!(reply.headers["content-type"], "text/event-stream");
+    let last = reply.text.trim_end().rsplit("\n\n").next().unwrap();
+    let mut fields = last.lines();
+    assert_eq!(fields.next(), Some("event: end"), "{}", reply.text);
+    let data: Value = serde_json::from_str(fields.next().unwrap().strip_prefix("data: ").unwrap()).unwrap();
+    assert_eq!(data["status"], "completed");
+    assert_eq!(data["runs-at"], "hostb");
+    assert!(reply.text.contains("event: progress"), "{}", reply.text);
+
+    let lines = [("accept", "application/jsonl")];
+    let reply = ask(&server, request(Method::GET, &format!("/v1/migrations/{id}/events"), &lines, ""));
+    assert_eq!(reply.headers["content-type"], "application/jsonl");
+    assert_eq!(reply.text.lines().count(), 1, "a migration that is over has one line: {}", reply.text);
+    assert_eq!(reply.json()["status"], "completed");
+}
+
+#[test]
+fn a_migration_is_changed_and_cancelled() {
+    let server = Server::start();
+    let id = migrate(&server, "stuck");
+    let path = format!("/v1/migrations/{id}");
+    let body = json!({"max-bandwidth": 1000, "downtime-limit": 50}).to_string();
+    let changed = ask(&server, request(Method::PATCH, &path, &[], body)).json();
+    assert_eq!((&changed["max-bandwidth"], &changed["downtime-limit"]), (&json!(1000), &json!(50)));
+    assert_eq!(ask(&server, request(Method::DELETE, &path, &[], "")).status, 202);
+    wait_until(|| get(&server, &path).json()["status"] == "cancelled");
+    let late = migrate(&server, "late");
+    ask(&server, request(Method::DELETE, &format!("/v1/migrations/{late}"), &[], "")).problem(409);
+}
+
+#[test]
+fn metrics_follow_the_migrations() {
+    let server = Server::start();
+    migrate(&server, "stuck");
+    wait_until(|| get(&server, "/metrics").text.contains("_dirty_memory_rate_bytes{vm=\"stuck\""));
+    let text = get(&server, "/metrics").text;
+    let labels = "{vm=\"stuck\",source=\"hosta\",target=\"hostb\"}";
+    for name in
+        ["data_total", "data_processed", "data_remaining", "dirty_memory_rate", "memory_transfer_rate"]
+    {
+        assert!(text.contains(&format!("sterna_migration_{name}_bytes{labels}")), "{name}: {text}");
+    }
+    assert!(text.contains("sterna_vms{state=\"running\"} 9"), "{text}");
+    assert!(text.contains("sterna_agent_info{host=\"hosta\""), "{text}");
+    ask(&server, request(Method::DELETE, "/v1/migrations/m1", &[], ""));
+    wait_until(|| get(&server, "/metrics").text.contains(&format!("sterna_migration_cancelled{labels} 1")));
+    assert!(
+        !get(&server, "/metrics").text.contains("data_total_bytes{"),
+        "a migration that ended has no progress"
+    );
+    migrate(&server, "web");
+    wait_until(|| get(&server, "/metrics").text.contains("sterna_migration_succeeded{vm=\"web\""));
+    let text = get(&server, "/metrics").text;
+    assert!(text.contains("sterna_migration_downtime_seconds_bucket{le=\"0.01\"} 1"), "{text}");
+}
+
+#[test]
+fn the_openapi_document_names_every_route() {
+    let server = Server::start();
+    let document = get(&server, "/openapi.json").json();
+    let paths = document["paths"].as_object().unwrap();
+    for (path, methods) in [
+        ("/v1/vms", vec!["get", "post"]),
+        ("/v1/vms/{name}", vec!["get", "delete"]),
+        ("/v1/hosts", vec!["get"]),
+        ("/v1/migrations", vec!["get", "post"]),
+        ("/v1/migrations/{id}", vec!["get", "delete", "patch"]),
+        ("/v1/migrations/{id}/events", vec!["get"]),
+        ("/healthz", vec!["get"]),
+        ("/readyz", vec!["get"]),
+        ("/metrics", vec!["get"]),
+        ("/openapi.json", vec!["get"]),
+    ] {
+        for method in methods {
+            assert!(paths[path][method].is_object(), "{method} {path}");
+        }
+    }
+    let view = &document["components"]["schemas"]["MigrationView"]["properties"];
+    assert!(view["downtime-limit"].is_object(), "the schema has the names that are on the wire: {view}");
+    assert_eq!(view["began"]["format"], "date-time");
+}
+
+#[test]
+fn a_shutdown_ends_streams_and_removes_the_socket() {
+    let mut server = Server::start();
+    let id = migrate(&server, "stuck");
+    assert_eq!(get(&server, "/readyz").status, 200);
+    let socket = server.socket();
+    let stream = std::thread::spawn(move || {
+        ask_at(&socket, request(Method::GET, &format!("/v1/migrations/{id}/events"), &[], ""))
+    });
+    let sender = server.fake.migrations.lock().unwrap()[0].1.clone();
+    wait_until(|| sender.receiver_count() > 0);
+    server.end();
+    assert!(!server.socket().exists());
+    let text = stream.join().unwrap().text;
+    assert!(text.contains("event: progress") && !text.contains("event: end"), "{text}");
+    sender.send_modify(|view| view.status = "cancelling".to_owned());
+}

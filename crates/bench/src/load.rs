@@ -1,0 +1,264 @@
+//! What the guest runs and holds, and who watches it from outside.
+
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::net::SocketAddrV4;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use sterna_lab::client::{BEACON_PORT, Client, ClientReport};
+use sterna_lab::guest::{Nic, Program};
+use sterna_lab::{GuestSpec, Lab, run};
+
+use crate::stage::Stage;
+use crate::{BenchError, Kit};
+
+/// RAM of the guest.
+pub const MEMORY_MIB: u32 = 1024;
+/// Noise that the guest's Redis is filled with. Together with a kernel and Redis itself some 350 MB are in use.
+pub const BALLAST_MIB: u32 = 256;
+/// Noise comes in values of this size: few enough that Redis' own bookkeeping is small.
+const VALUE_BYTES: usize = 256 << 10;
+/// An emulated guest boots in 3 to 5 s alone, and much slower beside a build.
+const BOOT: Duration = Duration::from_secs(120);
+/// Filling takes 2 to 4 s.
+const FILL: Duration = Duration::from_secs(120);
+/// How long the client writes before a move: its pace is steady after one second.
+pub const BEFORE: Duration = Duration::from_secs(3);
+/// How long it watches after a move.
+pub const AFTER: Duration = Duration::from_secs(2);
+/// A silence that begins this long after a move is still counted as the move's: a late announcement would show here.
+const AFTERMATH_MS: f64 = 1000.0;
+/// The beacon's listener lists silences from this length on; shorter ones are the scheduler's doing.
+const GAP_MS: f64 = 10.0;
+/// Memory that is touched and given back before each move, on a machine that takes freed memory away.
+const WARM_BYTES: usize = 768 << 20;
+
+/// The guest: one virtual CPU, plain RAM, a network card, Redis and a beacon.
+#[must_use]
+pub fn guest(lab: &Lab, kit: &Kit, name: &str) -> GuestSpec {
+    GuestSpec {
+        nic: Some(Nic::of_guest(0, lab.guest_address(0))),
+        programs: vec![Program::Redis, Program::Beacon(SocketAddrV4::new(lab.client_address(), BEACON_PORT))],
+        ..GuestSpec::plain(name, MEMORY_MIB, &kit.packages.kernel, &kit.initramfs)
+    }
+}
+
+/// Waits until a guest says on its console that all its programs run.
+pub fn wait_ready(console: &Path) -> Result<(), BenchError> {
+    let text = || String::from_utf8_lossy(&std::fs::read(console).unwrap_or_default()).into_owned();
+    let ready = run::until("the guest's start", BOOT, || {
+        std::thread::sleep(Duration::from_millis(10));
+        text().contains("READY ")
+    });
+    ready.map_err(|why| BenchError::unexpected(why.to_string(), text()))
+}
+
+/// Fills the guest's Redis with noise, by Redis' own loader.
+pub fn fill(stage: &Stage) -> Result<(), BenchError> {
+    const LOADER: &str = "redis-cli";
+    let mut output = tempfile::tempfile().map_err(BenchError::file("make", "a scratch file"))?;
+    let copy = output.try_clone().map_err(BenchError::file("duplicate", "a scratch file"))?;
+    let mut command = stage.client_command(LOADER);
+    command.args(["-h", &stage.lab.guest_address(0).to_string(), "--pipe"]);
+    let mut loader =
+        command.stdin(Stdio::piped()).stdout(copy).spawn().map_err(BenchError::start(LOADER))?;
+    let input = loader.stdin.take();
+    // In a thread, so that a guest that does not take it meets the deadline below, and this ends with the loader.
+    let feeder = std::thread::spawn(move || input.map_or(Ok(()), write_noise));
+    let ended = wait(&mut loader);
+    let fed = feeder.join().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked")));
+    let mut text = String::new();
+    output
+        .seek(SeekFrom::Start(0))
+        .and_then(|_| output.read_to_string(&mut text))
+        .map_err(BenchError::file("read", "the loader's output"))?;
+    ended?;
+    fed.map_err(BenchError::file("write to", LOADER))?;
+    match text.contains(&format!("errors: 0, replies: {}", values())) {
+        true => Ok(()),
+        false => Err(BenchError::unexpected("the guest's Redis did not take everything", text)),
+    }
+}
+
+fn wait(loader: &mut Child) -> Result<(), BenchError> {
+    let waited = run::until("filling Redis", FILL, || loader.try_wait().is_ok_and(|s| s.is_some()));
+    if waited.is_err() {
+        // It may end at this very moment.
+        let _ = loader.kill();
+        let _ = loader.wait();
+    }
+    Ok(waited?)
+}
+
+fn values() -> usize {
+    ((BALLAST_MIB as usize) << 20) / VALUE_BYTES
+}
+
+/// Commands of Redis' protocol, each with a value of noise that no compression shortens.
+fn write_noise(mut to: impl Write) -> std::io::Result<()> {
+    let mut noise = Noise(0x9e37_79b9_7f4a_7c15);
+    let mut value = vec![0; VALUE_BYTES];
+    for number in 0..values() {
+        value.chunks_exact_mut(8).for_each(|word| word.copy_from_slice(&noise.next().to_le_bytes()));
+        let key = format!("ballast:{number}");
+        write!(to, "*3\r\n$3\r\nSET\r\n${}\r\n{key}\r\n${VALUE_BYTES}\r\n", key.len())?;
+        to.write_all(&value)?;
+        to.write_all(b"\r\n")?;
+    }
+    Ok(())
+}
+
+/// Marsaglia's xorshift64: the same in each run, so that pairs carry the same.
+struct Noise(u64);
+
+impl Noise {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+}
+
+/// Starts the client that writes to the guest and listens to it, and gives it time to get going.
+pub fn watch(stage: &Stage) -> Result<Client, BenchError> {
+    let client = Client::start(&stage.lab, &stage.kit.lab, stage.lab.guest_address(0))?;
+    std::thread::sleep(BEFORE);
+    Ok(client)
+}
+
+/// Touches memory and gives it back, right before a target starts: the first touch of a page that the machine has to get
+/// from its own host costs 2 to 10 us, for us and for stock QEMU alike, and says nothing about either.
+pub fn warm_memory() {
+    drop(std::hint::black_box(vec![1u8; WARM_BYTES]));
+}
+
+/// A stretch of the client's time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Window {
+    /// In milliseconds since 1970.
+    pub start_unix_ms: f64,
+    /// Likewise.
+    pub end_unix_ms: f64,
+}
+
+impl Window {
+    /// Begins now.
+    #[must_use]
+    pub fn open() -> Window {
+        let now = unix_ms();
+        Window { start_unix_ms: now, end_unix_ms: now }
+    }
+
+    /// Ends now.
+    #[must_use]
+    pub fn close(self) -> Window {
+        Window { end_unix_ms: unix_ms(), ..self }
+    }
+}
+
+fn unix_ms() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64() * 1e3)
+}
+
+/// What a client saw, as far as results speak of it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct Seen {
+    /// Writes that Redis acknowledged, through the whole life of the client.
+    pub acknowledged: u64,
+    /// Keys whose last acknowledged write was gone at the end.
+    pub lost_writes: u64,
+    /// Connections that broke.
+    pub reconnects: u64,
+    /// The longest time between two acknowledged batches.
+    pub max_stall_ms: f64,
+    /// Writes acknowledged in each second.
+    pub per_second: Vec<u64>,
+    /// Datagrams of the beacon that never came.
+    pub beacons_missing: u64,
+    /// The longest silence of the beacon around the move.
+    pub blackout_ms: f64,
+}
+
+impl Seen {
+    /// Of a client's report, for a move in this window. A client that wrote or heard nothing proves nothing.
+    pub fn of(report: ClientReport, window: Window) -> Result<Seen, BenchError> {
+        let (Some(redis), Some(beacon)) = (report.redis, report.beacon) else {
+            return Err(BenchError::unexpected("the client's report", "has not both parts"));
+        };
+        if redis.acknowledged == 0 || beacon.received == 0 {
+            let found = format!("{} writes, {} datagrams; {:?}", redis.acknowledged, beacon.received, redis.errors);
+            return Err(BenchError::unexpected("the client did not reach the guest", found));
+        }
+        let end = window.end_unix_ms + AFTERMATH_MS;
+        let around = beacon.gaps.iter().filter(|g| {
+            g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms
+        });
+        let listed = around.map(|g| g.length_ms).fold(0.0, f64::max);
+        let unlisted = beacon.max_gap_ms.min(GAP_MS);
+        Ok(Seen {
+            acknowledged: redis.acknowledged,
+            lost_writes: redis.lost_writes,
+            reconnects: redis.reconnects,
+            max_stall_ms: redis.max_stall_ms,
+            per_second: redis.per_second,
+            beacons_missing: beacon.missing,
+            blackout_ms: listed.max(unlisted),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sterna_lab::client::{BeaconReport, Gap, RedisReport};
+
+    fn report(gaps: Vec<Gap>) -> ClientReport {
+        let max_gap_ms = gaps.iter().map(|g| g.length_ms).fold(3.0, f64::max);
+        ClientReport {
+            redis: Some(RedisReport { acknowledged: 7, ..RedisReport::default() }),
+            beacon: Some(BeaconReport { received: 9, missing: 0, backwards: 0, max_gap_ms, gaps }),
+        }
+    }
+
+    fn gap(start_unix_ms: f64, length_ms: f64) -> Gap {
+        Gap { start_unix_ms, length_ms }
+    }
+
+    const WINDOW: Window = Window { start_unix_ms: 1000.0, end_unix_ms: 5000.0 };
+
+    #[test]
+    fn silences_outside_of_the_move_do_not_count() {
+        let gaps = vec![gap(100.0, 500.0), gap(4900.0, 20.0), gap(5500.0, 30.0), gap(9000.0, 400.0)];
+        assert_eq!(Seen::of(report(gaps), WINDOW).unwrap().blackout_ms, 30.0);
+    }
+
+    #[test]
+    fn a_silence_across_the_beginning_counts() {
+        assert_eq!(Seen::of(report(vec![gap(990.0, 50.0)]), WINDOW).unwrap().blackout_ms, 50.0);
+    }
+
+    #[test]
+    fn without_a_listed_silence_the_blackout_is_the_longest_unlisted_one() {
+        assert_eq!(Seen::of(report(vec![]), WINDOW).unwrap().blackout_ms, 3.0);
+        assert_eq!(Seen::of(report(vec![gap(9000.0, 40.0)]), WINDOW).unwrap().blackout_ms, GAP_MS);
+    }
+
+    #[test]
+    fn a_client_that_heard_nothing_is_an_error() {
+        let mut deaf = report(vec![]);
+        deaf.beacon.as_mut().unwrap().received = 0;
+        Seen::of(deaf, WINDOW).unwrap_err();
+    }
+
+    #[test]
+    fn the_noise_is_what_the_loader_is_told() {
+        let mut bytes = Vec::new();
+        write_noise(&mut bytes).unwrap();
+        let overhead = bytes.len() - ((BALLAST_MIB as usize) << 20);
+        assert!(overhead < values() * 100, "{overhead}");
+        assert_ne!(bytes[100..200], bytes[200..300]);
+    }
+}
