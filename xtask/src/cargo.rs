@@ -1,29 +1,103 @@
 //! Cargo's own commands, in the order and with the options that the project wants.
 
-use std::path::Path;
-use std::process::Command;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, ensure};
 
 use crate::packages::Ready;
 
-/// Formatting and lints of the whole workspace.
-pub(crate) fn lint() -> anyhow::Result<()> {
-    run(cargo().args(["fmt", "--all", "--check"]))?;
-    run(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))
+/// Packages whose programs the tests, the demo and the benchmarks run.
+const PROGRAMS: &[&str] = &["sterna", "sterna-memory", "sterna-lab"];
+/// Tests that run at once. Most start an emulated machine or two, which want a core each; more only miss their deadlines.
+const TESTS_AT_ONCE: &str = "2";
+
+/// How programs are compiled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Profile {
+    /// As tests run them.
+    Dev,
+    /// As they are measured.
+    Release,
 }
 
-/// All tests. One binary after the other, and few at once in each: QEMUs under emulation need the cores themselves.
+/// Formatting and lints of the whole workspace, and what its dependencies bring with them.
+pub(crate) fn lint() -> anyhow::Result<()> {
+    run(cargo().args(["fmt", "--all", "--check"]))?;
+    run(cargo().args(["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"]))?;
+    deny()
+}
+
+/// Lints, then all tests.
 pub(crate) fn test(ready: &Ready, arguments: &[String]) -> anyhow::Result<()> {
+    let began = Instant::now();
+    build(Profile::Dev)?;
+    lint()?;
+    if has("nextest") {
+        run(ready.tell(cargo().args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments)))?;
+        // nextest does not know tests in documentation.
+        run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+    } else {
+        let mut command = cargo();
+        command.args(["test", "--workspace"]).args(arguments);
+        if !arguments.iter().any(|a| a == "--") {
+            command.args(["--", "--test-threads", TESTS_AT_ONCE]);
+        }
+        run(ready.tell(&mut command))?;
+    }
+    println!("formatting, lints and all tests passed in {} s", began.elapsed().as_secs());
+    Ok(())
+}
+
+/// Compiles the programs and returns the directory in which they lie.
+pub(crate) fn build(profile: Profile) -> anyhow::Result<PathBuf> {
     let mut command = cargo();
-    ready.tell(&mut command);
-    run(command.args(["test", "--workspace"]).args(arguments))
+    command.arg("build").args(PROGRAMS.iter().flat_map(|p| ["--package", p]));
+    let directory = match profile {
+        Profile::Dev => "debug",
+        Profile::Release => {
+            command.arg("--release");
+            "release"
+        }
+    };
+    run(&mut command)?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    let directory = target.join(directory);
+    directory.canonicalize().with_context(|| format!("cargo did not build into {}", directory.display()))
+}
+
+/// Licences, sources and known advisories of the dependencies, as `deny.toml` has them. Nothing is fetched, so that a
+/// build without a network and one with say the same.
+fn deny() -> anyhow::Result<()> {
+    if !has("deny") {
+        eprintln!("cargo-deny is not installed, licences are not checked: cargo install cargo-deny --locked");
+        return Ok(());
+    }
+    run(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
+    let advisories = cargo().args(["deny", "--offline", "check", "advisories"]).stderr(Stdio::null()).status()?;
+    if !advisories.success() {
+        eprintln!("advisories: there are some, or no copy of their database is here: cargo deny check advisories");
+    }
+    Ok(())
+}
+
+/// Whether cargo has this subcommand.
+fn has(subcommand: &str) -> bool {
+    let mut command = cargo();
+    command.args([subcommand, "--version"]).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|s| s.success())
 }
 
 fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
-    command.current_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join(".."));
+    command.current_dir(root());
     command
+}
+
+/// The workspace's root.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 
 fn run(command: &mut Command) -> anyhow::Result<()> {

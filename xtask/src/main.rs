@@ -3,15 +3,17 @@
 #![forbid(unsafe_code)]
 
 mod cargo;
+mod interrupt;
+mod measure;
 mod packages;
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Sets up, demonstrates, tests and measures Sterna
 #[derive(Parser)]
-#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", max_term_width = 100)]
 struct Cli {
     #[command(subcommand)]
     command: Action,
@@ -22,63 +24,112 @@ enum Action {
     /// Fetch the Debian packages and build the guests (the other commands do it by themselves)
     Setup,
     /// Move a running VM between two hosts, beside stock QEMU's own migration
+    ///
+    /// Needs root, for network namespaces. Exits with 1 if a write was lost or RAM differed.
     Demo(Demo),
     /// Check formatting and lints, then run all tests
     Test(Test),
-    /// Run rows of BENCHMARKS.md
+    /// Measure rows, and compare them with their goals
+    ///
+    /// Needs root. Exits with 1 if a goal is missed, a write was lost or RAM differed.
     Bench(Bench),
-    /// Turn a file of benchmark results into a page
-    Report {
-        /// What `bench --out` wrote
-        file: PathBuf,
-    },
-    /// Check formatting and lints
+    /// Turn files of results into one page
+    Report(Report),
+    /// Check formatting, lints, licences and advisories
     Lint,
 }
 
 #[derive(Args)]
 struct Demo {
     /// Write the figures as JSON
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    built: Built,
+}
+
+/// Which programs are measured.
+#[derive(Args)]
+struct Built {
+    /// Measure the programs in this directory instead of building them
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
 }
 
 #[derive(Args)]
 struct Test {
-    /// Passed on to `cargo test`
+    /// Passed on to `cargo nextest run`, or to `cargo test` where nextest is not installed
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
 }
 
 #[derive(Args)]
 struct Bench {
-    /// Rows by number; all when none is given
-    rows: Vec<u8>,
-    /// Interleaved pairs of each row
-    #[arg(long, default_value_t = 5)]
+    /// Which rows; all when none is given
+    #[arg(value_name = "ROW", value_parser = row)]
+    rows: Vec<Row>,
+    /// Pairs of one move of ours and one of stock QEMU's, which alternate
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
+    /// Only see that it works: one pair, one limit
+    #[arg(long, conflicts_with = "pairs")]
+    quick: bool,
     /// Write every raw sample as JSON
-    #[arg(long)]
+    #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    #[command(flatten)]
+    built: Built,
+}
+
+#[derive(Args)]
+struct Report {
+    /// What `demo --out` and `bench --out` wrote
+    #[arg(required = true, value_name = "FILE")]
+    files: Vec<PathBuf>,
+    /// The page
+    #[arg(long, value_name = "FILE", default_value = "report.html")]
+    out: PathBuf,
+}
+
+/// What can be measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Row {
+    /// The demo, pair after pair
+    #[value(alias = "move")]
+    Demo,
+    /// Whether a bandwidth limit is kept
+    Rate,
+}
+
+fn row(text: &str) -> Result<Row, String> {
+    Row::from_str(text, true)
+        .map_err(|_| format!("row {text} does not exist yet; there are `demo` (or `move`) and `rate`"))
 }
 
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Action::Setup => packages::ensure().map(|ready| println!("{ready}")),
-        Action::Test(test) => {
-            cargo::lint()?;
-            cargo::test(&packages::ensure()?, &test.arguments)
-        }
+        Action::Test(test) => cargo::test(&packages::ensure()?, &test.arguments),
         Action::Lint => cargo::lint(),
-        Action::Demo(demo) => missing("demo", demo.out.as_ref()),
-        Action::Bench(bench) => {
-            missing(&format!("bench {:?} --pairs {}", bench.rows, bench.pairs), bench.out.as_ref())
-        }
-        Action::Report { file } => missing("report", Some(&file)),
+        Action::Demo(demo) => measure::demo(&demo),
+        Action::Bench(bench) => measure::bench(&bench),
+        Action::Report(report) => measure::report(&report.files, &report.out),
     }
 }
 
-fn missing(what: &str, file: Option<&PathBuf>) -> anyhow::Result<()> {
-    let file = file.map_or(String::new(), |f| format!(" ({})", f.display()));
-    anyhow::bail!("`{what}`{file} is not there yet")
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_holds_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn rows_are_known_by_name_and_others_are_said_to_be_missing() {
+        assert_eq!((row("demo"), row("move"), row("rate")), (Ok(Row::Demo), Ok(Row::Demo), Ok(Row::Rate)));
+        assert!(row("7").unwrap_err().contains("row 7 does not exist yet"));
+    }
 }

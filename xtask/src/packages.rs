@@ -1,9 +1,10 @@
 //! What the tests, the demo and the benchmarks need beside the source: packages, guest programs, the guests' image.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use sterna_bench::Kit;
 use sterna_lab::{LabDir, Packages, image, packages};
 
 /// Everything in its place.
@@ -22,9 +23,19 @@ pub(crate) fn ensure() -> anyhow::Result<Ready> {
 
 impl Ready {
     /// Tells a program where the two QEMUs are, as all tests expect it.
-    pub(crate) fn tell(&self, command: &mut Command) {
+    pub(crate) fn tell<'a>(&self, command: &'a mut Command) -> &'a mut Command {
         command.env("STERNA_QEMU_72", &self.packages.qemu_72).env("STERNA_QEMU_10", &self.packages.qemu_10);
-        command.env("STERNA_KERNEL", &self.packages.kernel).env("STERNA_INITRAMFS", &self.image);
+        command.env("STERNA_KERNEL", &self.packages.kernel).env("STERNA_INITRAMFS", &self.image)
+    }
+
+    /// Together with our programs in a directory: what a measurement runs.
+    pub(crate) fn kit(self, programs: &Path) -> Kit {
+        Kit {
+            sterna: programs.join("sterna"),
+            lab: programs.join("sterna-lab"),
+            packages: self.packages,
+            initramfs: self.image,
+        }
     }
 }
 

@@ -119,7 +119,8 @@ impl Host {
 
     pub(crate) fn launch(&self, vm: &str, argv: Vec<String>) -> Result<Launched, VmmError> {
         let (run_dir, log) = (self.run_dir(vm), self.log(vm));
-        Launch { argv, name: vm.into(), run_dir, log, user: self.user.clone(), cwd: None }.start(LAUNCH_WITHIN)
+        Launch { argv, name: vm.into(), run_dir, log, user: self.user.clone(), cwd: None }
+            .start(LAUNCH_WITHIN)
     }
 
     /// The VM's process, for its memory.

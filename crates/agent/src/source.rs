@@ -18,9 +18,9 @@ use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::message::{Block, BlockDigest, Offer, Query, Reason, StateEnd, Stream};
 use sterna_engine::wire::{Message, batch};
 use sterna_engine::{Source, Step};
-use sterna_memory::{PAGE, Process, Region, Tracker, WpAsyncTracker, populated};
+use sterna_memory::{PAGE, Process, Region, Tracker, WpAsyncTracker, is_anonymous, populated};
 use sterna_transport::{Connection, Counters, Pacer};
-use sterna_vmm::{Fingerprint, Vmm, difference};
+use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
 
 /// How often figures are refreshed while nothing else happens.
@@ -60,7 +60,7 @@ impl Handle {
 struct Checked {
     offer: Offer,
     blocks: Vec<SourceBlock>,
-    fingerprint: Fingerprint,
+    shape: Shape,
 }
 
 /// The thread's own.
@@ -81,7 +81,7 @@ struct Outgoing {
     tracker: Option<Box<dyn Tracker>>,
     process: Process,
     blocks: Arc<Vec<SourceBlock>>,
-    fingerprint: Fingerprint,
+    shape: Option<Shape>,
     set: SendSet,
     counters: Arc<SendCounters>,
     state: Vec<u8>,
@@ -179,7 +179,7 @@ impl Outgoing {
             tracker: None,
             process,
             blocks: Arc::default(),
-            fingerprint: Fingerprint::default(),
+            shape: None,
             set: SendSet::default(),
             counters: Arc::default(),
             state: Vec::new(),
@@ -204,6 +204,7 @@ impl Outgoing {
         let process = host.process_of(vm).map_err(Outcome::Failed)?;
         let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
         let checked = check(host, vm, streams, request.verify, (&peer, &address))?;
+        tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
         let connection = host
             .endpoint()
             .connect(&address, &peer, CONNECT_WITHIN)
@@ -222,7 +223,7 @@ impl Outgoing {
         outgoing.began = began;
         outgoing.set = SendSet::new(checked.blocks.len());
         outgoing.blocks = Arc::new(checked.blocks);
-        outgoing.fingerprint = checked.fingerprint;
+        outgoing.shape = Some(checked.shape);
         outgoing.verify = request.verify;
         outgoing.attach_control(connection);
         let parameters = SourceParameters {
@@ -313,7 +314,15 @@ impl Outgoing {
         }
     }
 
+    /// The one dispatcher: every phase begins and ends here, and is told with its time.
     fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
+        let (phase, began) = (phase(&action), Instant::now());
+        let input = self.act(action);
+        tracing::debug!(id = %self.id, phase, at = ?self.now(), took = ?began.elapsed(), "source");
+        input
+    }
+
+    fn act(&mut self, action: SourceAction) -> Option<SourceInput> {
         match action {
             SourceAction::Record(record) => Some(self.record(&record)),
             SourceAction::Send(message) => self.send(&message),
@@ -407,14 +416,23 @@ impl Outgoing {
     /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
     fn scan(&mut self) -> Result<(), String> {
         for at in 0..self.blocks.len() {
-            let mut written = Vec::new();
-            if let Some(tracker) = &mut self.tracker {
-                let scanned = tracker.collect(at, &mut written);
-                scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
+            let Some(tracker) = &mut self.tracker else {
+                return Err("the VM's memory is not tracked".into());
+            };
+            let (mut pages, mut holes) = (Vec::new(), Vec::new());
+            let scanned = match self.blocks[at].anonymous {
+                true => tracker.collect_sorted(at, &mut pages, &mut holes),
+                false => tracker.collect(at, &mut pages),
+            };
+            scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
+            let sent = self.blocks[at].sent.runs();
+            if self.blocks[at].anonymous {
+                self.set.add(at, &pages, &intersect(&holes, &sent));
+            } else {
+                // A discard in a file is not reported as a write: what was sent and is not there any more is a hole.
+                let there = self.populated(at)?;
+                self.set.add(at, &intersect(&pages, &there), &subtract(&sent, &there));
             }
-            let there = self.populated(at)?;
-            let holes = subtract(&self.blocks[at].sent.runs(), &there);
-            self.set.add(at, &intersect(&written, &there), &holes);
         }
         Ok(())
     }
@@ -451,9 +469,10 @@ impl Outgoing {
         control.send(&Message::StateEnd(end))?;
         self.view.device_state(self.state.len() as u64);
         self.state = Vec::new();
-        let changed = difference(&self.fingerprint, &self.qemu(|qemu| qemu.fingerprint())?);
-        if !changed.is_empty() {
-            return Err(format!("the VM was changed while it was being moved: {}", changed.join("; ")));
+        if Some(self.qemu(|qemu| qemu.shape())?) != self.shape {
+            return Err(
+                "a device, disk or memory of the VM came or went while it was being moved; try again".into(),
+            );
         }
         let mut found = Vec::new();
         for at in 0..self.blocks.len() {
@@ -542,6 +561,24 @@ impl Outgoing {
     }
 }
 
+fn phase(action: &SourceAction) -> &'static str {
+    match action {
+        SourceAction::Record(_) => "record",
+        SourceAction::Send(_) => "message",
+        SourceAction::OpenStreams(_) => "open streams",
+        SourceAction::Track => "track",
+        SourceAction::SendRound(_) => "round",
+        SourceAction::Scan => "scan",
+        SourceAction::Stop => "stop",
+        SourceAction::Finish(_) => "finish",
+        SourceAction::Resume => "resume",
+        SourceAction::Release => "release",
+        SourceAction::Ask => "ask",
+        SourceAction::End => "end",
+        SourceAction::Over(_) => "over",
+    }
+}
+
 fn settle<T>(result: Result<T, String>, done: impl FnOnce(T) -> SourceInput) -> SourceInput {
     result.map_or_else(SourceInput::Failed, done)
 }
@@ -562,6 +599,7 @@ fn check(
         .map(|reason| Reason { code: word(&reason.code), text: reason.text })
         .chain(host.preflight())
         .collect();
+    let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
     let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
     let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
     let (machine, cpu, version) = host
@@ -596,11 +634,14 @@ fn check(
         }
         return Err(Outcome::Refused(reasons));
     }
+    let process = host.process_of(vm).map_err(failed)?;
     let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
         let region = Region { base: block.hva?, bytes: block.bytes };
-        Some(SourceBlock { index: index as u16, region, sent: SentPages::new(block.bytes.div_ceil(PAGE)) })
+        let sent = SentPages::new(block.bytes.div_ceil(PAGE));
+        let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
+        Some(anonymous.map(|anonymous| SourceBlock { index: index as u16, region, anonymous, sent }))
     });
-    Ok(Checked { blocks: blocks.collect(), offer, fingerprint })
+    Ok(Checked { blocks: blocks.collect::<Result<_, _>>()?, offer, shape })
 }
 
 /// A code of the pre-check as scripts see it.

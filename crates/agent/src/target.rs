@@ -173,6 +173,9 @@ impl Arriving {
             while let Some(action) = machine.poll() {
                 if let TargetAction::Over(result) = action {
                     self.drop_streams();
+                    if result.is_ok() {
+                        self.adopt();
+                    }
                     return result;
                 }
                 if let Some(input) = self.perform(action) {
@@ -230,7 +233,15 @@ impl Arriving {
         Some(TargetInput::Received)
     }
 
+    /// The one dispatcher: every phase begins and ends here, and is told with its time.
     fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
+        let (phase, began) = (phase(&action), Instant::now());
+        let input = self.act(action);
+        tracing::debug!(vm = self.offer.vm, phase, at = ?self.began.elapsed(), took = ?began.elapsed(), "target");
+        input
+    }
+
+    fn act(&mut self, action: TargetAction) -> Option<TargetInput> {
         match action {
             TargetAction::Send(message) => self.send(&message),
             TargetAction::Check(offer) => Some(self.check(offer)),
@@ -366,18 +377,17 @@ impl Arriving {
         TargetInput::Running(began.elapsed())
     }
 
-    /// From here on it is a VM of this host like any other.
     fn announce(&mut self) {
-        let Some(mut qemu) = self.qemu.take() else { return };
-        if let Err(why) = qemu.announce() {
-            tracing::warn!(
-                vm = self.offer.vm,
-                why = explain(&why),
-                "the VM was not announced to the network"
-            );
+        if let Some(Err(why)) = self.qemu.as_mut().map(|qemu| qemu.announce()) {
+            let (vm, why) = (&self.offer.vm, explain(&why));
+            tracing::warn!(vm, why, "the VM was not announced to the network");
         }
+    }
+
+    /// From here on it is a VM of this host like any other. The record says so already; this is for the lists.
+    fn adopt(&mut self) {
         let Some(vm) = &self.vm else { return };
-        *vm.qemu() = Some(qemu);
+        *vm.qemu() = self.qemu.take();
         if let Err(why) = self.host.registry().update(vm, |record| record.incoming = false) {
             tracing::error!(vm = self.offer.vm, %why, "the VM cannot be written down");
         }
@@ -406,6 +416,20 @@ impl Arriving {
         }
         self.claim = None;
         TargetInput::Dead
+    }
+}
+
+fn phase(action: &TargetAction) -> &'static str {
+    match action {
+        TargetAction::Send(_) => "message",
+        TargetAction::Check(_) => "pre-check",
+        TargetAction::Record(_) => "record",
+        TargetAction::Prepare(_) => "prepare",
+        TargetAction::Load(_) => "load",
+        TargetAction::Run => "resume",
+        TargetAction::Announce => "announce",
+        TargetAction::Kill => "kill",
+        TargetAction::Over(_) => "over",
     }
 }
 

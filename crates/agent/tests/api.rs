@@ -117,7 +117,7 @@ fn what_is_no_request_is_refused_and_does_no_harm() {
     ask(&server, request(Method::PUT, "/v1/vms", &[], "")).problem(405);
     ask(&server, request(Method::POST, "/v1/vms", &[], "{")).problem(400);
     ask(&server, request(Method::POST, "/v1/vms", &[], "[[[[")).problem(400);
-    ask(&server, request(Method::POST, "/v1/vms", &[], vec![b' '; 1 << 20])).problem(413);
+    ask(&server, request(Method::POST, "/v1/vms", &[], vec![b' '; (256 << 10) + 1])).problem(413);
     ask(&server, request(Method::PATCH, "/v1/migrations/%2e%2e%2f", &[], "{}")).problem(404);
     let body = json!({"vm": "web", "host": "hostb"}).to_string();
     let long = "k".repeat(1000);

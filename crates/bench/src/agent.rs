@@ -133,6 +133,11 @@ impl HostAgent {
         ProcessId::of(vm.pid).ok_or_else(gone)
     }
 
+    /// The last word on a migration, as JSON.
+    pub fn status(&self, migration: &str) -> Result<String, BenchError> {
+        self.said(run::output(self.command().args(["status", migration, "-o", "json"]), ANSWER))
+    }
+
     /// Ends a VM.
     pub fn stop(&self, name: &str) -> Result<(), BenchError> {
         self.said(run::output(self.command().args(["stop", name]), ANSWER)).map(drop)

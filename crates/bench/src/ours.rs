@@ -49,6 +49,9 @@ impl Order {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Said {
+    /// The migration's name.
+    #[serde(default)]
+    pub id: String,
     /// QEMU's status word.
     pub status: String,
     /// Milliseconds since the request.
@@ -143,6 +146,8 @@ pub fn migrate(stage: &Stage, vm: &str, way: Way, order: &Order, progress: Progr
     meter.watch_whole(to.qemu(vm)?);
     meter.sample();
     let (said, samples) = understood(&lines, progress)?;
+    // The command ends with the migration; what the agent writes down after it, such as the split, is asked for.
+    let said = parsed(&from.status(&said.id)?)?;
     Ok(Moved {
         total_time_ms: total.as_secs_f64() * 1e3,
         command_ms: command_time.as_secs_f64() * 1e3,
@@ -219,18 +224,14 @@ fn lines(output: ChildStdout, began: Instant) -> Vec<Line> {
 
 /// The last word, and the way to it.
 fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>), BenchError> {
-    let parse = |text: &str| {
-        serde_json::from_str::<Said>(text)
-            .map_err(|e| BenchError::unexpected(format!("the output of `sterna migrate` ({e})"), text))
-    };
     if progress == Progress::Shown {
         let text: Vec<&str> = lines.iter().map(|(_, line)| line.as_str()).collect();
-        return Ok((parse(&text.join("\n"))?, Vec::new()));
+        return Ok((parsed(&text.join("\n"))?, Vec::new()));
     }
     let mut samples = Vec::new();
     let mut last = Said::default();
     for (at, line) in lines {
-        last = parse(line)?;
+        last = parsed(line)?;
         samples.push(Sample {
             ms: at.as_secs_f64() * 1e3,
             transferred: last.ram.transferred,
@@ -238,6 +239,10 @@ fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>),
         });
     }
     Ok((last, samples))
+}
+
+fn parsed(text: &str) -> Result<Said, BenchError> {
+    serde_json::from_str(text).map_err(|e| BenchError::unexpected(format!("the output of `sterna` ({e})"), text))
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! sans-IO state machines ([`source`], [`target`]), the hand-off of ownership with its records ([`handoff`]) and the
 //! policies that decide when to stop ([`policy`]). There is no clock, socket, thread, file or QEMU in here: time comes
 //! in as an argument, everything else as inputs, and what is to be done goes out as actions. That is why every failure
-//! can be tested without a host (`tests/simulation.rs`).
+//! can be tested without a host (`tests/simulation/`).
 #![forbid(unsafe_code)]
 
 pub mod handoff;

@@ -452,7 +452,9 @@ impl Source {
         let sent = Bytes(self.last_sent.0.saturating_sub(sent_before.0));
         let round_time = now.saturating_sub(began);
         if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
-            self.progress.bandwidth = Rate::measured(sent, round_time).or(self.progress.bandwidth);
+            // Figures that come late say that nothing was sent: no bandwidth that would ever fit a limit.
+            let measured = Rate::measured(sent, round_time).filter(|rate| *rate > Rate(0));
+            self.progress.bandwidth = measured.or(self.progress.bandwidth);
         }
         self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
     }

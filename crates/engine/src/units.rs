@@ -35,8 +35,9 @@ impl Rate {
     /// How long `bytes` take at this rate.
     pub fn time_for(self, bytes: Bytes) -> Duration {
         match self.0 {
+            _ if bytes == Bytes(0) => Duration::ZERO,
             0 => Duration::MAX,
-            rate => Duration::from_secs_f64(bytes.0 as f64 / rate as f64),
+            rate => Duration::try_from_secs_f64(bytes.0 as f64 / rate as f64).unwrap_or(Duration::MAX),
         }
     }
 
@@ -57,5 +58,7 @@ mod tests {
         assert_eq!(rate.time_for(Bytes(12_500_000)), Duration::from_millis(100));
         assert_eq!(Rate::measured(Bytes(1), Duration::ZERO), None);
         assert_eq!(Rate(0).time_for(Bytes(1)), Duration::MAX);
+        assert_eq!(Rate(0).time_for(Bytes(0)), Duration::ZERO);
+        assert_eq!(Rate(1).time_for(Bytes(u64::MAX)), Duration::MAX);
     }
 }

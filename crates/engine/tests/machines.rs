@@ -311,7 +311,7 @@ impl TargetDriver {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn a_source_never_takes_back_without_proof(inputs in mixed(any_source_input())) {
@@ -346,8 +346,8 @@ proptest! {
             }
         }
         for _ in 0..400 {
-            driver.feed(driver.honest.front().cloned().unwrap_or(TargetInput::Tick));
-            driver.honest.pop_front();
+            let input = driver.honest.pop_front().unwrap_or(TargetInput::Tick);
+            driver.feed(input);
             driver.now = driver.now.max(driver.target.deadline().unwrap_or_default());
         }
         prop_assert_eq!(driver.overs, 1);
@@ -437,6 +437,26 @@ fn a_last_record_that_fails_is_stored_again() {
         }
         driver.feed(TargetInput::Recorded(Duration::ZERO));
         assert_eq!((driver.overs, driver.target.owns()), (1, runs));
+    }
+}
+
+/// A driver that reported its figures after the barriers of the first round made its bandwidth zero. Later rounds were
+/// too short to measure another, nothing ever fitted the downtime limit, and the VM was never stopped.
+#[test]
+fn figures_that_come_late_do_not_keep_the_vm_from_stopping() {
+    let mut driver = SourceDriver::new();
+    driver.feed(SourceInput::DowntimeLimit(Duration::from_millis(300)));
+    let mut sent = 0;
+    while !driver.released {
+        let input = driver.honest.pop_front().expect("an honest target leads to the release");
+        driver.now += Duration::from_millis(1);
+        let scanned = matches!(input, SourceInput::Scanned(_));
+        driver.feed(if scanned { SourceInput::Scanned(Pages(20)) } else { input });
+        if scanned {
+            sent += 80_000;
+            driver.feed(SourceInput::Sent(Bytes(sent)));
+        }
+        assert!(driver.source.progress().rounds < 30, "it never stops");
     }
 }
 

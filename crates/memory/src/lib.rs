@@ -41,7 +41,7 @@ pub use footprint::{Footprint, FootprintError, Mapping, footprint};
 pub use helper::helper_main;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
-pub use populated::{PopulatedError, populated};
+pub use populated::{PopulatedError, is_anonymous, populated};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};
 pub use track::{TrackError, Tracker, WpAsyncTracker};

@@ -63,6 +63,12 @@ pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> 
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
+/// Whether all of a region is private memory without a file behind it: plain `-m` RAM.
+pub fn is_anonymous(process: &Process, region: &Region) -> Result<bool, PopulatedError> {
+    let segments = backing::segments(process, region)?;
+    Ok(segments.iter().all(|segment| segment.kind == Kind::Anonymous))
+}
+
 /// Appends the pages of `start..end` that are present or swapped out.
 pub(crate) fn present(
     scanner: &mut PageMap,

@@ -5,7 +5,7 @@ use std::io;
 use crate::attach::{Attach, AttachError};
 use crate::page::{PageRun, Region, append_run};
 use crate::process::{Process, ProcessError};
-use crate::sys::pagemap::{Action, PageMap, Query, WRITTEN};
+use crate::sys::pagemap::{Action, PRESENT, PageMap, Query, SWAPPED, WRITTEN, ZERO};
 use crate::sys::uffd::{TRACK_FEATURES, Uffd};
 
 /// The bit that the kernel adds to a context's features once they are negotiated (`UFFD_FEATURE_INITIALIZED`,
@@ -19,6 +19,17 @@ pub trait Tracker: Send {
     /// A page in it may be a hole by now (discarded): compare with [`crate::populated`]. A discard in memory of a file or
     /// memfd, shared or private, is *not* reported. After an error some pages may be armed and not reported: start anew.
     fn collect(&mut self, region: usize, out: &mut Vec<PageRun>) -> Result<(), TrackError>;
+
+    /// Collects like [`Tracker::collect`] and tells in the same pass what the pages are: those that hold something are
+    /// appended to `pages`, those that read as zero because nothing is there to `holes`. Runs of each list are ascending.
+    ///
+    /// Only for a region that [`crate::is_anonymous`]: behind others, a page that is not mapped may still have content.
+    fn collect_sorted(
+        &mut self,
+        region: usize,
+        pages: &mut Vec<PageRun>,
+        holes: &mut Vec<PageRun>,
+    ) -> Result<(), TrackError>;
 
     /// Appends the same pages, without arming them.
     fn peek(&mut self, region: usize, out: &mut Vec<PageRun>) -> Result<(), TrackError>;
@@ -106,7 +117,7 @@ impl WpAsyncTracker {
         let scanner = PageMap::new(process.open_proc("pagemap")?);
         let mut tracker = WpAsyncTracker { process: process.try_clone()?, regions, uffd, scanner };
         for index in 0..tracker.regions.len() {
-            tracker.scan(index, Action::Rearm, |_| {})?;
+            tracker.scan(index, Action::Rearm, 0, |_, _| {})?;
         }
         Ok(tracker)
     }
@@ -115,13 +126,14 @@ impl WpAsyncTracker {
         &mut self,
         index: usize,
         action: Action,
-        mut found: impl FnMut(PageRun),
+        tell: u64,
+        mut found: impl FnMut(PageRun, u64),
     ) -> Result<(), TrackError> {
         let region = *self.regions.get(index).ok_or(TrackError::NoRegion { index })?;
-        let query = Query { all: WRITTEN, tell: WRITTEN, action, ..Query::default() };
+        let query = Query { all: WRITTEN, tell: WRITTEN | tell, action, ..Query::default() };
         let result = self
             .scanner
-            .scan(query, region.base, region.end(), |start, end, _| found(region.run(start, end)));
+            .scan(query, region.base, region.end(), |start, end, is| found(region.run(start, end), is));
         // A dead process has no page tables left, and the scan of nothing succeeds.
         if !self.process.is_alive() {
             return Err(self.process.gone().into());
@@ -133,11 +145,24 @@ impl WpAsyncTracker {
 
 impl Tracker for WpAsyncTracker {
     fn collect(&mut self, region: usize, out: &mut Vec<PageRun>) -> Result<(), TrackError> {
-        self.scan(region, Action::Rearm, |run| append_run(out, run))
+        self.scan(region, Action::Rearm, 0, |run, _| append_run(out, run))
+    }
+
+    fn collect_sorted(
+        &mut self,
+        region: usize,
+        pages: &mut Vec<PageRun>,
+        holes: &mut Vec<PageRun>,
+    ) -> Result<(), TrackError> {
+        // A written page has no marker of ours, so that what looks swapped here is swapped.
+        self.scan(region, Action::Rearm, PRESENT | SWAPPED | ZERO, |run, is| {
+            let holds = is & (PRESENT | SWAPPED) != 0 && is & ZERO == 0;
+            append_run(if holds { &mut *pages } else { &mut *holes }, run);
+        })
     }
 
     fn peek(&mut self, region: usize, out: &mut Vec<PageRun>) -> Result<(), TrackError> {
-        self.scan(region, Action::LookTracked, |run| append_run(out, run))
+        self.scan(region, Action::LookTracked, 0, |run, _| append_run(out, run))
     }
 
     fn stop(self: Box<Self>) -> Result<(), TrackError> {

@@ -16,7 +16,8 @@ use sterna_vmm::qemu::{Qmp, QmpError, Version};
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 3, "minor": 2, "major": 7}, "package": "x", "new": 1}, "capabilities": ["oob"]}}"#;
 const SHORT: Duration = Duration::from_millis(200);
 
-/// A server that answers the n-th command with the n-th text; `ID` in it stands for the command's id.
+/// A server that answers the n-th command with the n-th text; `ID` in it stands for the command's id, `ID-1` for the
+/// one before.
 fn server(answers: Vec<String>) -> (UnixStream, JoinHandle<Vec<Value>>) {
     let (ours, theirs) = UnixStream::pair().unwrap();
     let thread = std::thread::spawn(move || {
@@ -26,12 +27,15 @@ fn server(answers: Vec<String>) -> (UnixStream, JoinHandle<Vec<Value>>) {
         let mut answers = std::iter::once(r#"{"return": {}, "id": ID}"#.to_owned() + "\n").chain(answers);
         for line in BufReader::new(theirs).lines().map_while(Result::ok) {
             let command: Value = serde_json::from_str(&line).unwrap();
+            let before = seen.last().map_or(0, |command: &Value| command["id"].as_u64().unwrap());
             let answer = answers.next();
-            let id = command["id"].to_string();
+            let id = command["id"].as_u64().unwrap();
             seen.push(command);
             match answer {
                 // A client that is gone is no failure of the server's.
-                Some(answer) => drop(out.write_all(answer.replace("ID", &id).as_bytes())),
+                Some(answer) => drop(out.write_all(
+                    answer.replace("ID-1", &before.to_string()).replace("ID", &id.to_string()).as_bytes(),
+                )),
                 None => break,
             }
         }
@@ -65,14 +69,15 @@ fn commands_carry_their_arguments_and_ids() {
     assert_eq!(qmp.execute("b", Value::Null, WITHIN).unwrap(), 2);
     drop(qmp);
     let seen = thread.join().unwrap();
-    assert_eq!(seen[1], json!({ "execute": "a", "arguments": { "x": 1 }, "id": 2 }));
-    assert_eq!(seen[2], json!({ "execute": "b", "id": 3 }));
+    assert_eq!(seen[1], json!({ "execute": "a", "arguments": { "x": 1 }, "id": seen[1]["id"] }));
+    assert_eq!(seen[2], json!({ "execute": "b", "id": seen[2]["id"] }));
+    assert_ne!(seen[1]["id"], seen[2]["id"]);
 }
 
 #[test]
 fn answers_out_of_order_find_their_commands() {
     let (mut qmp, _) =
-        client(&["", "{\"return\": \"second\", \"id\": 3}\n{\"return\": \"first\", \"id\": 2}\n"]);
+        client(&["", "{\"return\": \"second\", \"id\": ID}\n{\"return\": \"first\", \"id\": ID-1}\n"]);
     let first = qmp.send("slow", Value::Null, WITHIN).unwrap();
     let second = qmp.send("quick", Value::Null, WITHIN).unwrap();
     assert_eq!(qmp.wait(&first, WITHIN).unwrap(), "first");
@@ -124,11 +129,8 @@ fn what_is_no_qmp_ends_the_connection() {
         "\n",
         "[]\n",
         "null\n",
-        "{\"return\": 1, \"id\": 99}\n",
-        "{\"return\": 1}\n",
         "\u{0}\u{1}\u{2}\n",
         "{\"error\": {\"desc\": \"bad JSON\"}}\n",
-        "{\"return\": 1, \"id\": \"ID\"}\n",
         "{\"return\":\n",
     ];
     for case in cases {
@@ -146,7 +148,7 @@ fn silence_and_half_a_line_run_into_the_deadline_and_lose_nothing() {
     let late = qmp.execute("x", Value::Null, SHORT).unwrap_err();
     assert!(matches!(late, QmpError::Closed { .. }), "{late}");
 
-    let (mut qmp, _) = client(&["{\"return\": 1,", " \"id\": 2}\n{\"return\": 2, \"id\": 3}\n"]);
+    let (mut qmp, _) = client(&["{\"return\": 1,", " \"id\": ID-1}\n{\"return\": 2, \"id\": ID}\n"]);
     let first = qmp.send("x", Value::Null, WITHIN).unwrap();
     assert!(matches!(qmp.wait(&first, SHORT), Err(QmpError::TimedOut { .. })));
     assert_eq!(qmp.execute("y", Value::Null, WITHIN).unwrap(), 2);
@@ -181,16 +183,55 @@ fn a_greeting_that_is_none_is_refused() {
     }
 }
 
+/// QEMU answers whoever is connected: also what a client asked who gave up and connected again. Taking such an answer
+/// for ours, or for a failure, lost a VM that was just being launched on a busy host.
+#[test]
+fn answers_to_a_client_before_us_are_passed_over() {
+    let stale = "{\"return\": 1, \"id\": 99}\n{\"return\": 1}\n{\"error\": {}, \"id\": \"x\"}\n{\"return\": 2, \"id\": ID}\n";
+    let (mut qmp, _) = client(&[stale]);
+    assert_eq!(qmp.execute("x", Value::Null, WITHIN).unwrap(), 2);
+
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut out = theirs.try_clone().unwrap();
+        writeln!(out, "{GREETING}\n{{\"return\": {{}}, \"id\": 1}}").unwrap();
+        let mut line = String::new();
+        BufReader::new(theirs).read_line(&mut line).unwrap();
+        let id = serde_json::from_str::<Value>(&line).unwrap()["id"].clone();
+        let error =
+            json!({ "class": "CommandNotFound", "desc": "Capabilities negotiation is already complete" });
+        writeln!(out, "{}", json!({ "error": error, "id": id })).unwrap();
+    });
+    Qmp::over(ours, WITHIN).unwrap();
+    thread.join().unwrap();
+}
+
+/// Every connection has ids of its own, for what was asked on another one may be answered on this.
+#[test]
+fn no_two_connections_share_an_id() {
+    let ids = |_| {
+        let (qmp, thread) = client(&[]);
+        drop(qmp);
+        thread.join().unwrap()[0]["id"].clone()
+    };
+    let (first, second) = (ids(1), ids(2));
+    assert_ne!(first, second);
+}
+
 #[test]
 fn a_server_that_does_not_read_runs_into_the_deadline() {
-    let (ours, mut theirs) = UnixStream::pair().unwrap();
-    writeln!(theirs, "{GREETING}\n{{\"return\": {{}}, \"id\": 1}}").unwrap_or_default();
-    // Two lines come at once, the second before its question: that is still an answer to it.
-    let connected = Qmp::over(ours, WITHIN);
-    let mut qmp = match connected {
-        Ok(qmp) => qmp,
-        Err(error) => panic!("{error}"),
-    };
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let thread = std::thread::spawn(move || {
+        let mut out = theirs.try_clone().unwrap();
+        writeln!(out, "{GREETING}").unwrap();
+        let mut line = String::new();
+        BufReader::new(theirs.try_clone().unwrap()).read_line(&mut line).unwrap();
+        let id = serde_json::from_str::<Value>(&line).unwrap()["id"].clone();
+        writeln!(out, "{}", json!({ "return": {}, "id": id })).unwrap();
+        theirs
+    });
+    let mut qmp = Qmp::over(ours, WITHIN).unwrap();
+    let _open = thread.join().unwrap();
     let error = qmp.execute("x", json!({ "big": "y".repeat(8 << 20) }), SHORT).unwrap_err();
     assert!(matches!(error, QmpError::TimedOut { .. }), "{error}");
     // Half a command is out: nothing sent after it would be understood.

@@ -65,6 +65,8 @@ pub(crate) struct SourceBlock {
     pub(crate) index: u16,
     /// Where it is in the QEMU.
     pub(crate) region: Region,
+    /// Whether it is memory without a file: then one scan tells all about it.
+    pub(crate) anonymous: bool,
     /// What the target holds of it.
     pub(crate) sent: SentPages,
 }

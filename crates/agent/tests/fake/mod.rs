@@ -104,7 +104,9 @@ fn play(vm: String, verify: bool, sender: watch::Sender<MigrationView>) {
     };
     for round in 1..=3_u32 {
         step(&|view| {
-            view.status = "active".to_owned();
+            if view.status == "setup" {
+                view.status = "active".to_owned();
+            }
             view.total_time += 20.0;
             view.expected_downtime = Some(12.0);
             view.ram.transferred += 40 << 20;

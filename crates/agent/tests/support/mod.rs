@@ -172,6 +172,29 @@ impl World {
     }
 }
 
+impl Drop for World {
+    /// QEMUs outlive their agents, also those of a test that failed: each has this folder in its command line.
+    fn drop(&mut self) {
+        for pid in pids_naming(&self.folder.path().display().to_string()) {
+            if let Ok(process) = sterna_memory::Process::open(pid) {
+                drop(process.kill());
+                process.wait_exit(MOVE);
+            }
+        }
+    }
+}
+
+/// Processes that have `word` in their command lines.
+pub(crate) fn pids_naming(word: &str) -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let names = |pid: &i32| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&line).contains(word)
+    };
+    pids.filter(names).collect()
+}
+
 /// Memory that is filled and left alone.
 pub(crate) fn idle() -> Program {
     Program::Load(vec!["--fill=64".into(), "--dirty=0".into(), "--check".into()])

@@ -8,10 +8,12 @@
 //! that the guest programs, no bus numbers, no paths, no generated node names. So PCI devices behind bridges are
 //! told by their place in QEMU's object tree, and by `query-pci` on the root bus alone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use serde_json::{Value, json};
 
@@ -262,15 +264,42 @@ fn firmware_line(name: &str, size: &str, folders: &[PathBuf]) -> String {
     }
 }
 
+/// Digests of files that were read before: a host has few firmware files, and every VM of it uses the same.
+static DIGESTS: Mutex<BTreeMap<(PathBuf, u64, Option<SystemTime>), String>> = Mutex::new(BTreeMap::new());
+/// What each program has said of its folders before: asking starts the program.
+static FOLDERS: Mutex<BTreeMap<Vec<String>, Vec<PathBuf>>> = Mutex::new(BTreeMap::new());
+/// When a memory of answers is emptied: it only saves time.
+const REMEMBERED_MAX: usize = 1024;
+
+/// The remembered answer, or a new one that is remembered.
+fn remember<K: Ord + Clone, V: Clone>(
+    memory: &Mutex<BTreeMap<K, V>>,
+    key: &K,
+    find: impl FnOnce() -> Option<V>,
+) -> Option<V> {
+    let known = memory.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
+    known.or_else(|| {
+        let found = find()?;
+        let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+        if memory.len() >= REMEMBERED_MAX {
+            memory.clear();
+        }
+        memory.insert(key.clone(), found.clone());
+        Some(found)
+    })
+}
+
 fn digest(path: &Path) -> Option<String> {
     let file = File::open(path).ok()?;
     let known = file.metadata().ok()?;
     if !known.is_file() || known.len() > FIRMWARE_BYTES_MAX {
         return None;
     }
-    let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(file).ok()?;
-    Some(hasher.finalize().to_hex().to_string())
+    remember(&DIGESTS, &(path.to_owned(), known.len(), known.modified().ok()), || {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update_reader(file).ok()?;
+        Some(hasher.finalize().to_hex().to_string())
+    })
 }
 
 /// The folders that a QEMU searches for firmware: its own program says (`-L help`), told the same `-L`.
@@ -279,18 +308,20 @@ fn data_folders(pid: i32) -> Vec<PathBuf> {
     let args: Vec<String> =
         args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
     let Ok(program) = std::fs::read_link(format!("/proc/{pid}/exe")) else { return Vec::new() };
-    let mut command = Command::new(program);
+    let mut line = vec![program.to_string_lossy().into_owned()];
     for pair in args.windows(2) {
         if let [option, folder] = pair
             && matches!(option.as_str(), "-L" | "--L")
         {
-            command.arg("-L").arg(folder);
+            line.extend(["-L".to_owned(), folder.clone()]);
         }
     }
-    let Ok(output) = command.args(["-L", "help"]).stdin(std::process::Stdio::null()).output() else {
-        return Vec::new();
-    };
-    String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect()
+    remember(&FOLDERS, &line, || {
+        let mut command = Command::new(&program);
+        let output = command.args(&line[1..]).args(["-L", "help"]).stdin(Stdio::null()).output().ok()?;
+        Some(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
+    })
+    .unwrap_or_default()
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use sterna_memory::{Process, ProcessError};
 
-use super::qmp::{Qmp, QmpError};
+use super::qmp::{Qmp, QmpError, reach_within};
 use super::{LOG_TAIL_BYTES, Qemu};
 use crate::types::VmmError;
 
@@ -253,7 +253,9 @@ impl Launch {
     fn wait_for_qmp(&self, exit: &Exit, end: Instant) -> Result<Qmp, LaunchError> {
         let socket = self.run_dir.join(QMP_SOCKET);
         loop {
-            let result = Qmp::connect(&socket, SOCKET_SLICE);
+            // Once connected, it is waited for the greeting to the end: QEMU is slow when the host is.
+            let result = reach_within(&socket, SOCKET_SLICE)
+                .and_then(|socket| Qmp::over(socket, end.saturating_duration_since(Instant::now())));
             if exit.status().is_some() {
                 return Err(self.exited(exit));
             }

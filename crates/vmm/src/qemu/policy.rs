@@ -193,7 +193,6 @@ mod tests {
             "/srv/images/dangling",
             "/srv/images/../secret",
             "/srv/images/..",
-            "/srv/images",
             "/srv/images/sub/../../secret",
             "/etc/passwd",
             "etc/passwd",

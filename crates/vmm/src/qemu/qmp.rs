@@ -13,6 +13,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -31,6 +32,8 @@ const EVENTS_MAX: usize = 1024;
 const FDS_MAX: usize = 16;
 /// The pause between two tries to connect: QEMU needs tens of milliseconds to make its socket.
 const CONNECT_PAUSE: Duration = Duration::from_millis(2);
+/// How long after its deadline a wait goes on reading what came before.
+const READ_ON: Duration = Duration::from_millis(100);
 /// How much is read at once.
 const READ_BYTES: usize = 64 << 10;
 /// How much of an answer that is no JSON is shown.
@@ -158,6 +161,11 @@ impl Deadline {
         Self { at: Instant::now() + within, within }
     }
 
+    /// What is there already may be read although the time is over, but not for ever.
+    fn is_long_past(self) -> bool {
+        self.at.elapsed() > READ_ON
+    }
+
     fn left(self) -> Option<Timespec> {
         let left = self.at.checked_duration_since(Instant::now())?;
         Some(Timespec::try_from(left).unwrap_or(Timespec { tv_sec: i64::from(u32::MAX), tv_nsec: 0 }))
@@ -172,7 +180,6 @@ pub struct Qmp {
     input: Vec<u8>,
     /// How much of `input` holds no end of a line for sure.
     scanned: usize,
-    next_id: u64,
     waiting: BTreeSet<u64>,
     answers: HashMap<u64, Result<Value, (String, String)>>,
     events: VecDeque<Event>,
@@ -205,7 +212,6 @@ impl Qmp {
             version: Version::new(0, 0),
             input: Vec::new(),
             scanned: 0,
-            next_id: 1,
             waiting: BTreeSet::new(),
             answers: HashMap::new(),
             events: VecDeque::new(),
@@ -214,8 +220,11 @@ impl Qmp {
         let line = qmp.next_line(greeting, deadline)?;
         qmp.version = parse_greeting(&line)?;
         let ticket = qmp.send_by("qmp_capabilities", Value::Null, &[], deadline)?;
-        qmp.wait_by(&ticket, deadline)?;
-        Ok(qmp)
+        match qmp.wait_by(&ticket, deadline) {
+            // A client that was here before us has sent the same, gone, and been obeyed only now.
+            Err(QmpError::Refused { class, .. }) if class == "CommandNotFound" => Ok(qmp),
+            done => done.map(|_| qmp),
+        }
     }
 
     /// QEMU's version.
@@ -296,8 +305,7 @@ impl Qmp {
         if self.broken {
             return Err(QmpError::Broken);
         }
-        let id = self.next_id;
-        self.next_id += 1;
+        let id = next_id();
         let mut message = json!({ "execute": command, "id": id });
         if !args.is_null() {
             message["arguments"] = args;
@@ -351,6 +359,10 @@ impl Qmp {
         if self.broken {
             return Err(QmpError::Broken);
         }
+        // A flood of lines must not outlast the deadline.
+        if deadline.is_long_past() {
+            return Err(QmpError::TimedOut { during: during.into(), within: deadline.within });
+        }
         let line = self.next_line(during, deadline)?;
         self.sort(&line).inspect_err(|_| self.broken = true)
     }
@@ -374,8 +386,11 @@ impl Qmp {
         };
         match (message["id"].as_u64(), outcome) {
             (Some(id), outcome) if self.waiting.remove(&id) => drop(self.answers.insert(id, outcome)),
-            (None, Err((_, desc))) => return Err(protocol(format!("QEMU could not read a command: {desc}"))),
-            _ => return Err(protocol(format!("an answer to nothing that was asked: {}", excerpt(line)))),
+            (None, Err((_, desc))) if message.get("id").is_none() => {
+                return Err(protocol(format!("QEMU could not read a command: {desc}")));
+            }
+            // QEMU answers whoever is connected, also what a client asked that has gone meanwhile.
+            _ => tracing::debug!(line = excerpt(line), "an answer to nothing that was asked here"),
         }
         Ok(())
     }
@@ -428,6 +443,18 @@ impl Qmp {
             Err(e) => Err(QmpError::Socket { during: during.into(), source: e.into() }),
         }
     }
+}
+
+/// An id that no other connection of ours has, nor one of an agent before us: an answer to those may still come.
+fn next_id() -> u64 {
+    static COUNT: AtomicU64 = AtomicU64::new(1);
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    (u64::from(std::process::id()) << 32) | (count & u64::from(u32::MAX))
+}
+
+/// Connects as soon as somebody listens, and greets later: [`Qmp::over`].
+pub(super) fn reach_within(path: &Path, within: Duration) -> Result<UnixStream, QmpError> {
+    reach(path, Deadline::after(within))
 }
 
 /// Connects as soon as somebody listens. Never waits inside connect(2), which has no deadline when QEMU's queue of
