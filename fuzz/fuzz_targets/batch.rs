@@ -4,7 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use sterna_engine::wire::batch::{
-    BatchHeader, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, FrameKind, HEADER_BYTES, Layout, PAYLOAD_BYTES_MAX, encode_batch,
+    BatchHeader, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, FrameKind, HEADER_BYTES, Layout, PAYLOAD_BYTES_MAX,
+    encode_batch,
 };
 
 /// Bytes of the input that make the layout: four blocks' pages in 24 bits each.
@@ -21,7 +22,8 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(&header.encode(), raw, "a header has one form");
     let runs_bytes = (header.descriptors * DESCRIPTOR_BYTES).min(rest.len());
     let mut runs = Vec::new();
-    if layout.decode_runs(&header, &rest[..runs_bytes], &mut runs).is_err() || header.kind != FrameKind::Batch {
+    if layout.decode_runs(&header, &rest[..runs_bytes], &mut runs).is_err() || header.kind != FrameKind::Batch
+    {
         return;
     }
     let mut next = 0;

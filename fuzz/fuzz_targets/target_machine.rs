@@ -24,7 +24,8 @@ struct Seen {
 }
 
 fuzz_target!(|data: &[u8]| {
-    let hello = Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, id: vec![1; 16], ..Hello::default() };
+    let hello =
+        Hello { version_min: VERSION_MIN, version_max: VERSION_MAX, id: vec![1; 16], ..Hello::default() };
     let mut target = Target::new(&hello, "peer", Duration::ZERO);
     let (mut seen, mut now, mut rest) = (Seen::default(), Duration::ZERO, data);
     while let Some(input) = next_input(&mut rest) {
@@ -60,7 +61,11 @@ fn next_input(rest: &mut &[u8]) -> Option<TargetInput> {
             let bytes = take(rest, 1)?[0].into();
             TargetInput::Message(decode_message(take(rest, bytes)?).ok()?)
         }
-        1 => TargetInput::Message(Message::Offer(Offer { streams: 1, generation: GENERATION, ..Offer::default() })),
+        1 => TargetInput::Message(Message::Offer(Offer {
+            streams: 1,
+            generation: GENERATION,
+            ..Offer::default()
+        })),
         2 => TargetInput::Admitted,
         3 => TargetInput::Recorded(took),
         4 => TargetInput::Prepared,

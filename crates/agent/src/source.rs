@@ -6,7 +6,8 @@
 use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
-use crate::pages::{Job, SendCounters, SendSet, Senders, SentPages, SourceBlock, intersect, subtract};
+use crate::offer;
+use crate::pages::{Job, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
 use crate::progress::View;
 use crate::registry::Vm;
 use std::sync::atomic::Ordering;
@@ -15,10 +16,10 @@ use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Journal, MigrationId, Record};
 use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Bytes, Pages};
-use sterna_engine::wire::message::{Block, BlockDigest, Offer, Query, Reason, StateEnd, Stream};
-use sterna_engine::wire::{Message, batch};
+use sterna_engine::wire::Message;
+use sterna_engine::wire::message::{BlockDigest, Query, StateEnd, Stream};
 use sterna_engine::{Source, Step};
-use sterna_memory::{PAGE, Process, Region, Tracker, WpAsyncTracker, is_anonymous, populated};
+use sterna_memory::{Process, Region, Tracker, WpAsyncTracker, populated};
 use sterna_transport::{Connection, Counters, Pacer};
 use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
@@ -54,13 +55,6 @@ impl Handle {
         // A migration that is over needs no orders.
         drop(self.orders.send(Event::Order(order)));
     }
-}
-
-/// Everything the pre-check found out about a VM.
-struct Checked {
-    offer: Offer,
-    blocks: Vec<SourceBlock>,
-    shape: Shape,
 }
 
 /// The thread's own.
@@ -203,7 +197,7 @@ impl Outgoing {
         let address = host.address_of(&peer).map_err(Outcome::Failed)?;
         let process = host.process_of(vm).map_err(Outcome::Failed)?;
         let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
-        let checked = check(host, vm, streams, request.verify, (&peer, &address))?;
+        let checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
         let connection = host
             .endpoint()
@@ -581,70 +575,4 @@ fn phase(action: &SourceAction) -> &'static str {
 
 fn settle<T>(result: Result<T, String>, done: impl FnOnce(T) -> SourceInput) -> SourceInput {
     result.map_or_else(SourceInput::Failed, done)
-}
-
-/// Looks at the VM from all sides without touching it, and at the target if something speaks against the move already,
-/// so that every reason is told at once.
-fn check(
-    host: &Arc<Host>,
-    vm: &Arc<Vm>,
-    streams: u32,
-    verify: bool,
-    (peer, address): (&str, &str),
-) -> Result<Checked, Outcome> {
-    let failed = |why: String| Outcome::Failed(why);
-    let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
-    let mut reasons: Vec<Reason> = reasons
-        .into_iter()
-        .map(|reason| Reason { code: word(&reason.code), text: reason.text })
-        .chain(host.preflight())
-        .collect();
-    let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
-    let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
-    let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
-    let (machine, cpu, version) = host
-        .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
-        .map_err(failed)?;
-    let record = vm.record();
-    let travels = |block: &sterna_vmm::Block| block.hva.is_some();
-    let offer = Offer {
-        vm: record.name,
-        generation: record.generation,
-        argv: record.argv,
-        machine,
-        cpu,
-        blocks: layout
-            .blocks
-            .iter()
-            .map(|block| Block { name: block.name.clone(), bytes: block.bytes, travels: travels(block) })
-            .collect(),
-        fingerprint: crate::host::fingerprint_lines(&fingerprint),
-        streams,
-        verify,
-        qemu: version,
-    };
-    if layout.blocks.len() > batch::BLOCKS_MAX {
-        reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
-    }
-    if !reasons.is_empty() {
-        if let Ok(Message::Refused(more)) =
-            control::ask(host.endpoint(), address, peer, &Message::Check(offer))
-        {
-            reasons.extend(more.reasons);
-        }
-        return Err(Outcome::Refused(reasons));
-    }
-    let process = host.process_of(vm).map_err(failed)?;
-    let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
-        let region = Region { base: block.hva?, bytes: block.bytes };
-        let sent = SentPages::new(block.bytes.div_ceil(PAGE));
-        let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
-        Some(anonymous.map(|anonymous| SourceBlock { index: index as u16, region, anonymous, sent }))
-    });
-    Ok(Checked { blocks: blocks.collect::<Result<_, _>>()?, offer, shape })
-}
-
-/// A code of the pre-check as scripts see it.
-pub(crate) fn word(code: &sterna_vmm::Code) -> String {
-    serde_json::to_value(code).ok().and_then(|code| code.as_str().map(str::to_owned)).unwrap_or_default()
 }

@@ -35,7 +35,12 @@ pub(crate) async fn follow(
         tokio::select! {
             next = watch.next(progress) => match next? {
                 Next::View => progress.show(&watch.last),
-                Next::End => return Ok(watch.last),
+                Next::End => {
+                    if asked_to_cancel && watch.last.status == "completed" {
+                        progress.note("too late to cancel: the VM had been handed over");
+                    }
+                    return Ok(watch.last);
+                }
             },
             () = interrupts.next() => {
                 if asked_to_cancel {

@@ -20,9 +20,11 @@ fn a_terminal_sees_a_bar_and_stdout_the_result() {
     let name = ptsname(&master, Vec::new()).unwrap();
     let terminal = open(name.as_c_str(), OFlags::RDWR | OFlags::NOCTTY, Mode::empty()).unwrap();
     tcsetwinsize(&terminal, Winsize { ws_row: 24, ws_col: 160, ws_xpixel: 0, ws_ypixel: 0 }).unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_sterna"));
-    child.env("STERNA_SOCKET", server.socket()).env("TERM", "xterm").args(["migrate", "web", "hostb"]);
-    let child = child.stdout(Stdio::piped()).stderr(File::from(terminal)).spawn().unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_sterna"));
+    command.env("STERNA_SOCKET", server.socket()).env("TERM", "xterm").args(["migrate", "web", "hostb"]);
+    let child = command.stdout(Stdio::piped()).stderr(File::from(terminal)).spawn().unwrap();
+    // It holds the terminal open, and the reader below would wait for ever.
+    drop(command);
 
     let reader = std::thread::spawn(move || {
         let mut seen = Vec::new();

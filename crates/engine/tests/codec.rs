@@ -3,7 +3,8 @@
 
 use proptest::prelude::*;
 use sterna_engine::wire::batch::{
-    self, BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, Layout, PAYLOAD_BYTES_MAX, encode_batch,
+    self, BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, Layout, PAYLOAD_BYTES_MAX,
+    encode_batch,
 };
 use sterna_engine::wire::control::{self, ControlHeader, decode_message, encode_message};
 use sterna_engine::wire::message::{Block, Offer, Query, Reason, Refused, StateEnd, Text};
@@ -13,15 +14,23 @@ fn any_message() -> impl Strategy<Value = Message> {
     let bytes = || prop::collection::vec(any::<u8>(), 0..40);
     let block = (".{0,12}", any::<u64>(), any::<bool>());
     let block = block.prop_map(|(name, bytes, travels)| Block { name, bytes, travels });
-    let offer = (".{0,20}", any::<u64>(), prop::collection::vec(".{0,20}", 0..6), prop::collection::vec(block, 0..6));
+    let offer =
+        (".{0,20}", any::<u64>(), prop::collection::vec(".{0,20}", 0..6), prop::collection::vec(block, 0..6));
     prop_oneof![
         offer.prop_map(|(vm, generation, argv, blocks)| {
             Message::Offer(Offer { vm, generation, argv, blocks, ..Offer::default() })
         }),
         ".{0,60}".prop_map(|text| Message::Abort(Text { text })),
-        (bytes(), any::<u64>()).prop_map(|(id, generation)| Message::Query(Query { id, vm: "a".into(), generation })),
-        (any::<u64>(), any::<u32>())
-            .prop_map(|(bytes, last_round)| Message::StateEnd(StateEnd { bytes, last_round, digests: Vec::new() })),
+        (bytes(), any::<u64>()).prop_map(|(id, generation)| Message::Query(Query {
+            id,
+            vm: "a".into(),
+            generation
+        })),
+        (any::<u64>(), any::<u32>()).prop_map(|(bytes, last_round)| Message::StateEnd(StateEnd {
+            bytes,
+            last_round,
+            digests: Vec::new()
+        })),
         prop::collection::vec((".{0,9}", ".{0,30}"), 0..5).prop_map(|reasons| {
             let reason = |(code, text)| Reason { code, text };
             Message::Refused(Refused { reasons: reasons.into_iter().map(reason).collect() })

@@ -10,7 +10,8 @@ use sterna_engine::target::{Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{
-    Accepted, Barrier, Block, Committed, Hello, Loaded, Offer, Query, Reason, Refused, Release, StateEnd, Text, Welcome,
+    Accepted, Barrier, Block, Committed, Hello, Loaded, Offer, Query, Reason, Refused, Release, StateEnd,
+    Text, Welcome,
 };
 use sterna_engine::{Status, wire};
 
@@ -20,7 +21,13 @@ const ID: MigrationId = MigrationId([9; 16]);
 
 fn offer() -> Offer {
     let block = Block { name: "pc.ram".into(), bytes: 1 << 20, travels: true };
-    Offer { vm: "db".into(), generation: GENERATION, blocks: vec![block], streams: STREAMS, ..Offer::default() }
+    Offer {
+        vm: "db".into(),
+        generation: GENERATION,
+        blocks: vec![block],
+        streams: STREAMS,
+        ..Offer::default()
+    }
 }
 
 fn hello() -> Hello {
@@ -41,7 +48,8 @@ fn any_message() -> impl Strategy<Value = Message> {
         (0u32..5).prop_map(|last_round| Message::StateEnd(StateEnd { last_round, ..StateEnd::default() })),
         Just(Message::Loaded(Loaded::default())),
         generation.clone().prop_map(|generation| Message::Release(Release { generation })),
-        generation.prop_map(|generation| Message::Committed(Committed { generation, ..Committed::default() })),
+        generation
+            .prop_map(|generation| Message::Committed(Committed { generation, ..Committed::default() })),
         Just(Message::NotCommitted(Text::default())),
         Just(Message::Abort(Text::default())),
         Just(Message::Query(Query::default())),
@@ -100,7 +108,9 @@ fn any_target_input() -> impl Strategy<Value = TargetInput> {
 }
 
 /// Some inputs are what an honest driver and peer would say next; between them comes anything.
-fn mixed<T: Clone + std::fmt::Debug>(any: impl Strategy<Value = T>) -> impl Strategy<Value = Vec<(Option<T>, u64)>> {
+fn mixed<T: Clone + std::fmt::Debug>(
+    any: impl Strategy<Value = T>,
+) -> impl Strategy<Value = Vec<(Option<T>, u64)>> {
     prop::collection::vec((prop::option::weighted(0.15, any), 0u64..400), 0..80)
 }
 
@@ -195,7 +205,9 @@ impl SourceDriver {
 
     fn sent(&mut self, message: Message) {
         let reply = match message {
-            Message::Hello(_) => Message::Welcome(Welcome { version: wire::VERSION_MAX, software: String::new() }),
+            Message::Hello(_) => {
+                Message::Welcome(Welcome { version: wire::VERSION_MAX, software: String::new() })
+            }
             Message::Offer(_) => Message::Accepted(Accepted::default()),
             Message::Release(release) => {
                 assert!(self.record_stored, "released before the record was asked for");
@@ -303,7 +315,9 @@ impl TargetDriver {
                 let release = Release { generation: GENERATION };
                 self.honest.push_back(TargetInput::Message(Message::Release(release)));
             }
-            Message::Committed(_) => assert_eq!((self.runs, self.killed), (1, false), "committed and not running"),
+            Message::Committed(_) => {
+                assert_eq!((self.runs, self.killed), (1, false), "committed and not running")
+            }
             Message::NotCommitted(_) => assert!(self.dead, "a death was told before it was reported"),
             _ => {}
         }
@@ -391,8 +405,14 @@ fn a_commit_is_no_answer_until_the_vm_was_seen_running() {
 fn newer_records_prove_that_the_vm_came_and_went() {
     let (old, new) = (Generation(GENERATION), record(GENERATION + 1, Step::Sending));
     assert_eq!(answer(ID, old, Some(&new), true), Ownership::Target);
-    assert_eq!(answer(MigrationId([1; 16]), old, Some(&record(GENERATION + 1, Step::Dead)), false), Ownership::Target);
-    assert_eq!(answer(MigrationId([1; 16]), old, Some(&record(GENERATION, Step::Dead)), false), Ownership::Unknown);
+    assert_eq!(
+        answer(MigrationId([1; 16]), old, Some(&record(GENERATION + 1, Step::Dead)), false),
+        Ownership::Target
+    );
+    assert_eq!(
+        answer(MigrationId([1; 16]), old, Some(&record(GENERATION, Step::Dead)), false),
+        Ownership::Unknown
+    );
     assert_eq!(answer(ID, old, None, false), Ownership::Unknown);
 }
 

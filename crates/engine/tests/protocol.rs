@@ -20,7 +20,8 @@ fn table(header: &str) -> Vec<Vec<String>> {
     };
     let mut lines = DOCUMENT.lines().peekable();
     loop {
-        let line = lines.next().unwrap_or_else(|| panic!("PROTOCOL.md has no table with a column {header:?}"));
+        let line =
+            lines.next().unwrap_or_else(|| panic!("PROTOCOL.md has no table with a column {header:?}"));
         let heads = line.starts_with('|') && lines.peek().is_some_and(|next| next.starts_with("|---"));
         if heads && cells(line).iter().any(|cell| cell == header) {
             break;
@@ -50,7 +51,11 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ("Accepted", Message::Accepted(Accepted { prepare_us: 300 }), GOLDEN[3]),
         ("Refused", Message::Refused(Refused { reasons: vec![reason()] }), GOLDEN[4]),
         ("Barrier", Message::Barrier(Barrier { round: 3, stream: 1 }), GOLDEN[5]),
-        ("StateEnd", Message::StateEnd(StateEnd { bytes: 9, last_round: 3, digests: vec![digest()] }), GOLDEN[6]),
+        (
+            "StateEnd",
+            Message::StateEnd(StateEnd { bytes: 9, last_round: 3, digests: vec![digest()] }),
+            GOLDEN[6],
+        ),
         ("Loaded", Message::Loaded(Loaded { load_us: 5, blocks_verified: 2 }), GOLDEN[7]),
         ("Release", Message::Release(Release { generation }), GOLDEN[8]),
         ("Committed", Message::Committed(Committed { generation, record_us: 8, resume_us: 9 }), GOLDEN[9]),
@@ -186,7 +191,10 @@ fn the_field_table_is_the_code() {
             "uint32" | "uint64" | "bool" => 0,
             _ => 2,
         };
-        assert!(documented.entry(row[0].clone()).or_default().insert((number(&row[1]), wire_type)), "{row:?}");
+        assert!(
+            documented.entry(row[0].clone()).or_default().insert((number(&row[1]), wire_type)),
+            "{row:?}"
+        );
     }
     let mut coded: BTreeMap<String, BTreeSet<(u64, u64)>> = BTreeMap::new();
     for (name, message, _) in samples().into_iter().filter(|(name, ..)| *name != "Check") {
@@ -201,7 +209,10 @@ fn the_field_table_is_the_code() {
         };
         if let Some((nested, at)) = nested {
             let body = &inner.iter().find(|(field, ..)| *field == at).expect("it is set").2;
-            coded.insert(nested.into(), fields(body).into_iter().map(|(field, kind, _)| (field, kind)).collect());
+            coded.insert(
+                nested.into(),
+                fields(body).into_iter().map(|(field, kind, _)| (field, kind)).collect(),
+            );
         }
         coded.insert(name.into(), inner.into_iter().map(|(field, kind, _)| (field, kind)).collect());
     }
@@ -275,14 +286,16 @@ fn the_kinds_are_the_code() {
     assert_eq!(kinds("batch kind").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     let coded = (0..=u8::MAX).filter_map(|content| {
         let payload_bytes = if content == 1 { 4096 } else { 0 };
-        let header = BatchHeader { kind: FrameKind::Batch, block: 0, descriptors: 1, payload_bytes, round: 1 };
+        let header =
+            BatchHeader { kind: FrameKind::Batch, block: 0, descriptors: 1, payload_bytes, round: 1 };
         let mut runs = Vec::new();
         let layout = batch::Layout::new([4096]);
         layout.decode_runs(&header, &[0, 0, 0, 0, 1, 0, content, 0], &mut runs).ok()?;
         Some((content, format!("{:?}", runs[0].content)))
     });
     assert_eq!(kinds("content").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
-    let coded = (1..=4).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
+    let coded =
+        (1..=4).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
     assert_eq!(kinds("owner in an Answer").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     assert_eq!(Ownership::from(Answer { owner: 5 }), Ownership::Unknown);
 }
@@ -312,7 +325,9 @@ fn the_limits_are_the_code() {
 #[test]
 fn the_deadlines_are_the_code() {
     let mut coded = BTreeMap::new();
-    for (end, text) in [("source", include_str!("../src/source.rs")), ("target", include_str!("../src/target.rs"))] {
+    for (end, text) in
+        [("source", include_str!("../src/source.rs")), ("target", include_str!("../src/target.rs"))]
+    {
         for line in text.lines().filter(|line| line.contains(": Duration = Duration::from_secs(")) {
             let name = line.split([' ', ':']).nth(1).expect("a constant has a name");
             let seconds = line.split(['(', ')']).nth(1).expect("it has a value");

@@ -23,11 +23,13 @@ pub(crate) struct Fake {
     pub(crate) migrations: Mutex<Vec<(String, watch::Sender<MigrationView>)>>,
     pub(crate) keys: Mutex<BTreeMap<String, String>>,
     pub(crate) requests: Mutex<Vec<MigrateRequest>>,
+    pub(crate) cancels: Mutex<Vec<String>>,
     pub(crate) sets: Mutex<Vec<SetRequest>>,
 }
 
 impl Fake {
-    /// One VM of each fate: `web` moves, `stuck` goes on until it is cancelled, `late` cannot be cancelled and moves,
+    /// One VM of each fate: `web` moves, `stuck` goes on until it is cancelled, `late` moves once somebody tried to
+    /// cancel it,
     /// `broken` fails, `lost` is released and never heard of, `refused` and `refused-later` do not pass the pre-check,
     /// `panics` ends the thread that asks.
     pub(crate) fn new() -> Arc<Self> {
@@ -96,33 +98,43 @@ fn reasons() -> Vec<ReasonView> {
     .into()
 }
 
-/// What becomes of the migration, one change after the other.
-fn play(vm: String, verify: bool, sender: watch::Sender<MigrationView>) {
-    let step = |change: &dyn Fn(&mut MigrationView)| {
-        std::thread::sleep(STEP);
-        sender.send_modify(change);
-    };
-    for round in 1..=3_u32 {
-        step(&|view| {
-            if view.status == "setup" {
-                view.status = "active".to_owned();
+impl Fake {
+    /// What becomes of the migration, one change after the other.
+    fn play(&self, id: &str, request: &MigrateRequest, sender: &watch::Sender<MigrationView>) {
+        let step = |change: &dyn Fn(&mut MigrationView)| {
+            std::thread::sleep(STEP);
+            sender.send_modify(change);
+        };
+        for number in 1..=3 {
+            step(&|view| round(view, number));
+        }
+        // Waits as long as the agent of a test lives, and no longer.
+        while matches!(request.vm.as_str(), "stuck" | "late") && !self.was_cancelled(id) {
+            if sender.is_closed() && self.sender(id).is_err() {
+                return;
             }
-            view.total_time += 20.0;
-            view.expected_downtime = Some(12.0);
-            view.ram.transferred += 40 << 20;
-            view.ram.remaining = RAM >> round;
-            view.ram.dirty_sync_count = round;
-            view.ram.mbps = 941.5;
-            view.ram.dirty_pages_rate = 1000;
-            view.wire_bytes = view.ram.transferred + 1000;
-        });
-    }
-    if vm == "stuck" {
-        while sender.borrow().status != "cancelling" {
             std::thread::sleep(STEP);
         }
+        step(&|view| end(&request.vm, request.verify, view));
     }
-    step(&|view| end(&vm, verify, view));
+
+    fn was_cancelled(&self, id: &str) -> bool {
+        self.cancels.lock().unwrap().iter().any(|known| known == id)
+    }
+}
+
+fn round(view: &mut MigrationView, number: u32) {
+    if view.status == "setup" {
+        view.status = "active".to_owned();
+    }
+    view.total_time += 20.0;
+    view.expected_downtime = Some(12.0);
+    view.ram.transferred += 40 << 20;
+    view.ram.remaining = RAM >> number;
+    view.ram.dirty_sync_count = number;
+    view.ram.mbps = 941.5;
+    view.ram.dirty_pages_rate = 1000;
+    view.wire_bytes = view.ram.transferred + 1000;
 }
 
 fn end(vm: &str, verify: bool, view: &mut MigrationView) {
@@ -204,7 +216,7 @@ impl Control for Fake {
         self.migrations.lock().unwrap().insert(0, (id.clone(), sender.clone()));
         key.into_iter().for_each(|key| drop(self.keys.lock().unwrap().insert(key, id.clone())));
         self.requests.lock().unwrap().push(request.clone());
-        std::thread::spawn(move || play(request.vm, request.verify, sender));
+        std::thread::spawn(move || self.play(&id, &request, &sender));
         Ok(view)
     }
     fn migrations(&self) -> Vec<MigrationView> {
@@ -215,6 +227,7 @@ impl Control for Fake {
     }
     fn cancel(&self, id: &str) -> Result<(), AgentError> {
         let sender = self.sender(id)?;
+        self.cancels.lock().unwrap().push(id.to_owned());
         if sender.borrow().vm == "late" {
             return Err(AgentError::Conflict("it is too late: the VM was handed over".to_owned()));
         }

@@ -1,8 +1,13 @@
 //! Two agents on loopback, and guests under their care.
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod daemon;
+pub(crate) mod proxy;
+pub(crate) mod scene;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, VmView};
@@ -47,7 +52,11 @@ pub(crate) struct World {
     pub(crate) parts: Parts,
     pub(crate) folder: tempfile::TempDir,
     pub(crate) user: Option<String>,
-    version: String,
+    /// Where `a` looks for `b`, if not where it is.
+    pub(crate) b_as_seen_from_a: Option<String>,
+    /// The only QEMU that `b` may start, if it is another one than `a`'s.
+    pub(crate) qemu_at_b: Option<PathBuf>,
+    pub(crate) version: String,
     ports: [u16; 2],
 }
 
@@ -64,6 +73,8 @@ impl World {
             parts: Parts::find(),
             folder,
             user: None,
+            b_as_seen_from_a: None,
+            qemu_at_b: None,
             version: version.into(),
             ports: [free_port(), free_port()],
         }
@@ -75,7 +86,9 @@ impl World {
 
     pub(crate) fn config(&self, name: &str) -> String {
         let (dir, pki) = (self.path(name), self.path("pki"));
-        let qemu = self.parts.qemu(&self.version);
+        let elsewhere = self.qemu_at_b.clone().filter(|_| name == "b");
+        let qemu = elsewhere.unwrap_or_else(|| self.parts.qemu(&self.version));
+        let proxied = self.b_as_seen_from_a.clone().filter(|_| name == "a");
         let user = self.user.as_ref().map(|user| format!("user = {user:?}\n")).unwrap_or_default();
         let lab = LabDir::open().unwrap().join("");
         let listen = self.ports[usize::from(name == "b")];
@@ -83,16 +96,21 @@ impl World {
             "name = {name:?}\nstate-dir = \"{dir}/state\"\nrun-dir = \"{dir}/run\"\nlisten = \"127.0.0.1:{listen}\"\n\
              attach-helper = {helper:?}\n\
              [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
-             [hosts.a]\naddress = \"127.0.0.1:{a}\"\n[hosts.b]\naddress = \"127.0.0.1:{b}\"\n\
+             [hosts.a]\naddress = \"127.0.0.1:{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
              [map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
             dir = dir.display(),
             pki = pki.display(),
             a = self.ports[0],
-            b = self.ports[1],
+            b = proxied.unwrap_or_else(|| self.address("b")),
             folder = self.folder.path(),
             helper = helper(),
             map = self.map(name),
         )
+    }
+
+    /// Where a host's agent listens for peers.
+    pub(crate) fn address(&self, name: &str) -> String {
+        format!("127.0.0.1:{}", self.ports[usize::from(name == "b")])
     }
 
     /// Sockets have another folder at `b`: a QEMU that ends removes its own.
@@ -249,11 +267,20 @@ pub(crate) fn helper() -> PathBuf {
     )
 }
 
+/// A free port outside of the range that the kernel takes outgoing connections' from: a dead agent's port must stay free
+/// until it is started again, however often its peer looks for it meanwhile.
 fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let at = std::process::id().wrapping_mul(97).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = 20_000 + (at % 12_000) as u16;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
-fn tail(text: &str) -> &str {
+pub(crate) fn tail(text: &str) -> &str {
     let from = text.len().saturating_sub(2000);
     &text[(from..).find(|at| text.is_char_boundary(*at)).unwrap_or(0)..]
 }

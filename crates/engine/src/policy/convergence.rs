@@ -104,7 +104,7 @@ mod tests {
     #[test]
     fn an_idle_vm_stops_at_once() {
         let mut rule = Convergence::new(Duration::from_millis(300), None);
-        assert_eq!(rounds(&mut rule, [20 << 12]), 0);
+        assert_eq!(rounds(&mut rule, [14 << 12]), 0);
     }
 
     #[test]

@@ -63,12 +63,7 @@ impl World {
     }
 
     /// Sends a QEMU the signal that ends it, and lets `done` know: of its death, unless a mutation does not wait.
-    pub(crate) fn kill(
-        &mut self,
-        host: usize,
-        id: Option<QemuId>,
-        done: impl FnOnce(&mut World) + 'static,
-    ) {
+    pub(crate) fn kill(&mut self, host: usize, id: Option<QemuId>, done: impl FnOnce(&mut World) + 'static) {
         let hasty = self.mutation == Some(Mutation::DeadWithoutWaiting);
         let dying = match hasty {
             true => self.chance.spread(MS, 5 * SECOND),
@@ -165,7 +160,8 @@ impl World {
         let pause = self.pause();
         self.later(host, pause, move |world| {
             if world.fails() || !world.qemus[id].obeys() {
-                return world.later(host, RECOVERY_PAUSE, move |world| world.recover_by_resuming(host, record));
+                return world
+                    .later(host, RECOVERY_PAUSE, move |world| world.recover_by_resuming(host, record));
             }
             world.check_take_back(record.id);
             world.run_qemu(id);
@@ -209,7 +205,8 @@ impl World {
         self.later(host, pause, move |world| {
             let again = record.clone();
             if world.fails() || !world.qemus[id].obeys() {
-                return world.later(host, RECOVERY_PAUSE, move |world| world.recover_by_continuing(host, again));
+                return world
+                    .later(host, RECOVERY_PAUSE, move |world| world.recover_by_continuing(host, again));
             }
             world.run_qemu(id);
             world.store(host, Record { step: Step::Running, ..record }, move |world, stored| match stored {

@@ -4,9 +4,9 @@
 use crate::clock::MS;
 use crate::host::{Life, QemuId};
 use crate::world::{Plan, World};
+use std::collections::HashSet;
 use sterna_engine::handoff::{MigrationId, Step};
 use sterna_engine::source::Outcome;
-use std::collections::HashSet;
 
 /// What is so, as nobody in the world knows it.
 #[derive(Default)]
@@ -152,7 +152,9 @@ impl World {
             // A host's crash took later records away: it asks about an old try, and the VM has left by a newer one,
             // went on from there, or died with this host.
             Outcome::Completed if last.host != host || lost => self.truth.report.overtaken += 1,
-            Outcome::Completed => self.violated("the source says completed, but the target never ran it".into()),
+            Outcome::Completed => {
+                self.violated("the source says completed, but the target never ran it".into())
+            }
             Outcome::Stranded(_) => {
                 self.truth.report.not_completed += 1;
                 self.truth.stranded = true;
@@ -193,8 +195,10 @@ impl World {
     /// It may have run, and written to a disk.
     fn unanswerable(&self) -> bool {
         (0..2).any(|host| {
-            let asks =
-                self.hosts[host].source.as_ref().is_some_and(|task| task.needs_attention(self.queue.instant()));
+            let asks = self.hosts[host]
+                .source
+                .as_ref()
+                .is_some_and(|task| task.needs_attention(self.queue.instant()));
             let target = self.hosts[1 - host].disk.read();
             let committed = target.is_some_and(|record| record.step == Step::Committed);
             asks && committed && self.qemu_on(1 - host).is_none()

@@ -44,7 +44,8 @@ fn crash_everywhere(crash: Crash, seed: u64) -> Vec<Report> {
 fn plans_of_crashes(crash: Crash, plan: Plan) -> impl Iterator<Item = Plan> {
     let beyond = CrashPoint { host: 0, nth: u32::MAX, crash };
     let steps = lived_through(Plan { crash: Some(beyond), mutation: None, ..plan }).steps;
-    let points = (0..2).flat_map(move |host| (1..=steps[host]).map(move |nth| CrashPoint { host, nth, crash }));
+    let points =
+        (0..2).flat_map(move |host| (1..=steps[host]).map(move |nth| CrashPoint { host, nth, crash }));
     points.map(move |point| Plan { crash: Some(point), ..plan })
 }
 

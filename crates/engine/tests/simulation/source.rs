@@ -1,25 +1,23 @@
 //! The source's driver: carries out the engine's actions on a simulated host.
 
+mod pages;
+
 use crate::agent::{pack, unpack};
 use crate::clock::{MS, SECOND};
-use crate::host::{BLOCK_PAGES, Life, PAGES, place_of};
+use crate::host::{BLOCK_PAGES, Life, PAGES};
 use crate::network::{ConnectionId, Frame};
 use crate::world::{Mutation, World};
-use std::collections::{BTreeMap, BTreeSet};
+use pages::Round;
+use std::collections::BTreeSet;
 use std::time::Duration;
 use sterna_engine::handoff::{Generation, MigrationId, Ownership, Record, Step};
 use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
-use sterna_engine::units::{Bytes, PAGE_BYTES, Pages};
-use sterna_engine::wire::batch::{BatchHeader, Content, Descriptor, encode_batch};
-use sterna_engine::wire::message::{Block, Offer, Query, StateEnd, Stream};
+use sterna_engine::units::{PAGE_BYTES, Pages};
 use sterna_engine::wire::Message;
+use sterna_engine::wire::message::{Block, Offer, Query, Stream};
 
 /// Page streams of a migration.
 const STREAMS: u32 = 3;
-/// Neighbouring pages that share a stream; 256 on real hosts.
-const STREAM_GRAIN: u32 = 4;
-/// Pages that are read and sent at once.
-const CHUNK: usize = 9;
 /// How long an answer is waited for.
 const ASK_WAIT: u64 = 3 * SECOND;
 
@@ -78,7 +76,8 @@ impl World {
     /// The user migrates the VM from this host to the other.
     pub(crate) fn start_migration(&mut self, host: usize) {
         let Some(control) = self.connect(host, 1 - host) else { return };
-        let generation = self.hosts[host].disk.read().map_or(Generation(1), |record| record.generation.next());
+        let generation =
+            self.hosts[host].disk.read().map_or(Generation(1), |record| record.generation.next());
         self.truth.tries += 1;
         self.serial += 1;
         let id = MigrationId(((u128::from(self.chance.any()) << 64) | u128::from(self.serial)).to_le_bytes());
@@ -195,17 +194,17 @@ impl World {
         match action {
             SourceAction::Record(record) => self.source_record(host, record),
             SourceAction::Send(message) => self.source_send(host, message),
-            SourceAction::OpenStreams(streams) => self.source_op(host, move |world| {
-                world.open_streams(host, streams)
-            }),
+            SourceAction::OpenStreams(streams) => {
+                self.source_op(host, move |world| world.open_streams(host, streams))
+            }
             SourceAction::Track => self.source_op(host, move |world| world.track(host)),
-            SourceAction::SendRound(round) => self.send_pages(host, round, None),
+            SourceAction::SendRound(round) => self.send_pages(host, round, Round::Live),
             SourceAction::Scan => self.source_op(host, move |world| {
                 world.scan(host);
                 SourceInput::Scanned(world.send_set_pages(host))
             }),
             SourceAction::Stop => self.stop(host),
-            SourceAction::Finish(round) => self.send_pages(host, round, Some(())),
+            SourceAction::Finish(round) => self.send_pages(host, round, Round::Last),
             SourceAction::Resume => self.source_op(host, move |world| world.resume(host)),
             SourceAction::Release => self.close_source(host),
             SourceAction::Ask => self.ask(host),
@@ -407,109 +406,6 @@ impl World {
             self.close(connection, host);
             self.source_input(host, SourceInput::AskFailed("no answer in time".into()));
         }
-    }
-}
-
-// Pages.
-impl World {
-    /// Sends the send-set as a round, in the background; as the last one with the device state and a peek.
-    fn send_pages(&mut self, host: usize, round: u32, last: Option<()>) {
-        let task = self.hosts[host].source.as_mut().expect("it just acted");
-        let pages = std::mem::take(&mut task.send_set).into_iter().collect::<Vec<_>>();
-        let serial = task.serial;
-        self.send_chunk(host, serial, round, pages, last);
-    }
-
-    fn send_chunk(&mut self, host: usize, serial: u64, round: u32, mut pages: Vec<usize>, last: Option<()>) {
-        let pause = self.chance.between(100, MS);
-        self.later(host, pause, move |world| {
-            let task = world.hosts[host].source.as_ref();
-            let Some(qemu) = world.qemu_on(host).filter(|_| {
-                task.is_some_and(|task| task.serial == serial && !task.closed)
-            }) else {
-                return;
-            };
-            world.live(qemu);
-            let rest = pages.split_off(pages.len().min(CHUNK));
-            world.send_batches(host, qemu, round, &pages);
-            let sent = world.hosts[host].source.as_ref().map_or(0, |task| task.sent_bytes);
-            if !rest.is_empty() {
-                world.send_chunk(host, serial, round, rest, last);
-                return world.source_input(host, SourceInput::Sent(Bytes(sent)));
-            }
-            world.end_round(host, round);
-            if last.is_some() {
-                world.send_state(host, round);
-                world.later(host, pause, move |world| world.peek(host, serial, qemu));
-            }
-            world.source_input(host, SourceInput::Sent(Bytes(sent)));
-        });
-    }
-
-    fn send_batches(&mut self, host: usize, qemu: usize, round: u32, pages: &[usize]) {
-        let memory = self.qemus[qemu].memory;
-        let task = self.hosts[host].source.as_mut().expect("the caller looked");
-        let mut batches: BTreeMap<(usize, u16), (Vec<Descriptor>, Vec<u64>)> = BTreeMap::new();
-        for page in pages {
-            let (block, first) = place_of(*page);
-            let value = memory[*page];
-            let stream = (u32::from(block) + first / STREAM_GRAIN) % STREAMS;
-            let content = match (value, task.sent[*page]) {
-                (0, false) => continue,
-                (0, true) => Content::Discard,
-                _ => Content::Bytes,
-            };
-            task.sent[*page] = value != 0;
-            let (runs, payload) = batches.entry((stream as usize, block)).or_default();
-            match runs.last_mut() {
-                Some(run) if run.content == content && run.first + u32::from(run.pages) == first => run.pages += 1,
-                _ => runs.push(Descriptor { first, pages: 1, content }),
-            }
-            payload.extend((content == Content::Bytes).then_some(value));
-        }
-        for ((stream, block), (runs, payload)) in batches {
-            let mut bytes = Vec::new();
-            encode_batch(block, round, &runs, &mut bytes);
-            let task = self.hosts[host].source.as_mut().expect("the caller looked");
-            task.sent_bytes += bytes.len() as u64 + payload.len() as u64 * PAGE_BYTES;
-            if let Some(connection) = task.streams.get(stream).copied() {
-                self.transmit(connection, host, Frame::Batch(bytes, payload));
-            }
-        }
-    }
-
-    fn end_round(&mut self, host: usize, round: u32) {
-        let streams = self.hosts[host].source.as_ref().map(|task| task.streams.clone()).unwrap_or_default();
-        for stream in streams {
-            let end = BatchHeader::round_end(round).encode().to_vec();
-            self.transmit(stream, host, Frame::RoundEnd(end));
-        }
-    }
-
-    fn send_state(&mut self, host: usize, last_round: u32) {
-        let task = self.hosts[host].source.as_ref().expect("the caller looked");
-        let device = task.device;
-        let Some(control) = task.control else { return };
-        self.transmit(control, host, Frame::State(device));
-        let end = StateEnd { bytes: 8, last_round, digests: Vec::new() };
-        self.transmit(control, host, pack(&Message::StateEnd(end)));
-    }
-
-    /// Nothing may have been written since the last scan; sometimes something was, from outside the VM.
-    fn peek(&mut self, host: usize, serial: u64, qemu: usize) {
-        if self.hosts[host].source.as_ref().is_none_or(|task| task.serial != serial) {
-            return;
-        }
-        let mut found = self.qemus[qemu].written.iter().filter(|written| **written).count() as u64;
-        if self.qemus[qemu].life == Life::Paused && self.fails() {
-            self.qemus[qemu].memory[7] = self.chance.any();
-            found += 1;
-        }
-        let input = match self.fails() {
-            true => SourceInput::Failed("the peek failed".into()),
-            false => SourceInput::Finished(Pages(found)),
-        };
-        self.source_input(host, input);
     }
 }
 

@@ -1,0 +1,123 @@
+//! Where the pages of an offered VM go in the QEMU that waits for it, and the proof that they are what they were.
+
+use crate::control::explain;
+use crate::host::Host;
+use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks};
+use std::sync::{Mutex, PoisonError};
+use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
+use sterna_engine::wire::message::{Offer, StateEnd};
+use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, populated};
+use sterna_vmm::Layout;
+
+/// RAM that may be kept aside because QEMU does not yet say where it belongs: video memory.
+const STAGED_BYTES_MAX: u64 = 512 << 20;
+
+/// Where each block of the offer goes in the QEMU that waits.
+pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layout) -> Result<Sinks, String> {
+    let (mut regions, mut blocks, mut staged) = (Vec::new(), Vec::new(), 0u64);
+    for offered in &offer.blocks {
+        let here = layout.block(&offered.name).filter(|block| block.bytes == offered.bytes);
+        let here = here.ok_or_else(|| format!("its RAM block {} is not there in this size", offered.name))?;
+        blocks.push(match here.hva {
+            _ if !offered.travels => Sink::Rebuilt,
+            Some(base) => {
+                regions.push(Region { base, bytes: here.bytes });
+                Sink::Region(regions.len() - 1)
+            }
+            None if here.is_rebuilt() => Sink::Rebuilt,
+            None => {
+                staged += here.bytes;
+                if staged > STAGED_BYTES_MAX {
+                    return Err(format!("this QEMU does not tell where its RAM block {} is", here.name));
+                }
+                Sink::Staged(Mutex::new(vec![0; here.bytes as usize]))
+            }
+        });
+    }
+    let installer = Installer::open(process, regions.clone(), &host.attach()).map_err(|why| explain(&why))?;
+    for (at, region) in regions.iter().enumerate() {
+        clear(process, &installer, at, region)?;
+    }
+    let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
+    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer })
+}
+
+/// Makes a block read as zero: what the source never sends is zero there. A fresh QEMU has little that is not, firmware.
+fn clear(process: &Process, installer: &Installer, at: usize, region: &Region) -> Result<(), String> {
+    let (mut present, mut dirty) = (Vec::new(), Vec::new());
+    populated(process, region, &mut present).map_err(|why| explain(&why))?;
+    let reader = Reader::new(process).map_err(|why| explain(&why))?;
+    let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
+    for run in present.iter().flat_map(|run| pieces(*run)) {
+        let bytes = &mut buffer[..run.bytes() as usize];
+        reader.read(&[region.span(run)], bytes).map_err(|why| explain(&why))?;
+        for (page, content) in (run.first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if !is_zero(content) {
+                sterna_memory::append_run(&mut dirty, PageRun { first: page, pages: 1 });
+            }
+        }
+    }
+    if dirty.is_empty() { Ok(()) } else { installer.discard(at, &dirty).map_err(|why| explain(&why)) }
+}
+
+/// A run in pieces of one batch.
+fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
+    let most = PAGES_PER_STRIPE;
+    (run.first..run.end())
+        .step_by(most as usize)
+        .map(move |first| PageRun { first, pages: most.min(run.end() - first) })
+}
+
+/// Writes blocks whose address QEMU tells only after the load.
+pub(crate) fn install_staged(
+    host: &Host,
+    process: &Process,
+    offer: &Offer,
+    layout: &Layout,
+    blocks: Vec<Sink>,
+) -> Result<(), String> {
+    for (offered, sink) in offer.blocks.iter().zip(blocks) {
+        let Sink::Staged(buffer) = sink else { continue };
+        let bytes = buffer.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let base = layout.block(&offered.name).and_then(|block| block.hva);
+        let base =
+            base.ok_or_else(|| format!("QEMU does not tell where its RAM block {} is", offered.name))?;
+        let region = Region { base, bytes: offered.bytes };
+        let installer =
+            Installer::open(process, vec![region], &host.attach()).map_err(|why| explain(&why))?;
+        clear(process, &installer, 0, &region)?;
+        let mut runs = Vec::new();
+        for (page, content) in (0..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if !is_zero(content) {
+                sterna_memory::append_run(&mut runs, PageRun { first: page, pages: 1 });
+            }
+        }
+        for run in runs.iter().flat_map(|run| pieces(*run)) {
+            let content = &bytes[(run.first * PAGE) as usize..(run.end() * PAGE) as usize];
+            installer.install(0, &[run], content).map_err(|why| explain(&why))?;
+        }
+        installer.finish().map_err(|why| explain(&why))?;
+    }
+    Ok(())
+}
+
+/// Compares the digests that the source took after its stop with what is here now; returns how many blocks were equal.
+pub(crate) fn verify(
+    process: &Process,
+    offer: &Offer,
+    layout: &Layout,
+    end: &StateEnd,
+) -> Result<u32, String> {
+    let mut verified = 0;
+    for expected in &end.digests {
+        let block =
+            offer.blocks.get(expected.block as usize).ok_or("the source sent a digest of no block")?;
+        let Some(base) = layout.block(&block.name).and_then(|block| block.hva) else { continue };
+        let found = digest(process, &Region { base, bytes: block.bytes }).map_err(|why| explain(&why))?;
+        if found.as_slice() != expected.digest {
+            return Err(format!("RAM block {} is not what it was at the source", block.name));
+        }
+        verified += 1;
+    }
+    Ok(verified)
+}

@@ -1,0 +1,85 @@
+//! The pre-check at the source, and the offer that it makes of a VM. Nothing is touched here.
+
+use crate::control::{self, explain};
+use crate::host::Host;
+use crate::pages::{SentPages, SourceBlock};
+use crate::registry::Vm;
+use std::sync::Arc;
+use sterna_engine::source::Outcome;
+use sterna_engine::wire::message::{Block, Offer, Reason};
+use sterna_engine::wire::{Message, batch};
+use sterna_memory::{PAGE, Region, is_anonymous};
+use sterna_vmm::{Shape, Vmm};
+
+/// Everything the pre-check found out about a VM.
+pub(crate) struct Checked {
+    pub(crate) offer: Offer,
+    pub(crate) blocks: Vec<SourceBlock>,
+    pub(crate) shape: Shape,
+}
+
+/// Looks at the VM from all sides without touching it, and at the target if something speaks against the move already,
+/// so that every reason is told at once.
+pub(crate) fn check(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    streams: u32,
+    verify: bool,
+    (peer, address): (&str, &str),
+) -> Result<Checked, Outcome> {
+    let failed = |why: String| Outcome::Failed(why);
+    let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
+    let mut reasons: Vec<Reason> = reasons
+        .into_iter()
+        .map(|reason| Reason { code: word(&reason.code), text: reason.text })
+        .chain(host.preflight())
+        .collect();
+    let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
+    let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
+    let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
+    let (machine, cpu, version) = host
+        .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
+        .map_err(failed)?;
+    let record = vm.record();
+    let travels = |block: &sterna_vmm::Block| block.hva.is_some();
+    let offer = Offer {
+        vm: record.name,
+        generation: record.generation,
+        argv: record.argv,
+        machine,
+        cpu,
+        blocks: layout
+            .blocks
+            .iter()
+            .map(|block| Block { name: block.name.clone(), bytes: block.bytes, travels: travels(block) })
+            .collect(),
+        fingerprint: crate::host::fingerprint_lines(&fingerprint),
+        streams,
+        verify,
+        qemu: version,
+    };
+    if layout.blocks.len() > batch::BLOCKS_MAX {
+        reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
+    }
+    if !reasons.is_empty() {
+        if let Ok(Message::Refused(more)) =
+            control::ask(host.endpoint(), address, peer, &Message::Check(offer))
+        {
+            reasons.extend(more.reasons);
+        }
+        return Err(Outcome::Refused(reasons));
+    }
+    let process = host.process_of(vm).map_err(failed)?;
+    let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
+        let region = Region { base: block.hva?, bytes: block.bytes };
+        let sent = SentPages::new(block.bytes.div_ceil(PAGE));
+        let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
+        Some(anonymous.map(|anonymous| SourceBlock { index: index as u16, region, anonymous, sent }))
+    });
+    Ok(Checked { blocks: blocks.collect::<Result<_, _>>()?, offer, shape })
+}
+
+/// A code of the pre-check as scripts see it.
+pub(crate) fn word(code: &sterna_vmm::Code) -> String {
+    serde_json::to_value(code).ok().and_then(|code| code.as_str().map(str::to_owned)).unwrap_or_default()
+}
