@@ -35,7 +35,9 @@ pub(crate) fn test(ready: &Ready, arguments: &[String]) -> anyhow::Result<()> {
     build(Profile::Dev)?;
     lint()?;
     if has("nextest") {
-        run(ready.tell(cargo().args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments)))?;
+        run(ready.tell(
+            cargo().args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments),
+        ))?;
         // nextest does not know tests in documentation.
         run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
     } else {
@@ -75,9 +77,12 @@ fn deny() -> anyhow::Result<()> {
         return Ok(());
     }
     run(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
-    let advisories = cargo().args(["deny", "--offline", "check", "advisories"]).stderr(Stdio::null()).status()?;
+    let advisories =
+        cargo().args(["deny", "--offline", "check", "advisories"]).stderr(Stdio::null()).status()?;
     if !advisories.success() {
-        eprintln!("advisories: there are some, or no copy of their database is here: cargo deny check advisories");
+        eprintln!(
+            "advisories: there are some, or no copy of their database is here: cargo deny check advisories"
+        );
     }
     Ok(())
 }

@@ -50,9 +50,11 @@ pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
 /// `cargo xtask report`
 pub(crate) fn report(files: &[PathBuf], out: &Path) -> anyhow::Result<()> {
     let read = |file: &PathBuf| -> anyhow::Result<(String, Results)> {
-        let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
-        let results = Results::parse(&text)
-            .with_context(|| format!("{} is nothing that `demo --out` or `bench --out` wrote", file.display()))?;
+        let text =
+            std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+        let results = Results::parse(&text).with_context(|| {
+            format!("{} is nothing that `demo --out` or `bench --out` wrote", file.display())
+        })?;
         Ok((file.file_stem().unwrap_or_default().to_string_lossy().into_owned(), results))
     };
     let files = files.iter().map(read).collect::<anyhow::Result<Vec<_>>>()?;

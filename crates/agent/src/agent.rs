@@ -231,7 +231,9 @@ impl Agent {
         request: MigrateRequest,
         key: Option<String>,
     ) -> Result<MigrationView, AgentError> {
-        if let Some(known) = key.as_ref().and_then(|key| lock(&self.jobs).by_key(key)) {
+        // Held to the end: the same key twice at once is one migration.
+        let mut jobs = lock(&self.jobs);
+        if let Some(known) = key.as_ref().and_then(|key| jobs.by_key(key)) {
             return Ok(known);
         }
         self.check(&request)?;
@@ -250,7 +252,7 @@ impl Agent {
         let freed = vm.clone();
         let handle = source::start(&self.host, &vm, &request, id, move || freed.free());
         let view = handle.view.borrow().clone();
-        lock(&self.jobs).add(id.to_string(), key, handle);
+        jobs.add(id.to_string(), key, handle);
         Ok(view)
     }
 

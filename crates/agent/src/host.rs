@@ -8,7 +8,6 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
-use sterna_engine::wire::message::Reason;
 use sterna_memory::{Attach, Process};
 use sterna_transport::{Endpoint, Identity};
 use sterna_vmm::qemu::{CommandLine, Launch, Launched, Qemu, TargetPolicy, User};
@@ -89,12 +88,6 @@ impl Host {
 
     pub(crate) fn default_streams(&self) -> u32 {
         std::thread::available_parallelism().map_or(1, |cores| cores.get().min(STREAMS_DEFAULT)) as u32
-    }
-
-    /// What this host's kernel and our privilege lack.
-    pub(crate) fn preflight(&self) -> Vec<Reason> {
-        let lacking = sterna_memory::preflight().err().unwrap_or_default();
-        lacking.into_iter().map(|text| Reason { code: "host".into(), text }).collect()
     }
 
     pub(crate) fn attach(&self) -> Attach {

@@ -29,11 +29,8 @@ pub(crate) fn check(
 ) -> Result<Checked, Outcome> {
     let failed = |why: String| Outcome::Failed(why);
     let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
-    let mut reasons: Vec<Reason> = reasons
-        .into_iter()
-        .map(|reason| Reason { code: word(&reason.code), text: reason.text })
-        .chain(host.preflight())
-        .collect();
+    let mut reasons: Vec<Reason> =
+        reasons.into_iter().map(|reason| Reason { code: word(&reason.code), text: reason.text }).collect();
     let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
     let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
     let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
@@ -74,7 +71,14 @@ pub(crate) fn check(
         let region = Region { base: block.hva?, bytes: block.bytes };
         let sent = SentPages::new(block.bytes.div_ceil(PAGE));
         let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
-        Some(anonymous.map(|anonymous| SourceBlock { index: index as u16, region, anonymous, sent }))
+        let provable = !block.is_rebuilt();
+        Some(anonymous.map(|anonymous| SourceBlock {
+            index: index as u16,
+            region,
+            anonymous,
+            provable,
+            sent,
+        }))
     });
     Ok(Checked { blocks: blocks.collect::<Result<_, _>>()?, offer, shape })
 }

@@ -120,17 +120,22 @@ impl View {
         max_bandwidth: Option<u64>,
     ) {
         let progress = machine.progress();
-        let normal = counters.normal.load(Ordering::Relaxed);
+        let (normal, status) = (counters.normal.load(Ordering::Relaxed), machine.status(now));
         self.shown.send_modify(|view| {
-            view.status = machine.status(now).word().into();
+            // The last word is said by `finish`, complete: who watches goes away with the first final status.
+            if !status.is_final() {
+                view.status = status.word().into();
+            }
             view.total_time = ms(now.max(progress.total_time));
             view.setup_time = ms(progress.setup_time);
             view.downtime = progress.downtime.map(ms);
             view.expected_downtime = progress.expected_downtime.map(ms);
             view.max_bandwidth = max_bandwidth;
             view.wire_bytes = wire_bytes;
-            view.ram.transferred = progress.transferred.0;
-            view.ram.remaining = progress.ram_remaining.0;
+            let transferred = counters.bytes.load(Ordering::Relaxed);
+            view.ram.transferred = transferred;
+            let unseen = transferred.saturating_sub(progress.transferred.0);
+            view.ram.remaining = progress.ram_remaining.0.saturating_sub(unseen);
             view.ram.normal = normal;
             view.ram.normal_bytes = Pages(normal).bytes().0;
             view.ram.duplicate = counters.duplicate.load(Ordering::Relaxed);

@@ -20,6 +20,9 @@ const ATTACH_WITHIN: Duration = Duration::from_secs(10);
 /// How long a QEMU that is to end may take.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 
+/// How long to wait before a record that could not be stored is tried again.
+const STORE_PAUSE: Duration = Duration::from_secs(1);
+
 /// Finds all VMs again and settles what can be settled here. Returns those whose owner must be asked for.
 pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
     let mut open = Vec::new();
@@ -36,7 +39,7 @@ pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
 }
 
 /// An incoming migration whose QEMU was started and not written down yet.
-fn settle_without_vm(host: &Host, name: &str) {
+fn settle_without_vm(host: &Arc<Host>, name: &str) {
     let found = host.journal().load(name);
     let Ok(Some(record)) = found else { return };
     if record.step == Step::Incoming {
@@ -77,7 +80,13 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
         TargetRecovery::Continue => {
             written.incoming = false;
             let vm = list(host, written);
-            match host.with_qemu(&vm, |qemu| qemu.resume()) {
+            // What was read may never have reached the disk: it does before the VM runs because of it.
+            let resumed = host
+                .journal()
+                .store(record)
+                .map_err(|why| why.to_string())
+                .and_then(|()| host.with_qemu(&vm, |qemu| qemu.resume()));
+            match resumed {
                 Ok(()) => store(host, record, Step::Running),
                 Err(why) => {
                     tracing::error!(vm = vm.name(), why, "the VM is ours and could not be resumed");
@@ -157,8 +166,15 @@ fn kill(written: &VmRecord) -> bool {
     dead
 }
 
-fn store(host: &Host, record: &Record, step: Step) {
-    if let Err(why) = host.journal().store(&Record { step, ..record.clone() }) {
-        tracing::error!(vm = record.vm, %why, "its record cannot be stored");
-    }
+/// Stores what was settled. It is tried until it works: as long as it is not written, the other host is told to ask again.
+fn store(host: &Arc<Host>, record: &Record, step: Step) {
+    let record = Record { step, ..record.clone() };
+    let Err(why) = host.journal().store(&record) else { return };
+    tracing::error!(vm = record.vm, %why, "its record cannot be stored; trying again");
+    let host = host.clone();
+    std::thread::spawn(move || {
+        while host.journal().store(&record).is_err() {
+            std::thread::sleep(STORE_PAUSE);
+        }
+    });
 }

@@ -7,7 +7,7 @@ use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
 use crate::offer;
-use crate::pages::{Job, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
+use crate::pages::{Job, Part, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
 use crate::progress::View;
 use crate::registry::Vm;
 use std::sync::atomic::Ordering;
@@ -80,6 +80,7 @@ struct Outgoing {
     counters: Arc<SendCounters>,
     state: Vec<u8>,
     verify: bool,
+    round: u32,
     lap: Instant,
 }
 
@@ -178,6 +179,7 @@ impl Outgoing {
             counters: Arc::default(),
             state: Vec::new(),
             verify: false,
+            round: 0,
             lap: Instant::now(),
         }
     }
@@ -273,10 +275,22 @@ impl Outgoing {
         self.began.elapsed()
     }
 
-    fn feed(&mut self, machine: &mut Source, input: SourceInput) {
+    fn feed(&mut self, machine: &mut Source, mut input: SourceInput) {
         self.note(&input);
+        if let Some(why) = self.unproved(&input) {
+            input = SourceInput::Failed(why);
+        }
         machine.handle(SourceInput::Sent(Bytes(self.counters.bytes.load(Ordering::Relaxed))), self.now());
         machine.handle(input, self.now());
+    }
+
+    /// A target that was asked to prove RAM equal, says that it has the VM, and has not proved it.
+    fn unproved(&self, input: &SourceInput) -> Option<String> {
+        let SourceInput::Message(Message::Loaded(loaded)) = input else { return None };
+        let asked = self.blocks.iter().filter(|block| self.verify && block.provable).count();
+        let proved = loaded.blocks_verified as usize;
+        (proved < asked)
+            .then(|| format!("the target proved {proved} blocks of RAM equal, {asked} were to be proved"))
     }
 
     fn obey(&mut self, machine: &mut Source, order: Order) {
@@ -319,21 +333,16 @@ impl Outgoing {
     fn act(&mut self, action: SourceAction) -> Option<SourceInput> {
         match action {
             SourceAction::Record(record) => Some(self.record(&record)),
-            SourceAction::Send(message) => self.send(&message),
+            SourceAction::Send(message) => self.message(&message),
             SourceAction::OpenStreams(count) => {
                 Some(settle(self.open_streams(count), |()| SourceInput::Opened))
             }
             SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
-            SourceAction::SendRound(round) => {
-                self.send_round(round);
-                None
-            }
+            SourceAction::SendRound(round) => self.send_round(round),
             SourceAction::Scan => {
                 Some(settle(self.scan(), |()| SourceInput::Scanned(Pages(self.set.page_count()))))
             }
-            SourceAction::Stop => {
-                Some(settle(self.stop(), |()| SourceInput::Stopped(Pages(self.set.page_count()))))
-            }
+            SourceAction::Stop => Some(settle(self.stop(), SourceInput::Stopped)),
             SourceAction::Finish(round) => Some(settle(self.finish(round), SourceInput::Finished)),
             SourceAction::Resume => Some(match self.resume() {
                 Ok(()) => SourceInput::Resumed,
@@ -357,7 +366,7 @@ impl Outgoing {
         }
     }
 
-    fn send(&mut self, message: &Message) -> Option<SourceInput> {
+    fn message(&mut self, message: &Message) -> Option<SourceInput> {
         let control = self.control.as_mut()?;
         let lost = |why| SourceInput::Disconnected(format!("the connection to the target is lost: {why}"));
         control.send(message).err().map(lost)
@@ -380,7 +389,6 @@ impl Outgoing {
         let tracker = WpAsyncTracker::start(&self.process, regions, &self.host.attach())
             .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
         self.tracker = Some(Box::new(tracker));
-        self.qemu(|qemu| qemu.prepare_save())?;
         for at in 0..self.blocks.len() {
             let pages = self.populated(at)?;
             self.set.add(at, &pages, &[]);
@@ -400,11 +408,22 @@ impl Outgoing {
         Ok(pages)
     }
 
-    fn send_round(&mut self, round: u32) {
-        let set = std::mem::replace(&mut self.set, SendSet::new(self.blocks.len()));
+    /// Gives the send-set to the senders, and begins an empty one.
+    fn send(&mut self, round: u32, part: Part) {
+        let set = Arc::new(std::mem::replace(&mut self.set, SendSet::new(self.blocks.len())));
         if let Some(senders) = &self.senders {
-            senders.send(&Job { round, set: Arc::new(set) });
+            senders.send(&Job { round, set, part });
         }
+        if part == Part::End {
+            self.round = round;
+        }
+    }
+
+    fn send_round(&mut self, round: u32) -> Option<SourceInput> {
+        self.send(round, Part::End);
+        // The first round takes longest, and hides what must be ready at the stop.
+        let ready = if round == 1 { self.qemu(|qemu| qemu.prepare_save()) } else { Ok(()) };
+        ready.err().map(SourceInput::Failed)
     }
 
     /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
@@ -431,19 +450,22 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Stops the VM, saves its devices and scans meanwhile; the second scan is the last word, for saving may write RAM.
-    fn stop(&mut self) -> Result<(), String> {
+    /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last
+    /// word, for saving may write RAM: virtio gives back what it has taken from its rings.
+    fn stop(&mut self) -> Result<Pages, String> {
         self.view.stopping();
         self.lap = Instant::now();
         self.qemu(|qemu| qemu.pause())?;
         self.split("stop");
         let ticket = self.qemu(|qemu| qemu.save_begin())?;
         self.scan()?;
+        let early = self.set.page_count();
+        self.send(self.round + 1, Part::Beginning);
         self.state = self.qemu(|qemu| qemu.save_finish(ticket))?;
         self.split("save");
         self.scan()?;
         self.split("scan");
-        Ok(())
+        Ok(Pages(early + self.set.page_count()))
     }
 
     fn split(&mut self, name: &'static str) {
@@ -454,7 +476,7 @@ impl Outgoing {
     /// Sends what is left, and uses the time it takes to look whether anything changed behind our back.
     fn finish(&mut self, round: u32) -> Result<Pages, String> {
         let digests = if self.verify { self.digests()? } else { Vec::new() };
-        self.send_round(round);
+        self.send(round, Part::End);
         let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests };
         let Some(control) = &mut self.control else {
             return Err("the connection to the target is gone".into());

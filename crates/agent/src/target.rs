@@ -5,7 +5,7 @@ use crate::fit::{install_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::pages::{Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, Vm, VmRecord, lock};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
@@ -17,7 +17,7 @@ use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, Qemu};
-use sterna_vmm::{Vmm, difference};
+use sterna_vmm::{RunState, Vmm, difference};
 
 /// How often the clock is looked at while nothing happens.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -63,7 +63,7 @@ struct Arriving {
     qemu: Option<Qemu>,
     offer: Offer,
     sinks: Option<Arc<Sinks>>,
-    receivers: Vec<Receiver>,
+    receivers: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
     began: Instant,
 }
@@ -89,7 +89,7 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
         qemu: None,
         offer: Offer::default(),
         sinks: None,
-        receivers: Vec::new(),
+        receivers: BTreeMap::new(),
         state: Vec::new(),
         began: Instant::now(),
     };
@@ -108,7 +108,7 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
 /// Every reason why this VM cannot come here. Touches nothing.
 pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
     let reason = |code: &str, text: String| Reason { code: code.into(), text };
-    let mut reasons = host.preflight();
+    let mut reasons = Vec::new();
     if let Some(vm) = host.registry().find(&offer.vm)
         && vm.is_alive()
     {
@@ -134,12 +134,8 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
         reasons.extend(refusals);
     }
     let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
-    for found in sterna_vmm::qemu::target_reasons(ram_bytes) {
-        let reason = Reason { code: crate::offer::word(&found.code), text: found.text };
-        if !reasons.iter().any(|other| other.text == reason.text) {
-            reasons.push(reason);
-        }
-    }
+    let lacking = sterna_vmm::qemu::target_reasons(ram_bytes).into_iter();
+    reasons.extend(lacking.map(|found| reason(&crate::offer::word(&found.code), found.text)));
     reasons
 }
 
@@ -218,16 +214,16 @@ impl Arriving {
         let Some(sinks) = &self.sinks else {
             return Some(TargetInput::Disconnected("the source opened a page stream too early".into()));
         };
-        if index as usize != self.receivers.len() || index >= self.offer.streams {
-            return Some(TargetInput::Disconnected(format!(
-                "the source opened page stream {index} out of turn"
-            )));
+        // Streams are opened at once and may arrive in any order.
+        if index >= self.offer.streams || self.receivers.contains_key(&index) {
+            let why = format!("the source opened page stream {index}, which it may not");
+            return Some(TargetInput::Disconnected(why));
         }
         let tell = self.tell.clone();
         let receiver = Receiver::start(index, connection, sinks.clone(), move |received| {
             drop(tell.send(Event::Received(received)));
         });
-        self.receivers.push(receiver);
+        self.receivers.insert(index, receiver);
         Some(TargetInput::Received)
     }
 
@@ -369,10 +365,12 @@ impl Arriving {
     fn resume(&mut self) -> TargetInput {
         let began = Instant::now();
         let Some(qemu) = &mut self.qemu else { return TargetInput::RunFailed("no QEMU waits".into()) };
-        if let Err(why) = qemu.resume() {
-            return TargetInput::RunFailed(explain(&why));
+        match qemu.resume() {
+            Ok(()) => TargetInput::Running(began.elapsed()),
+            // An answer that is lost or late says nothing: what counts is whether it runs.
+            Err(_) if matches!(qemu.status(), Ok(RunState::Running)) => TargetInput::Running(began.elapsed()),
+            Err(why) => TargetInput::RunFailed(explain(&why)),
         }
-        TargetInput::Running(began.elapsed())
     }
 
     fn announce(&mut self) {

@@ -85,7 +85,10 @@ impl HostAgent {
                 // It may have ended by itself: then there is nothing to kill.
                 let _ = child.kill();
                 let _ = child.wait();
-                Err(BenchError::unexpected(format!("the agent of host {} did not start", host.name), tail(&log)))
+                Err(BenchError::unexpected(
+                    format!("the agent of host {} did not start", host.name),
+                    tail(&log),
+                ))
             }
         }
     }
@@ -120,8 +123,8 @@ impl HostAgent {
     /// A VM of this host.
     pub fn vm(&self, name: &str) -> Result<Vm, BenchError> {
         let text = self.said(run::output(self.command().args(["ps", "-o", "json"]), ANSWER))?;
-        let vms: Vec<Vm> =
-            serde_json::from_str(&text).map_err(|e| BenchError::unexpected(format!("`sterna ps` ({e})"), &text))?;
+        let vms: Vec<Vm> = serde_json::from_str(&text)
+            .map_err(|e| BenchError::unexpected(format!("`sterna ps` ({e})"), &text))?;
         let missing = || BenchError::unexpected(format!("no VM {name} on host {}", self.host), &text);
         vms.into_iter().find(|vm| vm.name == name).ok_or_else(missing)
     }
@@ -129,7 +132,8 @@ impl HostAgent {
     /// The process of a VM's QEMU.
     pub fn qemu(&self, name: &str) -> Result<ProcessId, BenchError> {
         let vm = self.vm(name)?;
-        let gone = || BenchError::unexpected(format!("the QEMU of VM {name} on host {}", self.host), "is gone");
+        let gone =
+            || BenchError::unexpected(format!("the QEMU of VM {name} on host {}", self.host), "is gone");
         ProcessId::of(vm.pid).ok_or_else(gone)
     }
 
@@ -150,7 +154,9 @@ impl HostAgent {
     }
 
     fn said<T>(&self, result: Result<T, sterna_lab::LabError>) -> Result<T, BenchError> {
-        result.map_err(|why| BenchError::unexpected(why.to_string(), format!("its agent said: {}", self.log_tail())))
+        result.map_err(|why| {
+            BenchError::unexpected(why.to_string(), format!("its agent said: {}", self.log_tail()))
+        })
     }
 }
 
@@ -171,7 +177,8 @@ impl Drop for HostAgent {
 fn configuration(lab: &Lab, host: &Host, kit: &Kit) -> Result<String, BenchError> {
     let (own, pki, name) = (lab.dir().join(&host.name), pki(lab), &host.name);
     let material = LabDir::open()?.join("");
-    let peers = lab.hosts().iter().map(|h| format!("[hosts.{}]\naddress = \"{}:{PORT}\"\n", h.name, h.address));
+    let peers =
+        lab.hosts().iter().map(|h| format!("[hosts.{}]\naddress = \"{}:{PORT}\"\n", h.name, h.address));
     let taps = lab.hosts().iter().map(|h| format!("{:?} = {:?}\n", h.tap(0), host.tap(0)));
     Ok(format!(
         "name = {name:?}\nstate-dir = {state:?}\nrun-dir = {run:?}\nlisten = \"{address}:{PORT}\"\nsocket = {socket:?}\n\

@@ -62,8 +62,7 @@ pub fn fill(stage: &Stage) -> Result<(), BenchError> {
     let copy = output.try_clone().map_err(BenchError::file("duplicate", "a scratch file"))?;
     let mut command = stage.client_command(LOADER);
     command.args(["-h", &stage.lab.guest_address(0).to_string(), "--pipe"]);
-    let mut loader =
-        command.stdin(Stdio::piped()).stdout(copy).spawn().map_err(BenchError::start(LOADER))?;
+    let mut loader = command.stdin(Stdio::piped()).stdout(copy).spawn().map_err(BenchError::start(LOADER))?;
     let input = loader.stdin.take();
     // In a thread, so that a guest that does not take it meets the deadline below, and this ends with the loader.
     let feeder = std::thread::spawn(move || input.map_or(Ok(()), write_noise));
@@ -189,13 +188,15 @@ impl Seen {
             return Err(BenchError::unexpected("the client's report", "has not both parts"));
         };
         if redis.acknowledged == 0 || beacon.received == 0 {
-            let found = format!("{} writes, {} datagrams; {:?}", redis.acknowledged, beacon.received, redis.errors);
+            let found =
+                format!("{} writes, {} datagrams; {:?}", redis.acknowledged, beacon.received, redis.errors);
             return Err(BenchError::unexpected("the client did not reach the guest", found));
         }
         let end = window.end_unix_ms + AFTERMATH_MS;
-        let around = beacon.gaps.iter().filter(|g| {
-            g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms
-        });
+        let around = beacon
+            .gaps
+            .iter()
+            .filter(|g| g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms);
         let listed = around.map(|g| g.length_ms).fold(0.0, f64::max);
         let unlisted = beacon.max_gap_ms.min(GAP_MS);
         Ok(Seen {

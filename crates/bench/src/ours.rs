@@ -128,7 +128,13 @@ pub struct Moved {
 }
 
 /// Moves a VM.
-pub fn migrate(stage: &Stage, vm: &str, way: Way, order: &Order, progress: Progress) -> Result<Moved, BenchError> {
+pub fn migrate(
+    stage: &Stage,
+    vm: &str,
+    way: Way,
+    order: &Order,
+    progress: Progress,
+) -> Result<Moved, BenchError> {
     let (from, to) = stage.agents(way);
     let source = from.qemu(vm)?;
     let mut meter = Meter::default();
@@ -140,7 +146,13 @@ pub fn migrate(stage: &Stage, vm: &str, way: Way, order: &Order, progress: Progr
     let run = Running::start(&mut command, progress)?;
     let (total, lines, command_time) = run.watch(&mut meter, source).map_err(|(code, said)| {
         let command = format!("sterna migrate {vm} {} {}", to.host(), order.options.join(" "));
-        let logs = format!("{said}\nagent {}: {}\nagent {}: {}", from.host(), from.log_tail(), to.host(), to.log_tail());
+        let logs = format!(
+            "{said}\nagent {}: {}\nagent {}: {}",
+            from.host(),
+            from.log_tail(),
+            to.host(),
+            to.log_tail()
+        );
         BenchError::Command { command, code, said: logs }
     })?;
     meter.watch_whole(to.qemu(vm)?);
@@ -183,7 +195,11 @@ impl Running {
     }
 
     /// Until the command has ended and the source is gone. The error is the exit code and what was said.
-    fn watch(mut self, meter: &mut Meter, source: ProcessId) -> Result<(Duration, Vec<Line>, Duration), (String, String)> {
+    fn watch(
+        mut self,
+        meter: &mut Meter,
+        source: ProcessId,
+    ) -> Result<(Duration, Vec<Line>, Duration), (String, String)> {
         let own = ProcessId::of(self.child.id());
         own.into_iter().for_each(|p| meter.watch_whole(p));
         let (mut free, mut ended) = (None, None);
@@ -193,7 +209,9 @@ impl Running {
             if free.is_none() && !source.is_alive() {
                 free = Some(now);
             }
-            if ended.is_none() && let Ok(Some(status)) = self.child.try_wait() {
+            if ended.is_none()
+                && let Ok(Some(status)) = self.child.try_wait()
+            {
                 if !status.success() {
                     return Err((status.to_string(), self.text()));
                 }
@@ -242,7 +260,8 @@ fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>),
 }
 
 fn parsed(text: &str) -> Result<Said, BenchError> {
-    serde_json::from_str(text).map_err(|e| BenchError::unexpected(format!("the output of `sterna` ({e})"), text))
+    serde_json::from_str(text)
+        .map_err(|e| BenchError::unexpected(format!("the output of `sterna` ({e})"), text))
 }
 
 #[cfg(test)]

@@ -194,7 +194,16 @@ impl Demo {
         let ours = medians(pairs.iter().map(|p| p.ours.figures));
         let stock = medians(pairs.iter().map(|p| p.stock.figures));
         let ram_equal = verified.is_equal();
-        let mut demo = Demo { lost_writes, broken_connections, ram_equal, ours, stock, verified, host, ..Demo::default() };
+        let mut demo = Demo {
+            lost_writes,
+            broken_connections,
+            ram_equal,
+            ours,
+            stock,
+            verified,
+            host,
+            ..Demo::default()
+        };
         demo.pairs = pairs;
         demo.goals = demo.judged();
         demo
@@ -322,9 +331,15 @@ pub(crate) mod tests {
     use super::*;
 
     fn one(total_time_ms: f64, downtime_ms: f64) -> Move {
-        let figures =
-            Figures { total_time_ms, downtime_ms, blackout_ms: downtime_ms + 5.0, wire_bytes: 400_000_000, cpu_s: 3.0 };
-        let split = vec![Span { name: "stop".into(), ms: 1.0 }, Span { name: "load".into(), ms: downtime_ms - 1.0 }];
+        let figures = Figures {
+            total_time_ms,
+            downtime_ms,
+            blackout_ms: downtime_ms + 5.0,
+            wire_bytes: 400_000_000,
+            cpu_s: 3.0,
+        };
+        let split =
+            vec![Span { name: "stop".into(), ms: 1.0 }, Span { name: "load".into(), ms: downtime_ms - 1.0 }];
         let samples = vec![
             Sample { ms: 100.0, transferred: 0, remaining: 9 << 20 },
             Sample { ms: 900.0, transferred: 9 << 20, remaining: 0 },

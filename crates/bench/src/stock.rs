@@ -112,9 +112,14 @@ fn wait_completed(source: &mut Running) -> Result<(), BenchError> {
         let report = source.qmp.execute("query-migrate", json!({}))?;
         match word(&report) {
             "completed" => return Ok(()),
-            "failed" | "cancelled" => return Err(BenchError::unexpected("stock migration", report.to_string())),
+            "failed" | "cancelled" => {
+                return Err(BenchError::unexpected("stock migration", report.to_string()));
+            }
             _ if Instant::now() >= end => {
-                return Err(BenchError::Deadline { what: format!("stock migration ({report})"), limit: LIMIT });
+                return Err(BenchError::Deadline {
+                    what: format!("stock migration ({report})"),
+                    limit: LIMIT,
+                });
             }
             _ => std::thread::sleep(ASK),
         }
@@ -125,7 +130,10 @@ fn wait_running(target: &mut Running) -> Result<(), BenchError> {
     let end = Instant::now() + LIMIT;
     while word(&target.qmp.execute("query-status", json!({}))?) != "running" {
         if Instant::now() >= end {
-            return Err(BenchError::Deadline { what: "the guest's start at the target".to_owned(), limit: LIMIT });
+            return Err(BenchError::Deadline {
+                what: "the guest's start at the target".to_owned(),
+                limit: LIMIT,
+            });
         }
         std::thread::sleep(ASK);
     }

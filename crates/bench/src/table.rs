@@ -120,7 +120,10 @@ mod tests {
         bad.verified.error = Some("RAM block pc.ram is not what it was".into());
         bad.broken_connections = 1;
         let text = demo(&bad);
-        assert!(text.contains("NOT PROVED") && text.contains("pc.ram") && text.contains("1 connections"), "{text}");
+        assert!(
+            text.contains("NOT PROVED") && text.contains("pc.ram") && text.contains("1 connections"),
+            "{text}"
+        );
         assert!(goals(&[Goal::at_most("x", 2.0, 1.0)]).starts_with("MISSED"));
     }
 }

@@ -101,8 +101,11 @@ fn done(view: &MigrationView) -> u64 {
 }
 
 fn figures(view: &MigrationView) -> String {
-    if view.status == "setup" {
-        return format!("setup, to {}", view.target);
+    match view.status.as_str() {
+        "setup" => return format!("setup, to {}", view.target),
+        // How far it came does not matter any more; the result says why.
+        "failed" | "cancelled" => return view.status.clone(),
+        _ => {}
     }
     let percent = done(view) as f64 * 100.0 / view.ram.total.max(1) as f64;
     format!("{}, {percent:.1} %, {}", view.status, detail(view))

@@ -1,4 +1,5 @@
 //! On a terminal there is a bar, and nothing is left of it at the end.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 #[path = "../../agent/tests/fake/mod.rs"]
 mod fake;

@@ -67,6 +67,8 @@ pub(crate) struct SourceBlock {
     pub(crate) region: Region,
     /// Whether it is memory without a file: then one scan tells all about it.
     pub(crate) anonymous: bool,
+    /// Whether the target proves it equal when asked: not what it makes anew from its own firmware files.
+    pub(crate) provable: bool,
     /// What the target holds of it.
     pub(crate) sent: SentPages,
 }
@@ -82,11 +84,21 @@ pub(crate) struct SendCounters {
     pub(crate) duplicate: AtomicU64,
 }
 
-/// One round for one sender.
+/// A round, or the beginning of one, for all senders.
 #[derive(Clone, Debug)]
 pub(crate) struct Job {
     pub(crate) round: u32,
     pub(crate) set: Arc<SendSet>,
+    pub(crate) part: Part,
+}
+
+/// Whether more of a round follows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// More pages of the same round will come.
+    Beginning,
+    /// The round is over with these pages.
+    End,
 }
 
 /// The sender threads of a migration.
@@ -175,7 +187,9 @@ impl Sender {
             self.discard(block, job.round, &job.set.holes[at])?;
             self.send_pages(block, job.round, &job.set.pages[at])?;
         }
-        self.write(&BatchHeader::round_end(job.round).encode(), &[])?;
+        if job.part == Part::End {
+            self.write(&BatchHeader::round_end(job.round).encode(), &[])?;
+        }
         self.connection.flush().map_err(|why| why.to_string())
     }
 

@@ -1,5 +1,6 @@
 //! An agent without a host: VMs whose names say what becomes of their migration. Shared with the tests of the command.
-#![allow(dead_code, clippy::unwrap_used)]
+#![allow(dead_code, reason = "each test program uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -30,11 +31,22 @@ pub(crate) struct Fake {
 impl Fake {
     /// One VM of each fate: `web` moves, `stuck` goes on until it is cancelled, `late` moves once somebody tried to
     /// cancel it,
-    /// `broken` fails, `lost` is released and never heard of, `refused` and `refused-later` do not pass the pre-check,
+    /// `broken` fails, `lost` is released and never heard of, `stranded` is stopped and cannot be resumed, `refused` and `refused-later` do not pass the pre-check,
     /// `panics` ends the thread that asks.
     pub(crate) fn new() -> Arc<Self> {
         let fake = Self::default();
-        for name in ["web", "stuck", "late", "broken", "lost", "refused", "refused-later", "panics", "idle"] {
+        for name in [
+            "web",
+            "stuck",
+            "late",
+            "broken",
+            "lost",
+            "stranded",
+            "refused",
+            "refused-later",
+            "panics",
+            "idle",
+        ] {
             fake.vms.lock().unwrap().insert(name.to_owned(), vm(name));
         }
         Arc::new(fake)
@@ -139,14 +151,23 @@ fn round(view: &mut MigrationView, number: u32) {
 
 fn end(vm: &str, verify: bool, view: &mut MigrationView) {
     match vm {
-        "stuck" => view.status = "cancelled".to_owned(),
+        "stuck" => {
+            view.status = "cancelled".to_owned();
+            view.error_desc =
+                Some("the migration of VM stuck to hostb was cancelled; it runs at hosta".to_owned());
+        }
         "broken" => {
             view.status = "failed".to_owned();
-            view.error_desc = Some("the link to hostb was cut; the VM runs at hosta".to_owned());
+            view.error_desc =
+                Some("VM broken did not move to hostb: the link was cut; it runs at hosta".to_owned());
         }
         "lost" => {
             view.status = "unresolved".to_owned();
-            view.error_desc = Some("hostb does not answer".to_owned());
+            view.runs_at.clear();
+        }
+        "stranded" => {
+            view.status = "unresolved".to_owned();
+            view.error_desc = Some("VM stranded is stopped at hosta: look at its log".to_owned());
             view.runs_at.clear();
         }
         "refused-later" => {

@@ -4,16 +4,19 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use sterna_agent::model::{MigrateRequest, MigrationView, Problem, RunRequest, VmView};
 
-use super::{BOOT, World, helper, scene::until, tail};
+use super::{World, helper, scene::until, tail};
 
 /// How long an answer of the API may take: a check of a QEMU that hangs is the longest.
 const ANSWER: Duration = Duration::from_secs(60);
+
+/// How long an agent may take to find its VMs again.
+const READY: Duration = Duration::from_secs(30);
 
 /// `sterna agent`, and its API.
 pub(crate) struct Daemon {
@@ -44,11 +47,18 @@ impl Daemon {
         command.arg("agent").arg("--config").arg(&self.config).env("STERNA_LOG", "sterna_agent=debug,info");
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().unwrap());
-        until(&format!("the agent of {} answers:\n{}", self.name, self.log()), BOOT, || {
+        let end = Instant::now() + READY;
+        while let Err(why) = self.call::<Value>("GET", "/healthz", "") {
             let ended = self.child.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "the agent of {} ended: {}", self.name, tail(&self.log()));
-            self.call::<Value>("GET", "/healthz", "").ok()
-        });
+            assert!(
+                Instant::now() < end,
+                "the agent of {} does not answer: {why}\n{}",
+                self.name,
+                tail(&self.log())
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// SIGKILL, waited for.

@@ -57,7 +57,10 @@ fn bar_pair(demo: &Demo, metric: Metric) -> Result<String, BenchError> {
     svg(NARROW, |area| {
         let mut chart = ChartBuilder::on(area)
             .margin(6)
-            .caption(format!("{}, {}", short(metric), metric.unit()), ("sans-serif", 13).into_font().color(&INK))
+            .caption(
+                format!("{}, {}", short(metric), metric.unit()),
+                ("sans-serif", 13).into_font().color(&INK),
+            )
             .x_label_area_size(22)
             .y_label_area_size(42)
             .build_cartesian_2d(0.0..2.0, 0.0..height(top))?;
@@ -107,7 +110,11 @@ pub(super) fn downtime_split(demo: &Demo) -> Result<String, BenchError> {
             let swatch = move |(x, y)| Rectangle::new([(x, y - 5), (x + 10, y + 5)], colour.filled());
             chart.draw_series(std::iter::empty::<Rectangle<(f64, f64)>>())?.label(*name).legend(swatch);
         }
-        chart.configure_series_labels().position(SeriesLabelPosition::UpperRight).border_style(STOCK).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .border_style(STOCK)
+            .draw()?;
         Ok(())
     })
 }
@@ -126,7 +133,8 @@ pub(super) fn progress(demo: &Demo) -> Result<String, BenchError> {
 /// The clients' acknowledged writes, second by second.
 pub(super) fn writes(demo: &Demo) -> Result<String, BenchError> {
     let of = |moves: Vec<&Move>| -> Vec<Vec<(f64, f64)>> {
-        let points = |m: &&Move| m.client.per_second.iter().enumerate().map(|(s, n)| (s as f64, *n as f64)).collect();
+        let points =
+            |m: &&Move| m.client.per_second.iter().enumerate().map(|(s, n)| (s as f64, *n as f64)).collect();
         moves.iter().map(points).collect()
     };
     let ours = of(demo.pairs.iter().map(|p| &p.ours).collect());
@@ -154,11 +162,17 @@ fn time_lines(groups: &[Group], x: &str, y: &str) -> Result<String, BenchError> 
                 let drawn = chart.draw_series(LineSeries::new(line.iter().copied(), colour))?;
                 if index == 0 {
                     let swatch = *colour;
-                    drawn.label(*name).legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 14, y)], swatch));
+                    drawn
+                        .label(*name)
+                        .legend(move |(x, y)| PathElement::new(vec![(x, y), (x + 14, y)], swatch));
                 }
             }
         }
-        chart.configure_series_labels().position(SeriesLabelPosition::UpperRight).border_style(STOCK).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperRight)
+            .border_style(STOCK)
+            .draw()?;
         Ok(())
     })
 }

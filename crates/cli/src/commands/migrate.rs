@@ -125,17 +125,19 @@ pub(crate) fn outcome(view: &MigrationView) -> Exit {
     }
 }
 
+/// The agent's own words, which say where the VM is; ours where it has none.
 fn unhappy_end(exit: Exit, view: &MigrationView) -> String {
     let MigrationView { vm, source, target, .. } = view;
-    let why = view.error_desc.as_deref().unwrap_or("the agent gives no reason; its log may");
-    match exit {
-        Exit::Refused => format!("VM {vm} cannot move to {target}; it runs at {source} as before"),
-        Exit::Cancelled => format!("VM {vm} was not moved: cancelled; it runs at {source}"),
-        Exit::Attention => format!(
-            "VM {vm} needs attention: it was handed to {target}, which has not said that it runs it ({why}). Do not start \
-             it anywhere: look with `sterna ps` at {target}, and with `sterna status {vm}` here"
+    match (exit, &view.error_desc) {
+        (Exit::Attention, Some(why)) => format!("VM {vm} needs attention: {why}"),
+        (Exit::Attention, None) => format!(
+            "VM {vm} needs attention: it was handed to {target}, which has not said that it runs it. Do not start it \
+             anywhere: look with `sterna ps` at {target}, and with `sterna status {vm}` here"
         ),
-        _ => format!("VM {vm} was not moved to {target}: {why}"),
+        (_, Some(why)) => why.clone(),
+        (Exit::Refused, None) => format!("VM {vm} cannot move to {target}; it runs at {source} as before"),
+        (Exit::Cancelled, None) => format!("VM {vm} was not moved: cancelled; it runs at {source}"),
+        (_, None) => format!("VM {vm} was not moved to {target}; the agent's log may say why"),
     }
 }
 

@@ -264,16 +264,18 @@ fn firmware_line(name: &str, size: &str, folders: &[PathBuf]) -> String {
     }
 }
 
+/// Answers that are remembered, by their questions.
+type Memory<K, V> = Mutex<BTreeMap<K, V>>;
 /// Digests of files that were read before: a host has few firmware files, and every VM of it uses the same.
-static DIGESTS: Mutex<BTreeMap<(PathBuf, u64, Option<SystemTime>), String>> = Mutex::new(BTreeMap::new());
+static DIGESTS: Memory<(PathBuf, u64, Option<SystemTime>), String> = Mutex::new(BTreeMap::new());
 /// What each program has said of its folders before: asking starts the program.
-static FOLDERS: Mutex<BTreeMap<Vec<String>, Vec<PathBuf>>> = Mutex::new(BTreeMap::new());
+static FOLDERS: Memory<Vec<String>, Vec<PathBuf>> = Mutex::new(BTreeMap::new());
 /// When a memory of answers is emptied: it only saves time.
 const REMEMBERED_MAX: usize = 1024;
 
 /// The remembered answer, or a new one that is remembered.
 fn remember<K: Ord + Clone, V: Clone>(
-    memory: &Mutex<BTreeMap<K, V>>,
+    memory: &Memory<K, V>,
     key: &K,
     find: impl FnOnce() -> Option<V>,
 ) -> Option<V> {

@@ -24,8 +24,12 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
     let listed = qemu.hmp("info ramblock", "list its RAM blocks")?;
     let mut blocks = parse_blocks(&listed)?;
     if blocks.iter().any(|block| block.hva.is_none()) {
-        let found = addresses_by_map(qemu, &blocks)?;
-        qemu.remember(found)?;
+        // The map is long and each piece a question: it is read again only for a block that would be missed.
+        let known = |block: &Block| block.hva.is_some() || qemu.addresses.contains_key(&block.name);
+        if qemu.addresses.is_empty() || blocks.iter().any(|block| !known(block) && !block.is_rebuilt()) {
+            let found = addresses_by_map(qemu, &blocks)?;
+            qemu.remember(found)?;
+        }
         for block in blocks.iter_mut().filter(|block| block.hva.is_none()) {
             block.hva = qemu.addresses.get(&block.name).copied();
         }
