@@ -27,7 +27,8 @@ const STORE_PAUSE: Duration = Duration::from_secs(1);
 pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
     let mut open = Vec::new();
     let written = host.registry().written();
-    for name in host.journal().names() {
+    let names = host.journal().names();
+    for name in names {
         if !written.iter().any(|record| record.name == name) {
             settle_without_vm(host, &name);
         }

@@ -43,7 +43,10 @@ fn start_log() -> Result<(), Failure> {
 async fn serve(config: Config) -> Result<Exit, Failure> {
     let mut interrupts = Interrupts::listen()?;
     let socket = config.socket();
-    let agent = start(config).await?;
+    let agent = tokio::select! {
+        agent = start(config) => agent?,
+        () = interrupts.next() => return Ok(Exit::Done),
+    };
     let server = api::serve(agent, &socket, async move { interrupts.next().await });
     tokio::pin!(server);
     // The first poll binds the socket and only then waits: from here on clients are answered.
