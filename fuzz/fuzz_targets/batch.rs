@@ -4,8 +4,8 @@
 
 use libfuzzer_sys::fuzz_target;
 use sterna_engine::wire::batch::{
-    BatchHeader, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, FrameKind, HEADER_BYTES, Layout, PAYLOAD_BYTES_MAX,
-    encode_batch,
+    BatchHeader, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Encoding, FrameKind, HEADER_BYTES, Layout, PAYLOAD_BYTES_MAX,
+    encode_batch, encode_lz4_batch,
 };
 
 /// Bytes of the input that make the layout: four blocks' pages in 24 bits each.
@@ -32,8 +32,17 @@ fuzz_target!(|data: &[u8]| {
         next = u64::from(run.first) + u64::from(run.pages);
     }
     assert!(next <= pages[usize::from(header.block)]);
-    assert_eq!(runs.iter().map(|run| run.payload_bytes()).sum::<usize>(), header.payload_bytes);
+    let pages = runs.iter().map(|run| run.payload_bytes()).sum::<usize>();
     let mut again = Vec::new();
-    encode_batch(header.block, header.round, &runs, &mut again);
+    match header.encoding {
+        Encoding::Raw => {
+            assert_eq!(pages, header.payload_bytes);
+            encode_batch(header.block, header.round, &runs, &mut again);
+        }
+        Encoding::Lz4 => {
+            assert!(header.payload_bytes < pages && pages <= PAYLOAD_BYTES_MAX);
+            encode_lz4_batch(header.block, header.round, &runs, header.payload_bytes, &mut again);
+        }
+    }
     assert_eq!(again, [raw.as_slice(), &rest[..runs_bytes]].concat(), "a batch has one form");
 });

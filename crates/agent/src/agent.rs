@@ -3,11 +3,10 @@
 use crate::Config;
 use crate::control::explain;
 use crate::host::{Host, ram_of};
-use crate::journal::NAME_BYTES_MAX;
+use crate::incoming::Incoming;
 use crate::model::{HostView, MigrateRequest, MigrationView, ReasonView, RunRequest, SetRequest, VmView};
-use crate::registry::{Vm, VmRecord, lock};
+use crate::registry::{NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::source::{self, Handle, Order};
-use crate::target::Incoming;
 use crate::{peer, recovery};
 use std::collections::HashMap;
 use std::io::Read as _;
@@ -108,8 +107,8 @@ impl Agent {
     /// is taken, [`AgentError::Failed`] when QEMU does not start, with the end of its log.
     pub fn run(&self, request: RunRequest) -> Result<VmView, AgentError> {
         let RunRequest { name, argv } = request;
-        if name.len() > NAME_BYTES_MAX {
-            return Err(AgentError::Invalid(format!("a name has at most {NAME_BYTES_MAX} bytes")));
+        if !is_usable(&name) {
+            return Err(AgentError::Invalid(format!("the name {name:?} cannot be used: {NAME_RULE}")));
         }
         let line = CommandLine::parse(argv.clone()).map_err(|why| AgentError::Invalid(explain(&why)))?;
         let claim = self.host.registry().claim(&name);
@@ -140,8 +139,20 @@ impl Agent {
             );
         }
         let vm = Vm::new(record, Some(qemu));
-        self.host.registry().insert(&vm).map_err(|why| AgentError::Failed(format!("VM {name}: {why}")))?;
+        if let Err(why) = self.host.registry().insert(&vm) {
+            return Err(self.abandon(&vm, &why));
+        }
         Ok(vm.view())
+    }
+
+    /// A VM that cannot be written down must not run: no later life of this agent would find it again.
+    fn abandon(&self, vm: &Vm, why: &std::io::Error) -> AgentError {
+        let killed = self.kill(vm).err().map(|why| format!("; and {why}")).unwrap_or_default();
+        self.host.registry().remove(vm);
+        let (name, folder) = (vm.name(), self.host.config().state_dir.display());
+        AgentError::Failed(format!(
+            "VM {name} was ended: it cannot be written down in {folder}: {why}{killed}"
+        ))
     }
 
     /// A name keeps counting when its VM is started anew, so that no old record speaks of the new one.

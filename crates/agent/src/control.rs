@@ -4,13 +4,16 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::{
-    ControlHeader, ControlKind, HEADER_BYTES, STATE_PIECE_BYTES_MAX, decode_message, encode_message,
-    state_header,
+    ControlHeader, ControlKind, HEADER_BYTES, STATE_BYTES_MAX, STATE_PIECE_BYTES_MAX, decode_message,
+    encode_message, state_header,
 };
 use sterna_transport::{Connection, Counters, Endpoint, Shutdown, TransportError, Writer};
 
 /// How long a message may take to be written. The other end reads all the time; only a dead one lets this pass.
 const WRITE_WITHIN: Duration = Duration::from_secs(20);
+/// Most bytes of messages on one connection. They wait in memory while their receiver is at work, some forty times as large
+/// when decoded; the longest migrations (a round a second on 64 streams) confirm their rounds with it for hours.
+const MESSAGES_BYTES_MAX: u64 = 16 << 20;
 /// How long a peer may take to say what it wants.
 pub(crate) const FIRST_MESSAGE_WITHIN: Duration = Duration::from_secs(5);
 /// How long reaching a peer's agent may take.
@@ -41,8 +44,22 @@ impl Control {
         let (mut reader, writer) = connection.split();
         reader.set_deadline(None);
         let thread = std::thread::spawn(move || {
+            let mut left = MESSAGES_BYTES_MAX + STATE_BYTES_MAX;
+            let mut left_for_messages = MESSAGES_BYTES_MAX;
             loop {
-                match read_frame(|buffer| reader.read_exact(buffer)) {
+                let mut bytes = 0;
+                let frame = read_frame(|buffer| {
+                    bytes += buffer.len() as u64;
+                    reader.read_exact(buffer)
+                });
+                left = left.saturating_sub(bytes);
+                if !matches!(frame, Ok(Arrival::State(_))) {
+                    left_for_messages = left_for_messages.saturating_sub(bytes);
+                }
+                match frame {
+                    _ if left == 0 || left_for_messages == 0 => {
+                        return tell(Arrival::Lost("the peer sent more than any migration needs".into()));
+                    }
                     Ok(arrival) => tell(arrival),
                     Err(why) => return tell(Arrival::Lost(why)),
                 }

@@ -108,6 +108,10 @@ pub(crate) fn verify(
     layout: &Layout,
     end: &StateEnd,
 ) -> Result<u32, String> {
+    // Each block once: a digest reads a whole block, and a short message has room for many.
+    if !end.digests.is_sorted_by_key(|digest| digest.block) || end.digests.len() > offer.blocks.len() {
+        return Err("the source sent digests out of order".into());
+    }
     let mut verified = 0;
     for expected in &end.digests {
         let block =

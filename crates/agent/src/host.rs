@@ -3,7 +3,7 @@
 use crate::Config;
 use crate::control::explain;
 use crate::journal::FileJournal;
-use crate::registry::{Registry, Vm, lock};
+use crate::registry::{Registry, Vm, is_usable, lock};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -112,8 +112,21 @@ impl Host {
 
     pub(crate) fn launch(&self, vm: &str, argv: Vec<String>) -> Result<Launched, VmmError> {
         let (run_dir, log) = (self.run_dir(vm), self.log(vm));
-        Launch { argv, name: vm.into(), run_dir, log, user: self.user.clone(), cwd: None }
-            .start(LAUNCH_WITHIN)
+        let launch = Launch { argv, name: vm.into(), run_dir, log, user: self.user.clone(), cwd: None };
+        launch.start(LAUNCH_WITHIN).inspect_err(|_| self.remove_run_dir(vm))
+    }
+
+    /// Removes the folder of a VM whose QEMU is dead, or never was.
+    pub(crate) fn remove_run_dir(&self, vm: &str) {
+        if !is_usable(vm) {
+            return;
+        }
+        match std::fs::remove_dir_all(self.run_dir(vm)) {
+            Err(why) if why.kind() != std::io::ErrorKind::NotFound => {
+                tracing::warn!(vm, %why, "its folder cannot be removed");
+            }
+            _ => {}
+        }
     }
 
     /// The VM's process, for its memory.

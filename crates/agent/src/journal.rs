@@ -12,7 +12,7 @@ const SLOT_BYTES: usize = 512;
 /// Digest bytes that guard a slot against torn writes.
 const DIGEST_BYTES: usize = 16;
 /// Longest name of a VM or host, so that a record fits its slot.
-pub(crate) const NAME_BYTES_MAX: usize = 128;
+const NAME_BYTES_MAX: usize = 128;
 
 /// The records of one host.
 #[derive(Debug)]

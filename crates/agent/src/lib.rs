@@ -16,6 +16,7 @@ pub mod config;
 mod control;
 mod fit;
 mod host;
+mod incoming;
 mod journal;
 pub mod model;
 mod offer;

@@ -2,7 +2,9 @@
 
 use crate::control::{self, FIRST_MESSAGE_WITHIN};
 use crate::host::Host;
-use crate::target::{self, Incoming};
+use crate::incoming::Incoming;
+use crate::registry::is_usable;
+use crate::target;
 use std::sync::Arc;
 use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer};
 use sterna_engine::wire::Message;
@@ -43,6 +45,9 @@ fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer 
     let Some(id) = identity(&query.id) else { return Ownership::Unknown.into() };
     if incoming.goes_on(id) {
         return Ownership::Undecided.into();
+    }
+    if !is_usable(&query.vm) {
+        return Ownership::Unknown.into();
     }
     let record = host.journal().load(&query.vm).ok().flatten();
     if record.as_ref().is_some_and(|record| record.id == id && record.peer != peer) {

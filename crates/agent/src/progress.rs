@@ -17,6 +17,7 @@ use tokio::sync::watch;
 pub(crate) struct View {
     shown: Arc<watch::Sender<MigrationView>>,
     stopped: bool,
+    died: bool,
     split: Vec<Span>,
     sent: Duration,
     verified: Option<u32>,
@@ -56,7 +57,7 @@ impl View {
     }
 
     fn on(shown: Arc<watch::Sender<MigrationView>>) -> Self {
-        Self { shown, stopped: false, split: Vec::new(), sent: Duration::ZERO, verified: None }
+        Self { shown, stopped: false, died: false, split: Vec::new(), sent: Duration::ZERO, verified: None }
     }
 
     /// The same publication, for the next stage of the migration.
@@ -76,6 +77,11 @@ impl View {
     pub(crate) fn stopping(&mut self) {
         self.stopped = true;
         self.shown.send_modify(|view| view.runs_at = String::new());
+    }
+
+    /// The VM's QEMU here has ended by itself: nobody runs it.
+    pub(crate) fn died(&mut self) {
+        self.died = true;
     }
 
     /// A part of the downtime.
@@ -147,7 +153,7 @@ impl View {
 
     /// The last word.
     pub(crate) fn finish(&mut self, outcome: &Outcome) {
-        let (split, verified) = (std::mem::take(&mut self.split), self.verified);
+        let (split, verified, died) = (std::mem::take(&mut self.split), self.verified, self.died);
         self.shown.send_modify(|view| {
             view.downtime_split = split;
             view.blocks_verified = verified;
@@ -160,6 +166,14 @@ impl View {
             view.status = status.word().into();
             view.runs_at = runs_at;
             view.error_desc = describe(outcome, view);
+            if died {
+                view.status = Status::Failed.word().into();
+                view.runs_at = String::new();
+                view.error_desc = Some(format!(
+                    "VM {} did not move to {}: its QEMU at {} has ended; see its log",
+                    view.vm, view.target, view.source
+                ));
+            }
             if let Outcome::Refused(reasons) = outcome {
                 let show = |reason: &sterna_engine::wire::message::Reason| ReasonView {
                     code: reason.code.clone(),

@@ -45,7 +45,10 @@ fn settle_without_vm(host: &Arc<Host>, name: &str) {
     let Ok(Some(record)) = found else { return };
     if record.step == Step::Incoming {
         match host.end_stray(name) {
-            Ok(()) => store(host, &record, Step::Dead),
+            Ok(()) => {
+                host.remove_run_dir(name);
+                store(host, &record, Step::Dead);
+            }
             Err(why) => {
                 tracing::error!(vm = name, why, "a QEMU of a migration that never ended is in the way")
             }

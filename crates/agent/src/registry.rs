@@ -8,6 +8,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use sterna_vmm::qemu::Qemu;
 use sterna_vmm::{Process, ProcessId, Vmm};
 
+/// Longest name of a VM: it becomes part of the names of files, units and cgroups.
+const NAME_CHARS_MAX: usize = 64;
+/// What a VM may be called, for people.
+pub(crate) const NAME_RULE: &str = "up to 64 letters, digits, and _ . - in between";
+
+/// Whether a VM may have this name. Peers send names too, and a name is part of paths: it must not lead anywhere.
+pub(crate) fn is_usable(name: &str) -> bool {
+    let usable = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    let first = name.chars().next().is_some_and(|c| c.is_ascii_alphanumeric());
+    first && name.len() <= NAME_CHARS_MAX && name.chars().all(usable)
+}
+
 /// What is written down about a VM.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct VmRecord {
@@ -69,6 +81,11 @@ impl Vm {
 
     pub(crate) fn is_alive(&self) -> bool {
         self.held.as_ref().is_some_and(|process| !process.wait_exit(std::time::Duration::ZERO))
+    }
+
+    /// Its process, held since it was found.
+    pub(crate) fn held(&self) -> Option<&Process> {
+        self.held.as_ref()
     }
 
     /// The migration that has this VM, if one does.
@@ -142,6 +159,7 @@ pub(crate) struct Registry {
 impl Registry {
     pub(crate) fn open(folder: PathBuf) -> std::io::Result<Self> {
         std::fs::create_dir_all(&folder)?;
+        remove_unfinished(&folder)?;
         Ok(Self { folder, vms: Mutex::default(), coming: Mutex::default() })
     }
 
@@ -217,6 +235,12 @@ impl Registry {
         std::fs::File::open(&fresh)?.sync_data()?;
         std::fs::rename(fresh, path)
     }
+}
+
+/// Removes what an agent that died while it wrote has left.
+fn remove_unfinished(folder: &Path) -> std::io::Result<()> {
+    let entries = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path());
+    entries.filter(|path| path.extension().is_some_and(|e| e == "new")).try_for_each(std::fs::remove_file)
 }
 
 fn read(path: &Path) -> Option<VmRecord> {

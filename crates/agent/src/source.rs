@@ -21,7 +21,7 @@ use sterna_engine::wire::message::{BlockDigest, Query, StateEnd, Stream};
 use sterna_engine::{Source, Step};
 use sterna_memory::{Process, Region, Tracker, WpAsyncTracker, populated};
 use sterna_transport::{Connection, Counters, Pacer};
-use sterna_vmm::{Shape, Vmm};
+use sterna_vmm::{RunState, Shape, Vmm};
 use tokio::sync::watch;
 
 /// How often figures are refreshed while nothing else happens.
@@ -134,7 +134,16 @@ pub(crate) fn resolve(
     let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
     std::thread::spawn(move || {
         let machine = Source::recover(&record, Duration::ZERO);
-        let Ok(process) = host.process_of(&vm) else { return done() };
+        let mut view = view;
+        // Released is not ours: it is stopped here, and may run there.
+        view.stopping();
+        let process = match host.process_of(&vm) {
+            Ok(process) => process,
+            Err(why) => {
+                view.finish(&Outcome::Stranded(why));
+                return done();
+            }
+        };
         let address = host.address_of(&record.peer).unwrap_or_default();
         let mut outgoing =
             Outgoing::new(host, vm, record.peer.clone(), address, record.id, pacer, tell, view, process);
@@ -567,11 +576,26 @@ impl Outgoing {
         }
     }
 
+    /// What was lent to QEMU for a save that never came is closed by the next resume. It runs: for it nothing changes.
+    fn take_back_loans(&self) {
+        let closed = self.qemu(|qemu| match qemu.status()? {
+            RunState::Running => qemu.resume(),
+            _ => Ok(()),
+        });
+        if let Err(why) = closed {
+            tracing::debug!(vm = self.vm.name(), why, "what was lent to its QEMU stays there");
+        }
+    }
+
     fn over(&mut self, outcome: &Outcome) {
         self.release();
         if !matches!(outcome, Outcome::Completed) {
+            self.take_back_loans();
             self.vm.set_released(false);
             self.vm.notify(None);
+            if !self.vm.is_alive() {
+                self.view.died();
+            }
         }
         self.view.finish(outcome);
     }

@@ -3,10 +3,11 @@
 use crate::control::{Arrival, Control, explain};
 use crate::fit::{install_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
+use crate::incoming::Incoming;
 use crate::pages::{Received, Receiver, Sink, Sinks};
-use crate::registry::{Claim, Vm, VmRecord, lock};
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, mpsc};
+use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable};
+use std::collections::BTreeMap;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
@@ -33,29 +34,11 @@ pub(crate) enum Event {
     Received(Received),
 }
 
-/// Incoming migrations that go on, so that page streams and questions find them.
-#[derive(Default)]
-pub(crate) struct Incoming {
-    by_id: Mutex<HashMap<MigrationId, (String, mpsc::Sender<Event>)>>,
-}
-
-impl Incoming {
-    /// Hands a page stream to its migration. It must come from the host that began it.
-    pub(crate) fn stream(&self, id: MigrationId, peer: &str, index: u32, connection: Connection) {
-        match lock(&self.by_id).get(&id) {
-            Some((host, tell)) if host == peer => drop(tell.send(Event::Stream(index, connection))),
-            _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
-        }
-    }
-
-    pub(crate) fn goes_on(&self, id: MigrationId) -> bool {
-        lock(&self.by_id).contains_key(&id)
-    }
-}
-
 /// The thread's own.
-struct Arriving {
+struct Arriving<'a> {
+    id: MigrationId,
     host: Arc<Host>,
+    incoming: &'a Incoming,
     tell: mpsc::Sender<Event>,
     control: Option<Control>,
     claim: Option<Claim>,
@@ -73,15 +56,13 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
     let (tell, events) = mpsc::channel();
     let mut machine = Target::new(hello, peer, Duration::ZERO);
     let id = machine.id();
-    {
-        let mut by_id = lock(&incoming.by_id);
-        if by_id.contains_key(&id) {
-            return tracing::warn!(peer, %id, "a second control connection for a migration was refused");
-        }
-        by_id.insert(id, (peer.into(), tell.clone()));
+    if !incoming.enter(id, peer, tell.clone()) {
+        return tracing::warn!(peer, %id, "a second control connection for a migration was refused");
     }
     let mut arriving = Arriving {
+        id,
         host: host.clone(),
+        incoming,
         tell,
         control: None,
         claim: None,
@@ -95,7 +76,9 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
     };
     arriving.attach_control(connection);
     let result = arriving.drive(&mut machine, &events);
-    lock(&incoming.by_id).remove(&id);
+    // The name stays taken until the last record of this try is stored: a later try's must not be overwritten by it.
+    arriving.claim = None;
+    incoming.leave(id);
     match result {
         Ok(()) => tracing::info!(vm = arriving.offer.vm, peer, "the VM has come from {peer} and runs here"),
         Err(why) => tracing::warn!(vm = arriving.offer.vm, peer, why, "a VM from {peer} did not come"),
@@ -108,6 +91,10 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
 /// Every reason why this VM cannot come here. Touches nothing.
 pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
     let reason = |code: &str, text: String| Reason { code: code.into(), text };
+    // First of all: the name becomes part of paths.
+    if !is_usable(&offer.vm) {
+        return vec![reason("name", format!("the name {:?} cannot be used: {NAME_RULE}", offer.vm))];
+    }
     let mut reasons = Vec::new();
     if let Some(vm) = host.registry().find(&offer.vm)
         && vm.is_alive()
@@ -148,7 +135,7 @@ fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> 
         .map_err(|refusals| refusals.iter().map(|refusal| reason(refusal.to_string())).collect())
 }
 
-impl Arriving {
+impl Arriving<'_> {
     fn attach_control(&mut self, connection: Connection) {
         let tell = self.tell.clone();
         self.control = Some(Control::start(connection, move |arrival| {
@@ -191,6 +178,9 @@ impl Arriving {
     fn take(&mut self, event: Event) -> Option<TargetInput> {
         match event {
             Event::Input(input) => Some(input),
+            Event::State(_) if self.sinks.is_none() => {
+                Some(TargetInput::Disconnected("the source sent device state out of turn".into()))
+            }
             Event::State(piece) => {
                 if self.state.len() as u64 + piece.len() as u64 > STATE_BYTES_MAX {
                     return Some(TargetInput::Disconnected("the source sent too much device state".into()));
@@ -271,6 +261,7 @@ impl Arriving {
 
     fn check(&mut self, offer: Offer) -> TargetInput {
         self.offer = offer;
+        self.incoming.supersede(self.id, &self.offer);
         let mut reasons = reasons_against(&self.host, &self.offer);
         if reasons.is_empty() {
             self.claim = self.host.registry().claim(&self.offer.vm);
@@ -387,7 +378,6 @@ impl Arriving {
         if let Err(why) = self.host.registry().update(vm, |record| record.incoming = false) {
             tracing::error!(vm = self.offer.vm, %why, "the VM cannot be written down");
         }
-        self.claim = None;
     }
 
     /// Ends the QEMU that waits, and says so only when it is dead.
@@ -396,7 +386,9 @@ impl Arriving {
         self.sinks = None;
         self.qemu = None;
         if let Some(vm) = self.vm.take() {
-            if let Ok(process) = self.host.process_of(&vm) {
+            // The handle of its start if there is one: a pid that cannot be opened for want of descriptors is not dead.
+            let opened = self.host.process_of(&vm).ok();
+            if let Some(process) = vm.held().or(opened.as_ref()) {
                 while !process.wait_exit(Duration::ZERO) {
                     if let Err(why) = process.kill() {
                         tracing::error!(
@@ -410,7 +402,6 @@ impl Arriving {
             }
             self.host.registry().remove(&vm);
         }
-        self.claim = None;
         TargetInput::Dead
     }
 }

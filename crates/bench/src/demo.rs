@@ -30,34 +30,39 @@ pub fn run(kit: &Kit, options: Options, tell: &dyn Fn(&str)) -> Result<Demo, Ben
         let load_before = load_average();
         // One untimed comparison of RAM is enough for all pairs: it is the same code.
         let comparison = (number == 1).then_some(&mut verified);
-        let ours = move_ours(&stage, options.progress, comparison, tell)?;
-        let stock = move_stock(&stage, tell)?;
+        let ours = move_ours(&stage, &name("vm", number), options.progress, comparison, tell)?;
+        let stock = move_stock(&stage, &name("stock", number), tell)?;
         pairs.push(Pair { ours, stock, load_before });
     }
     stage.lab.down()?;
     Ok(Demo::of(pairs, verified, host))
 }
 
+/// Each VM has a name of its own, and with it a console on which no other one has said that it is ready.
+fn name(kind: &str, number: u32) -> String {
+    if number == 1 { kind.to_owned() } else { format!("{kind}{number}") }
+}
+
 fn move_ours(
     stage: &Stage,
+    vm: &str,
     progress: Progress,
     comparison: Option<&mut Verified>,
     tell: &dyn Fn(&str),
 ) -> Result<Move, BenchError> {
-    const VM: &str = "vm";
     tell(&format!("ours: a guest of {} MiB boots on host a and fills its Redis", load::MEMORY_MIB));
-    stage.boot(VM)?;
+    stage.boot(vm)?;
     load::fill(stage)?;
     let client = load::watch(stage)?;
     load::warm_memory();
-    tell("ours: sterna migrate vm b");
-    let moved = ours::migrate(stage, VM, Way::There, &Order::default(), progress)?;
+    tell(&format!("ours: sterna migrate {vm} b"));
+    let moved = ours::migrate(stage, vm, Way::There, &Order::default(), progress)?;
     std::thread::sleep(load::AFTER);
     let at = match comparison {
         None => &stage.b,
         Some(verified) => {
-            tell("ours: and back, untimed: sterna migrate vm a --verify");
-            *verified = compare(stage, VM, Way::Back);
+            tell(&format!("ours: and back, untimed: sterna migrate {vm} a --verify"));
+            *verified = compare(stage, vm, Way::Back);
             match verified.is_equal() {
                 true => &stage.a,
                 false => &stage.b,
@@ -66,7 +71,7 @@ fn move_ours(
     };
     let client = Seen::of(client.finish()?, moved.window)?;
     tell(&told(&client));
-    at.stop(VM)?;
+    at.stop(vm)?;
     Ok(of_ours(moved, client))
 }
 
@@ -99,9 +104,9 @@ fn of_ours(moved: ours::Moved, client: Seen) -> Move {
     }
 }
 
-fn move_stock(stage: &Stage, tell: &dyn Fn(&str)) -> Result<Move, BenchError> {
+fn move_stock(stage: &Stage, name: &str, tell: &dyn Fn(&str)) -> Result<Move, BenchError> {
     tell("stock: a guest like it boots on host a and fills its Redis");
-    let vm = StockVm::boot(stage, "stock")?;
+    let vm = StockVm::boot(stage, name)?;
     load::fill(stage)?;
     let client = load::watch(stage)?;
     load::warm_memory();

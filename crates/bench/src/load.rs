@@ -7,7 +7,7 @@ use std::process::{Child, Stdio};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
-use sterna_lab::client::{BEACON_PORT, Client, ClientReport};
+use sterna_lab::client::{BEACON_PORT, Client, ClientReport, Gap};
 use sterna_lab::guest::{Nic, Program};
 use sterna_lab::{GuestSpec, Lab, run};
 
@@ -74,10 +74,12 @@ pub fn fill(stage: &Stage) -> Result<(), BenchError> {
         .and_then(|_| output.read_to_string(&mut text))
         .map_err(BenchError::file("read", "the loader's output"))?;
     ended?;
-    fed.map_err(BenchError::file("write to", LOADER))?;
     match text.contains(&format!("errors: 0, replies: {}", values())) {
-        true => Ok(()),
-        false => Err(BenchError::unexpected("the guest's Redis did not take everything", text)),
+        true => Ok(fed.map_err(BenchError::file("write to", LOADER))?),
+        false => Err(BenchError::unexpected(
+            "the guest's Redis did not take everything",
+            format!("{text} {fed:?}"),
+        )),
     }
 }
 
@@ -179,6 +181,17 @@ pub struct Seen {
     pub beacons_missing: u64,
     /// The longest silence of the beacon around the move.
     pub blackout_ms: f64,
+    /// All silences around the move that were long enough to be listed.
+    pub silences: Vec<Silence>,
+}
+
+/// A silence of the beacon.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Silence {
+    /// When it began, since the command; it may have begun before.
+    pub ms: f64,
+    /// How long it lasted.
+    pub length_ms: f64,
 }
 
 impl Seen {
@@ -193,11 +206,10 @@ impl Seen {
             return Err(BenchError::unexpected("the client did not reach the guest", found));
         }
         let end = window.end_unix_ms + AFTERMATH_MS;
-        let around = beacon
-            .gaps
-            .iter()
-            .filter(|g| g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms);
-        let listed = around.map(|g| g.length_ms).fold(0.0, f64::max);
+        let around = |g: &&Gap| g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms;
+        let told = |g: &Gap| Silence { ms: g.start_unix_ms - window.start_unix_ms, length_ms: g.length_ms };
+        let silences: Vec<Silence> = beacon.gaps.iter().filter(around).map(told).collect();
+        let listed = silences.iter().map(|s| s.length_ms).fold(0.0, f64::max);
         let unlisted = beacon.max_gap_ms.min(GAP_MS);
         Ok(Seen {
             acknowledged: redis.acknowledged,
@@ -207,6 +219,7 @@ impl Seen {
             per_second: redis.per_second,
             beacons_missing: beacon.missing,
             blackout_ms: listed.max(unlisted),
+            silences,
         })
     }
 }
@@ -214,7 +227,7 @@ impl Seen {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sterna_lab::client::{BeaconReport, Gap, RedisReport};
+    use sterna_lab::client::{BeaconReport, RedisReport};
 
     fn report(gaps: Vec<Gap>) -> ClientReport {
         let max_gap_ms = gaps.iter().map(|g| g.length_ms).fold(3.0, f64::max);

@@ -115,9 +115,19 @@ proptest! {
             prop_assert!(header.descriptors <= DESCRIPTORS_MAX && header.payload_bytes <= PAYLOAD_BYTES_MAX);
             let limit = if header.block == 0 { pages } else { 1 };
             prop_assert!(runs.iter().all(|run| u64::from(run.first) + u64::from(run.pages) <= limit));
-            prop_assert_eq!(runs.iter().map(|run| run.payload_bytes()).sum::<usize>(), header.payload_bytes);
+            let pages = runs.iter().map(|run| run.payload_bytes()).sum::<usize>();
             let mut again = Vec::new();
-            encode_batch(header.block, header.round, &runs, &mut again);
+            match header.encoding {
+                batch::Encoding::Raw => {
+                    prop_assert_eq!(pages, header.payload_bytes);
+                    encode_batch(header.block, header.round, &runs, &mut again);
+                }
+                batch::Encoding::Lz4 => {
+                    prop_assert!(pages > header.payload_bytes && pages <= PAYLOAD_BYTES_MAX);
+                    let payload = header.payload_bytes;
+                    batch::encode_lz4_batch(header.block, header.round, &runs, payload, &mut again);
+                }
+            }
             prop_assert_eq!(again, frame);
         }
     }
@@ -126,7 +136,7 @@ proptest! {
     fn garbage_runs_are_refused_or_in_order(raw in prop::collection::vec(any::<u8>(), 0..DESCRIPTOR_BYTES * 4), payload_pages in 0usize..4, pages in 0u64..1 << 34) {
         let (descriptors, payload_bytes) = (raw.len() / DESCRIPTOR_BYTES, payload_pages * 4096);
         let header =
-            BatchHeader { kind: batch::FrameKind::Batch, block: 0, descriptors, payload_bytes, round: 1 };
+            BatchHeader { kind: batch::FrameKind::Batch, encoding: batch::Encoding::Raw, block: 0, descriptors, payload_bytes, round: 1 };
         let mut runs = Vec::new();
         if Layout::new([pages * 4096]).decode_runs(&header, &raw, &mut runs).is_ok() {
             prop_assert!(runs.windows(2).all(|two| two[0].first + u32::from(two[0].pages) <= two[1].first));

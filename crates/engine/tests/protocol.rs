@@ -284,10 +284,21 @@ fn the_kinds_are_the_code() {
         BatchHeader::decode(&raw).ok().map(|header| (kind, format!("{:?}", header.kind)))
     });
     assert_eq!(kinds("batch kind").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
+    let coded = (0..=u8::MAX).filter_map(|encoding| {
+        let raw = [1, encoding, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0];
+        BatchHeader::decode(&raw).ok().map(|header| (encoding, format!("{:?}", header.encoding)))
+    });
+    assert_eq!(kinds("encoding").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     let coded = (0..=u8::MAX).filter_map(|content| {
         let payload_bytes = if content == 1 { 4096 } else { 0 };
-        let header =
-            BatchHeader { kind: FrameKind::Batch, block: 0, descriptors: 1, payload_bytes, round: 1 };
+        let header = BatchHeader {
+            kind: FrameKind::Batch,
+            encoding: batch::Encoding::Raw,
+            block: 0,
+            descriptors: 1,
+            payload_bytes,
+            round: 1,
+        };
         let mut runs = Vec::new();
         let layout = batch::Layout::new([4096]);
         layout.decode_runs(&header, &[0, 0, 0, 0, 1, 0, content, 0], &mut runs).ok()?;

@@ -1,11 +1,12 @@
 //! Receivers: one thread a stream reads batches and installs them in the QEMU that waits.
 
+use lz4_flex::block::decompress_into;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{
-    BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, FrameKind, HEADER_BYTES, Layout,
-    PAYLOAD_BYTES_MAX,
+    BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, Encoding, FrameKind, HEADER_BYTES,
+    Layout, PAYLOAD_BYTES_MAX,
 };
 use sterna_memory::{Installer, PAGE, PageRun};
 use sterna_transport::{Connection, Shutdown};
@@ -67,6 +68,7 @@ impl Receiver {
             raw: vec![0; DESCRIPTORS_MAX * DESCRIPTOR_BYTES],
             runs: Vec::with_capacity(DESCRIPTORS_MAX),
             payload: vec![0; PAYLOAD_BYTES_MAX],
+            unpacked: vec![0; PAYLOAD_BYTES_MAX],
         };
         let thread = std::thread::spawn(move || {
             loop {
@@ -98,6 +100,7 @@ struct Receiving {
     raw: Vec<u8>,
     runs: Vec<Descriptor>,
     payload: Vec<u8>,
+    unpacked: Vec<u8>,
 }
 
 impl Receiving {
@@ -120,9 +123,18 @@ impl Receiving {
         self.sinks.layout.decode_runs(&header, raw, &mut self.runs).map_err(|why| lost(why.to_string()))?;
         let payload = &mut self.payload[..header.payload_bytes];
         self.connection.read_exact(payload).map_err(|why| lost(why.to_string()))?;
-        self.sinks
-            .install(usize::from(header.block), &self.runs, &self.payload[..header.payload_bytes])
-            .map_err(Received::Failed)?;
+        let pages = match header.encoding {
+            Encoding::Raw => &self.payload[..header.payload_bytes],
+            Encoding::Lz4 => {
+                let bytes = self.runs.iter().map(|run| run.payload_bytes()).sum();
+                let out = &mut self.unpacked[..bytes];
+                if decompress_into(&self.payload[..header.payload_bytes], out).ok() != Some(bytes) {
+                    return Err(lost("the source sent compressed pages that cannot be unpacked".into()));
+                }
+                &self.unpacked[..bytes]
+            }
+        };
+        self.sinks.install(usize::from(header.block), &self.runs, pages).map_err(Received::Failed)?;
         Ok(Received::Pages)
     }
 }

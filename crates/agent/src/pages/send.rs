@@ -1,13 +1,17 @@
 //! Senders: one thread a stream reads its share of the send-set from the guest and writes batches.
 
 use super::{PAGES_PER_STRIPE, SendSet, stream_of};
+use lz4_flex::block::{compress_into, get_maximum_output_size};
 use std::io::IoSlice;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use sterna_engine::policy::Compression;
+use sterna_engine::units::Bytes;
 use sterna_engine::wire::batch::{
-    BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch,
+    BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch, encode_lz4_batch,
 };
 use sterna_memory::{PAGE, PageRun, Process, Reader, Region, Span, is_zero};
 use sterna_transport::{Connection, Pacer, Shutdown};
@@ -16,6 +20,9 @@ use sterna_transport::{Connection, Pacer, Shutdown};
 const WRITE_WITHIN: Duration = Duration::from_secs(120);
 /// Bytes a stream's socket may queue. Autotuning keeps milliseconds of queue that the last round would wait for.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// How much of a batch is compressed to see whether the rest should be: four pages.
+const SAMPLE_BYTES: usize = 16 << 10;
 
 /// Which pages of a block the target may hold as anything but zero: a bit each.
 #[derive(Debug)]
@@ -106,6 +113,7 @@ pub(crate) struct Senders {
     jobs: Vec<mpsc::Sender<Job>>,
     threads: Vec<JoinHandle<()>>,
     shutdowns: Vec<Shutdown>,
+    pacer: Arc<Pacer>,
 }
 
 impl Senders {
@@ -119,23 +127,28 @@ impl Senders {
         failed: impl Fn(String) + Clone + Send + 'static,
     ) -> Result<Self, String> {
         let count = streams.len() as u32;
-        let mut senders = Self { jobs: Vec::new(), threads: Vec::new(), shutdowns: Vec::new() };
+        let mut senders =
+            Self { jobs: Vec::new(), threads: Vec::new(), shutdowns: Vec::new(), pacer: pacer.clone() };
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
             senders.shutdowns.push(connection.shutdown_handle());
             let (tell, jobs) = mpsc::channel();
             let mut sender = Sender {
-                stream: stream as u32,
+                link: Link {
+                    stream: stream as u32,
+                    connection,
+                    pacer: pacer.clone(),
+                    counters: counters.clone(),
+                    compression: Compression::default(),
+                },
                 streams: count,
                 reader: Reader::new(process).map_err(|why| why.to_string())?,
-                connection,
                 blocks: blocks.clone(),
-                pacer: pacer.clone(),
-                counters: counters.clone(),
                 pending: Vec::with_capacity(PAGES_PER_STRIPE as usize),
                 buffer: vec![0; PAYLOAD_BYTES_MAX],
                 head: Vec::with_capacity(16 << 10),
                 descriptors: Vec::with_capacity(DESCRIPTORS_MAX),
+                packed: vec![0; get_maximum_output_size(PAYLOAD_BYTES_MAX)],
             };
             let failed = failed.clone();
             senders.threads.push(std::thread::spawn(move || {
@@ -162,22 +175,33 @@ impl Drop for Senders {
     fn drop(&mut self) {
         self.jobs.clear();
         self.shutdowns.iter().for_each(Shutdown::shutdown);
+        // Nor waits for a turn that a low limit puts off for hours. Its write fails at once.
+        let rate = self.pacer.rate();
+        self.pacer.set_rate(None);
         self.threads.drain(..).for_each(|thread| drop(thread.join()));
+        self.pacer.set_rate(rate);
     }
 }
 
-struct Sender {
+/// A stream, and what was learned of it.
+struct Link {
     stream: u32,
-    streams: u32,
-    reader: Reader,
     connection: Connection,
-    blocks: Arc<Vec<SourceBlock>>,
     pacer: Arc<Pacer>,
     counters: Arc<SendCounters>,
+    compression: Compression,
+}
+
+struct Sender {
+    link: Link,
+    streams: u32,
+    reader: Reader,
+    blocks: Arc<Vec<SourceBlock>>,
     pending: Vec<PageRun>,
     buffer: Vec<u8>,
     head: Vec<u8>,
     descriptors: Vec<Descriptor>,
+    packed: Vec<u8>,
 }
 
 impl Sender {
@@ -188,14 +212,14 @@ impl Sender {
             self.send_pages(block, job.round, &job.set.pages[at])?;
         }
         if job.part == Part::End {
-            self.write(&BatchHeader::round_end(job.round).encode(), &[])?;
+            self.link.write(&[IoSlice::new(&BatchHeader::round_end(job.round).encode())])?;
         }
-        self.connection.flush().map_err(|why| why.to_string())
+        self.link.connection.flush().map_err(|why| why.to_string())
     }
 
     /// The pages of `runs` that are this stream's, in stripes.
     fn share(&self, block: &SourceBlock, runs: &[PageRun]) -> impl Iterator<Item = PageRun> + use<> {
-        let (stream, streams, index) = (self.stream, self.streams, usize::from(block.index));
+        let (stream, streams, index) = (self.link.stream, self.streams, usize::from(block.index));
         let runs = runs.to_vec();
         runs.into_iter().flat_map(stripes).filter(move |run| stream_of(index, run.first, streams) == stream)
     }
@@ -204,7 +228,7 @@ impl Sender {
         let mut pages = 0;
         for mut run in self.share(block, runs) {
             while run.pages > 0 {
-                let limit = (self.pacer.batch_limit() as u64 / PAGE).clamp(1, PAGES_PER_STRIPE);
+                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, PAGES_PER_STRIPE);
                 let take = run.pages.min(limit.saturating_sub(pages));
                 if take > 0 {
                     self.pending.push(PageRun { first: run.first, pages: take });
@@ -236,17 +260,55 @@ impl Sender {
             return Ok(());
         }
         self.head.clear();
-        encode_batch(block.index, round, &self.descriptors, &mut self.head);
-        let head = std::mem::take(&mut self.head);
-        let done = self.write(&head, &slices);
-        self.head = head;
-        done
+        let packed = self.pack(slices.as_slice());
+        match packed {
+            Some(bytes) => encode_lz4_batch(block.index, round, &self.descriptors, bytes, &mut self.head),
+            None => encode_batch(block.index, round, &self.descriptors, &mut self.head),
+        }
+        match packed {
+            Some(bytes) => self.link.write(&[IoSlice::new(&self.head), IoSlice::new(&self.packed[..bytes])]),
+            None => {
+                let parts = slices.iter().map(|slice| IoSlice::new(&self.buffer[slice.clone()]));
+                let parts: Vec<IoSlice> = std::iter::once(IoSlice::new(&self.head)).chain(parts).collect();
+                self.link.write(&parts)
+            }
+        }
+    }
+
+    /// Compresses the batch if that makes it arrive sooner, as a sample of it tells; the bytes it has then.
+    fn pack(&mut self, slices: &[Range<usize>]) -> Option<usize> {
+        let first = slices.first().filter(|_| self.link.compression.may_pay())?;
+        let sample = first.start..first.end.min(first.start + SAMPLE_BYTES);
+        let ratio = self.compress(sample.clone())? as f64 / sample.len() as f64;
+        if !self.link.compression.pays(ratio) {
+            return None;
+        }
+        // One LZ4 block for all: what lies apart is moved together, in a copy that leaves the pages where they are.
+        let mut together = Vec::new();
+        let all = match slices {
+            [all] => &self.buffer[all.clone()],
+            _ => {
+                slices.iter().for_each(|slice| together.extend_from_slice(&self.buffer[slice.clone()]));
+                &together[..]
+            }
+        };
+        let began = Instant::now();
+        let packed = compress_into(all, &mut self.packed).ok()?;
+        self.link.compression.compressed(Bytes(all.len() as u64), began.elapsed());
+        (packed < all.len()).then_some(packed)
+    }
+
+    fn compress(&mut self, part: Range<usize>) -> Option<usize> {
+        let (began, bytes) = (Instant::now(), part.len() as u64);
+        let packed = compress_into(&self.buffer[part], &mut self.packed).ok()?;
+        self.link.compression.compressed(Bytes(bytes), began.elapsed());
+        Some(packed)
     }
 
     /// Describes what was read, and tells which parts of the buffer travel.
-    fn describe(&mut self, block: &SourceBlock) -> Vec<std::ops::Range<usize>> {
+    fn describe(&mut self, block: &SourceBlock) -> Vec<Range<usize>> {
         self.descriptors.clear();
-        let mut slices: Vec<std::ops::Range<usize>> = Vec::new();
+        let mut slices: Vec<Range<usize>> = Vec::new();
         let (mut at, mut normal, mut duplicate) = (0, 0, 0);
         for page in self.pending.iter().flat_map(|run| run.first..run.end()) {
             let here = at..at + PAGE as usize;
@@ -267,8 +329,8 @@ impl Sender {
                 _ => slices.push(here),
             }
         }
-        self.counters.normal.fetch_add(normal, Ordering::Relaxed);
-        self.counters.duplicate.fetch_add(duplicate, Ordering::Relaxed);
+        self.link.counters.normal.fetch_add(normal, Ordering::Relaxed);
+        self.link.counters.duplicate.fetch_add(duplicate, Ordering::Relaxed);
         slices
     }
 
@@ -292,20 +354,20 @@ impl Sender {
         let mut head = Vec::new();
         encode_batch(block.index, round, &self.descriptors, &mut head);
         self.descriptors.clear();
-        self.write(&head, &[])
+        self.link.write(&[IoSlice::new(&head)])
     }
+}
 
-    fn write(&mut self, head: &[u8], slices: &[std::ops::Range<usize>]) -> Result<(), String> {
-        let bytes = head.len() + slices.iter().map(|slice| slice.len()).sum::<usize>();
+impl Link {
+    /// Writes a frame in its turn, and learns what the link takes.
+    fn write(&mut self, parts: &[IoSlice<'_>]) -> Result<(), String> {
+        let (bytes, began) = (parts.iter().map(|part| part.len()).sum(), Instant::now());
         self.pacer.acquire(bytes);
         self.connection.set_write_deadline(Some(Instant::now() + WRITE_WITHIN));
-        let mut parts = Vec::with_capacity(1 + slices.len());
-        parts.push(IoSlice::new(head));
-        parts.extend(slices.iter().map(|slice| IoSlice::new(&self.buffer[slice.clone()])));
-        self.connection
-            .write_vectored(&parts)
-            .map_err(|why| format!("page stream {} to the target failed: {why}", self.stream))?;
+        let written = self.connection.write_vectored(parts);
+        written.map_err(|why| format!("page stream {} to the target failed: {why}", self.stream))?;
         self.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.compression.wrote(Bytes(bytes as u64), began.elapsed());
         Ok(())
     }
 }

@@ -1,9 +1,9 @@
 //! Frames of a page stream: batches of up to 1 MiB of pages with run-length descriptors, and round ends.
 //!
 //! ```text
-//! header (16)   kind, block, descriptor count, payload bytes, round
+//! header (16)   kind, encoding, block, descriptor count, payload bytes, round
 //! descriptors   8 bytes a run: first page, pages, what the run is
-//! payload       the pages of all *bytes* runs, in order
+//! payload       the pages of all *bytes* runs, in order, as they are or as one LZ4 block
 //! ```
 //!
 //! There is no message, header or allocation per page: a run of 256 pages costs 8 bytes.
@@ -63,14 +63,23 @@ impl Descriptor {
     }
 }
 
+/// How the payload of a batch is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Encoding {
+    /// The pages as they are.
+    Raw,
+    /// All pages as one block of the LZ4 block format, shorter than they are.
+    Lz4,
+}
+
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
 struct RawHeader {
     kind: u8,
-    zero: u8,
+    encoding: u8,
     block: U16,
     descriptors: U16,
-    zero2: U16,
+    zero: U16,
     payload: U32,
     round: U32,
 }
@@ -89,6 +98,8 @@ struct RawDescriptor {
 pub struct BatchHeader {
     /// What the frame is.
     pub kind: FrameKind,
+    /// How the payload is written.
+    pub encoding: Encoding,
     /// Place of the block in the offer.
     pub block: u16,
     /// Runs that follow.
@@ -102,7 +113,8 @@ pub struct BatchHeader {
 impl BatchHeader {
     /// The frame that ends a round on a stream.
     pub fn round_end(round: u32) -> Self {
-        Self { kind: FrameKind::RoundEnd, block: 0, descriptors: 0, payload_bytes: 0, round }
+        let (kind, encoding) = (FrameKind::RoundEnd, Encoding::Raw);
+        Self { kind, encoding, block: 0, descriptors: 0, payload_bytes: 0, round }
     }
 
     /// Reads a header and bounds what it announces.
@@ -116,11 +128,14 @@ impl BatchHeader {
             2 => FrameKind::RoundEnd,
             other => return Err(WireError::Invalid { what: "batch frame kind", got: other.into() }),
         };
-        if raw.zero != 0 || raw.zero2.get() != 0 {
-            return Err(WireError::Invalid {
-                what: "reserved bytes of a batch header",
-                got: raw.zero.into(),
-            });
+        let encoding = match raw.encoding {
+            0 => Encoding::Raw,
+            1 if kind == FrameKind::Batch => Encoding::Lz4,
+            other => return Err(WireError::Invalid { what: "encoding of a batch", got: other.into() }),
+        };
+        if raw.zero.get() != 0 {
+            let got = raw.zero.get().into();
+            return Err(WireError::Invalid { what: "reserved bytes of a batch header", got });
         }
         let descriptors = usize::from(raw.descriptors.get());
         bound("descriptors in a batch", descriptors, DESCRIPTORS_MAX)?;
@@ -133,7 +148,8 @@ impl BatchHeader {
                 got: descriptors as u64,
             });
         }
-        Ok(Self { kind, block: raw.block.get(), descriptors, payload_bytes, round: raw.round.get() })
+        let (block, round) = (raw.block.get(), raw.round.get());
+        Ok(Self { kind, encoding, block, descriptors, payload_bytes, round })
     }
 
     /// The header's bytes.
@@ -144,10 +160,13 @@ impl BatchHeader {
         };
         let raw = RawHeader {
             kind,
-            zero: 0,
+            encoding: match self.encoding {
+                Encoding::Raw => 0,
+                Encoding::Lz4 => 1,
+            },
             block: U16::new(self.block),
             descriptors: U16::new(u16::try_from(self.descriptors).unwrap_or(u16::MAX)),
-            zero2: U16::new(0),
+            zero: U16::new(0),
             payload: U32::new(u32::try_from(self.payload_bytes).unwrap_or(u32::MAX)),
             round: U32::new(self.round),
         };
@@ -162,7 +181,29 @@ impl BatchHeader {
 /// The caller keeps to [`DESCRIPTORS_MAX`] and [`PAYLOAD_BYTES_MAX`], with runs in ascending order.
 pub fn encode_batch(block: u16, round: u32, runs: &[Descriptor], out: &mut Vec<u8>) {
     let payload_bytes = runs.iter().map(|run| run.payload_bytes()).sum();
-    let header = BatchHeader { kind: FrameKind::Batch, block, descriptors: runs.len(), payload_bytes, round };
+    encode_head(block, round, runs, (Encoding::Raw, payload_bytes), out);
+}
+
+/// The same for pages that were compressed to `payload_bytes`, which is less than they have.
+pub fn encode_lz4_batch(
+    block: u16,
+    round: u32,
+    runs: &[Descriptor],
+    payload_bytes: usize,
+    out: &mut Vec<u8>,
+) {
+    encode_head(block, round, runs, (Encoding::Lz4, payload_bytes), out);
+}
+
+fn encode_head(
+    block: u16,
+    round: u32,
+    runs: &[Descriptor],
+    (encoding, payload_bytes): (Encoding, usize),
+    out: &mut Vec<u8>,
+) {
+    let kind = FrameKind::Batch;
+    let header = BatchHeader { kind, encoding, block, descriptors: runs.len(), payload_bytes, round };
     debug_assert!(runs.len() <= DESCRIPTORS_MAX && payload_bytes <= PAYLOAD_BYTES_MAX);
     out.extend_from_slice(&header.encode());
     for run in runs {
@@ -191,7 +232,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`WireError`] when `raw` is short, a run is empty, unordered, overlaps, leaves its block, or when the runs do
-    /// not add up to the payload.
+    /// not add up to the payload, or compressed are not more than it.
     pub fn decode_runs(
         &self,
         header: &BatchHeader,
@@ -217,10 +258,15 @@ impl Layout {
             payload += run.payload_bytes();
             out.push(run);
         }
-        if payload != header.payload_bytes {
-            return Err(WireError::Invalid { what: "payload length", got: header.payload_bytes as u64 });
+        let fits = match header.encoding {
+            Encoding::Raw => payload == header.payload_bytes,
+            // What it decompresses to is bounded like any other payload, and known before it is touched.
+            Encoding::Lz4 => payload <= PAYLOAD_BYTES_MAX && (1..payload).contains(&header.payload_bytes),
+        };
+        if fits {
+            return Ok(());
         }
-        Ok(())
+        Err(WireError::Invalid { what: "payload length", got: header.payload_bytes as u64 })
     }
 }
 
@@ -294,6 +340,23 @@ mod tests {
         assert!(decode(&Layout::new([]), &frame).is_err());
         frame[8] = 1;
         assert!(decode(&Layout::new([4096]), &frame).is_err());
+    }
+
+    #[test]
+    fn a_compressed_payload_is_smaller_than_its_pages_and_they_fit_a_batch() {
+        let layout = Layout::new([1 << 30]);
+        let decode_lz4 = |pages: u16, payload_bytes: usize| {
+            let mut frame = Vec::new();
+            encode_lz4_batch(0, 1, &[run(0, pages, Content::Bytes)], payload_bytes, &mut frame);
+            decode(&layout, &frame).map(|(header, _)| header.encoding)
+        };
+        assert_eq!(decode_lz4(256, 1000), Ok(Encoding::Lz4));
+        assert!(decode_lz4(257, 1000).is_err(), "more than a batch holds");
+        assert!(decode_lz4(1, 4096).is_err(), "no smaller");
+        assert!(decode_lz4(1, 0).is_err(), "nothing");
+        let mut end = BatchHeader::round_end(1).encode();
+        end[1] = 1;
+        assert!(BatchHeader::decode(&end).is_err(), "a round end has no payload");
     }
 
     proptest! {

@@ -8,7 +8,7 @@ pub mod batch;
 pub mod control;
 pub mod message;
 
-pub use batch::{BatchHeader, Descriptor, FrameKind, Layout};
+pub use batch::{BatchHeader, Descriptor, Encoding, FrameKind, Layout};
 pub use message::Message;
 
 use thiserror::Error;

@@ -1,0 +1,83 @@
+//! Incoming migrations that go on, so that page streams, questions and later tries find them.
+
+use crate::registry::lock;
+use crate::target::Event;
+use std::collections::HashMap;
+use std::sync::{Mutex, mpsc};
+use std::time::{Duration, Instant};
+use sterna_engine::handoff::MigrationId;
+use sterna_engine::target::TargetInput;
+use sterna_engine::wire::message::Offer;
+use sterna_transport::Connection;
+
+/// How long a new try waits for the end of an older one: what can take long is the start of a QEMU, or its death.
+const SUPERSEDE_WITHIN: Duration = Duration::from_secs(30);
+/// Pause between two looks.
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Incoming migrations that go on.
+#[derive(Default)]
+pub(crate) struct Incoming {
+    by_id: Mutex<HashMap<MigrationId, Try>>,
+}
+
+struct Try {
+    peer: String,
+    /// Empty until it was offered.
+    vm: String,
+    generation: u64,
+    tell: mpsc::Sender<Event>,
+}
+
+impl Incoming {
+    /// Enters a migration. False when there is one with this identity.
+    pub(crate) fn enter(&self, id: MigrationId, peer: &str, tell: mpsc::Sender<Event>) -> bool {
+        let mut by_id = lock(&self.by_id);
+        let fresh = !by_id.contains_key(&id);
+        if fresh {
+            by_id.insert(id, Try { peer: peer.into(), vm: String::new(), generation: 0, tell });
+        }
+        fresh
+    }
+
+    pub(crate) fn leave(&self, id: MigrationId) {
+        lock(&self.by_id).remove(&id);
+    }
+
+    /// Hands a page stream to its migration. It must come from the host that began it.
+    pub(crate) fn stream(&self, id: MigrationId, peer: &str, index: u32, connection: Connection) {
+        match lock(&self.by_id).get(&id) {
+            Some(found) if found.peer == peer => drop(found.tell.send(Event::Stream(index, connection))),
+            _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
+        }
+    }
+
+    pub(crate) fn goes_on(&self, id: MigrationId) -> bool {
+        lock(&self.by_id).contains_key(&id)
+    }
+
+    /// Notes what is offered, and ends older tries to bring the same VM from the same host: that host would not try again
+    /// if they were not over, and we may not have noticed (a silent network), or be still clearing up. Waits for their ends.
+    pub(crate) fn supersede(&self, id: MigrationId, offer: &Offer) {
+        for older in self.offered(id, offer) {
+            // One that owns the VM by now does not listen to this.
+            drop(older.send(Event::Input(TargetInput::Cancel)));
+        }
+        let end = Instant::now() + SUPERSEDE_WITHIN;
+        while !self.offered(id, offer).is_empty() && Instant::now() < end {
+            std::thread::sleep(PAUSE);
+        }
+    }
+
+    /// The older tries.
+    fn offered(&self, id: MigrationId, offer: &Offer) -> Vec<mpsc::Sender<Event>> {
+        let mut by_id = lock(&self.by_id);
+        let Some(us) = by_id.get_mut(&id) else { return Vec::new() };
+        us.vm.clone_from(&offer.vm);
+        us.generation = offer.generation;
+        let peer = us.peer.clone();
+        let older =
+            |found: &&Try| found.peer == peer && found.vm == offer.vm && found.generation < offer.generation;
+        by_id.values().filter(older).map(|found| found.tell.clone()).collect()
+    }
+}

@@ -1,0 +1,11 @@
+//! Peers that authenticate themselves and speak nonsense, strangers, and users' mistakes. Each gets an error, and the agent
+//! goes on: a good migration succeeds afterwards.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod mistakes;
+mod peer;
+mod source;
+mod strangers;
+mod target;
