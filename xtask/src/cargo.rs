@@ -76,7 +76,15 @@ fn deny() -> anyhow::Result<()> {
         eprintln!("cargo-deny is not installed, licences are not checked: cargo install cargo-deny --locked");
         return Ok(());
     }
-    run(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
+    run(cargo().args([
+        "deny",
+        "--offline",
+        "check",
+        "--hide-inclusion-graph",
+        "bans",
+        "licenses",
+        "sources",
+    ]))?;
     let advisories =
         cargo().args(["deny", "--offline", "check", "advisories"]).stderr(Stdio::null()).status()?;
     if !advisories.success() {

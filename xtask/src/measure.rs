@@ -1,9 +1,10 @@
 //! `demo`, `bench` and `report`: what `sterna-bench` measures, from the build to the exit code.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
+use anyhow::{Context, bail, ensure};
 use sterna_bench::ours::Progress;
 use sterna_bench::{Demo, Kit, Results, demo, rate, report, table};
 
@@ -66,12 +67,19 @@ pub(crate) fn report(files: &[PathBuf], out: &Path) -> anyhow::Result<()> {
 /// Builds everything, and only then starts to care for interrupts: until then there is nothing to clean up.
 fn kit(built: &Built) -> anyhow::Result<Kit> {
     let ready = packages::ensure()?;
+    ensure!(is_root()?, "hosts are made of network namespaces, which only root can make: run it as root");
     let programs = match &built.programs {
         Some(directory) => directory.clone(),
         None => cargo::build(Profile::Release)?,
     };
     interrupt::clean_up_when_interrupted()?;
     Ok(ready.kit(&programs))
+}
+
+/// Asked before the build, which takes minutes.
+fn is_root() -> anyhow::Result<bool> {
+    let own = std::fs::metadata("/proc/self").context("/proc is not mounted")?;
+    Ok(own.uid() == 0)
 }
 
 /// Prints lines with the time since the beginning.

@@ -29,6 +29,9 @@ const REFRESH: Duration = Duration::from_millis(100);
 /// How long the source's QEMU may take to end after its VM has gone.
 const QUIT_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long a QEMU that does not answer may take to be seen dead: its memory is freed before.
+const DYING: Duration = Duration::from_secs(2);
+
 /// What can be said to a migration while it runs.
 #[derive(Clone, Debug)]
 pub(crate) enum Order {
@@ -577,24 +580,24 @@ impl Outgoing {
     }
 
     /// What was lent to QEMU for a save that never came is closed by the next resume. It runs: for it nothing changes.
-    fn take_back_loans(&self) {
-        let closed = self.qemu(|qemu| match qemu.status()? {
+    fn take_back_loans(&self) -> Result<(), String> {
+        self.qemu(|qemu| match qemu.status()? {
             RunState::Running => qemu.resume(),
             _ => Ok(()),
-        });
-        if let Err(why) = closed {
-            tracing::debug!(vm = self.vm.name(), why, "what was lent to its QEMU stays there");
-        }
+        })
     }
 
     fn over(&mut self, outcome: &Outcome) {
         self.release();
         if !matches!(outcome, Outcome::Completed) {
-            self.take_back_loans();
             self.vm.set_released(false);
             self.vm.notify(None);
-            if !self.vm.is_alive() {
-                self.view.died();
+            // A QEMU that is dying loses its connections first.
+            if let Err(why) = self.take_back_loans() {
+                tracing::warn!(vm = self.vm.name(), why, "its QEMU does not answer");
+                if self.process.wait_exit(DYING) {
+                    self.view.died();
+                }
             }
         }
         self.view.finish(outcome);

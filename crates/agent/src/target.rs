@@ -1,7 +1,7 @@
 //! One incoming migration: a thread that performs what the engine's target machine wants done.
 
 use crate::control::{Arrival, Control, explain};
-use crate::fit::{install_staged, sinks, verify};
+use crate::fit::{check_digests, install_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Received, Receiver, Sink, Sinks};
@@ -335,6 +335,7 @@ impl Arriving<'_> {
     /// Loads the device state, then the blocks that only now have an address, and compares digests.
     fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
         self.drop_streams();
+        check_digests(end)?;
         let state = std::mem::take(&mut self.state);
         if state.len() as u64 != end.bytes {
             return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));

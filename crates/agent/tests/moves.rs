@@ -1,4 +1,5 @@
 //! Real QEMUs move between two agents; in every move RAM is proved equal, and the guest checks its own memory.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 mod support;
 

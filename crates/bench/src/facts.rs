@@ -10,6 +10,7 @@ use crate::Kit;
 
 /// The machine, and what ran on it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct HostFacts {
     /// When the measurement began.
     pub began: String,

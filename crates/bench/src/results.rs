@@ -8,6 +8,7 @@ use crate::ours::{Said, Span};
 
 /// The figures by which moves are compared. `_ms` are milliseconds; CPU is in seconds.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Figures {
     /// From the command until the source is free; the start of the target's QEMU is in it.
     pub total_time_ms: f64,
@@ -90,6 +91,7 @@ pub struct Sample {
 
 /// One timed move.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Move {
     /// Its figures.
     #[serde(flatten)]
@@ -110,6 +112,7 @@ pub struct Move {
 
 /// Two moves of VMs like each other, one after the other.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Pair {
     /// By Sterna.
     pub ours: Move,
@@ -121,6 +124,7 @@ pub struct Pair {
 
 /// The untimed move in which RAM was compared.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Verified {
     /// Blocks of RAM whose digests were equal.
     pub blocks: u32,
@@ -163,6 +167,7 @@ impl Goal {
 
 /// The demo, or its repetition as a benchmark.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Demo {
     /// Acknowledged writes that were gone at the end, of all clients.
     pub lost_writes: u64,
@@ -233,6 +238,7 @@ impl Demo {
 
 /// One move with a limited bandwidth.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Limited {
     /// The limit, in megabits per second.
     pub limit_mbps: f64,
@@ -254,6 +260,7 @@ impl Limited {
 
 /// How well `max-bandwidth` is kept.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Rate {
     /// Moves with different limits.
     pub moves: Vec<Limited>,
@@ -277,11 +284,14 @@ pub struct Results {
 }
 
 impl Results {
-    /// Reads what `demo --out` or `bench --out` wrote.
+    /// Reads what `demo --out` or `bench --out` wrote, now or earlier: figures that an old file lacks are empty.
     pub fn parse(text: &str) -> Result<Results, serde_json::Error> {
         let value: serde_json::Value = serde_json::from_str(text)?;
         if value.get("pairs").is_some() {
             return Ok(Results { demo: Some(serde_json::from_value(value)?), rate: None });
+        }
+        if !["demo", "rate"].iter().any(|row| value.get(row).is_some()) {
+            return Err(serde::de::Error::custom("it has none of our rows"));
         }
         serde_json::from_value(value)
     }
@@ -398,6 +408,8 @@ pub(crate) mod tests {
         let both = Results { demo: Some(sample()), rate: Some(Rate::default()) };
         let read = Results::parse(&serde_json::to_string(&both).unwrap()).unwrap();
         assert!(read.demo.is_some() && read.rate.is_some());
-        Results::parse("[]").unwrap_err();
+        for other in ["[]", "{}", "{\"demo\":7}", "not JSON"] {
+            Results::parse(other).unwrap_err();
+        }
     }
 }

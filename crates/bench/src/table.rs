@@ -29,7 +29,13 @@ pub fn demo(demo: &Demo) -> String {
     if demo.broken_connections > 0 {
         let _ = writeln!(text, "{} connections of clients broke", demo.broken_connections);
     }
-    text + &spreads(demo) + &split(demo)
+    text + &spreads(demo) + &split(demo) + &load(demo)
+}
+
+/// What else the machine did: emulated guests on two cores measure their neighbours as well.
+fn load(demo: &Demo) -> String {
+    let loads: Vec<String> = demo.pairs.iter().map(|p| format!("{:.1}", p.load_before)).collect();
+    format!("load average before: {}, on {} cores\n", loads.join(", "), demo.host.cores)
 }
 
 /// How far the samples lie apart, when there are several.

@@ -9,6 +9,7 @@ use crate::support::scene::{Scene, other, to_the_other};
 /// Moments that are tried over one whole migration.
 const MOMENTS: u32 = 30;
 
+/// A descriptor stayed in QEMU: what was lent to it for the save was taken back only by the resume after a stop.
 #[test]
 fn a_cancelled_migration_leaves_no_trace_and_the_next_try_succeeds_at_once() {
     let scene = Scene::boot(World::new("7.2"));

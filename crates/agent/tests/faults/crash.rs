@@ -25,6 +25,10 @@ fn an_agent_killed_in_the_first_round() {
     assert_eq!(scene.settle(), "a");
     assert_left_as_it_was(&scene, "a", &before);
     scene.move_verified("a");
+    // An agent that a VM had left did not start again: it waited for a lock that it held.
+    scene.a.kill();
+    scene.a.launch();
+    assert_eq!(scene.settle(), "b");
 
     let before = scene.footprint("b");
     let id = scene.b.migrate(&slow("b")).unwrap();
@@ -59,7 +63,8 @@ fn a_source_agent_killed_at_any_moment_of_the_setup() {
     scene.move_verified("a");
 }
 
-/// The folder of a QEMU that had not answered yet stayed behind: the killed agent had not written its VM down.
+/// The folder of a QEMU that had not answered yet stayed behind, since the killed agent had not written its VM down; and
+/// so did the file that it was writing it to.
 #[test]
 fn a_target_agent_killed_at_any_moment_of_the_setup() {
     let mut scene = Scene::boot(World::new("7.2"));

@@ -1,5 +1,6 @@
 //! Faults before, at and after the hand-off, on real QEMUs with agents that are real processes. After each of them one
 //! host runs the VM, the guest has lost nothing, nothing is left behind, and the next try succeeds.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 #[path = "../support/mod.rs"]
 mod support;

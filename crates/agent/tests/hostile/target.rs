@@ -93,7 +93,12 @@ const TRICKS: &[Trick] = &[
     }),
     ("a load of what was not sent", "out of turn", |peer, listener, world| {
         let _streams = accept(peer, listener, world);
-        peer.send(&Message::Loaded(Loaded { load_us: 1, blocks_verified: 1 }));
+        peer.send(&Message::Loaded(Loaded { load_us: u64::MAX, blocks_verified: u32::MAX }));
+        peer.until_closed();
+    }),
+    ("a load that proves nothing", "were to be proved", |peer, listener, world| {
+        let _streams = accept(peer, listener, world);
+        peer.send(&Message::Loaded(Loaded { load_us: 1, blocks_verified: 0 }));
         peer.until_closed();
     }),
     ("an answer to no question", "out of turn", |peer, listener, world| {

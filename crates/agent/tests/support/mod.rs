@@ -1,4 +1,5 @@
 //! Two agents on loopback, and guests under their care.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod daemon;

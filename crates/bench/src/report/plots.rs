@@ -64,8 +64,7 @@ fn bar_pair(demo: &Demo, metric: Metric) -> Result<String, BenchError> {
             .x_label_area_size(22)
             .y_label_area_size(42)
             .build_cartesian_2d(0.0..2.0, 0.0..height(top))?;
-        let label = |x: &f64| if *x < 1.0 { "ours".to_owned() } else { "stock".to_owned() };
-        chart.configure_mesh().disable_x_mesh().x_labels(0).y_labels(5).x_label_formatter(&label).draw()?;
+        chart.configure_mesh().disable_x_mesh().x_labels(0).y_labels(5).light_line_style(WHITE).draw()?;
         for (at, (name, median, moves, colour)) in columns.iter().enumerate() {
             let (left, value) = (at as f64 + 0.2, metric.of(median));
             let bar = Rectangle::new([(left, 0.0), (left + 0.6, value)], colour.filled());
@@ -95,7 +94,14 @@ pub(super) fn downtime_split(demo: &Demo) -> Result<String, BenchError> {
             .x_label_area_size(34)
             .y_label_area_size(44)
             .build_cartesian_2d(0.0..height(longest), 0.0..moves.len() as f64)?;
-        chart.configure_mesh().disable_y_mesh().y_labels(0).x_desc("ms stopped").y_desc("pairs").draw()?;
+        chart
+            .configure_mesh()
+            .disable_y_mesh()
+            .light_line_style(WHITE)
+            .y_labels(0)
+            .x_desc("ms stopped")
+            .y_desc("pairs")
+            .draw()?;
         for (row, spans) in moves.iter().enumerate() {
             let mut left = 0.0;
             for span in *spans {
