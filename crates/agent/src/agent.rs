@@ -127,7 +127,7 @@ impl Agent {
             process: qemu.process_id(),
             run_dir: self.host.run_dir(&name),
             log: self.host.log(&name),
-            generation: self.generation_of(&name),
+            generation: self.first_generation(&name),
             since: jiff::Timestamp::now(),
             incoming: false,
         };
@@ -155,10 +155,13 @@ impl Agent {
         ))
     }
 
-    /// A name keeps counting when its VM is started anew, so that no old record speaks of the new one.
-    fn generation_of(&self, name: &str) -> u64 {
+    /// Where a VM that is started begins to count: beyond every try of a VM of that name before, here (by the record) and
+    /// elsewhere (by the clock), so that no old record speaks of it.
+    fn first_generation(&self, name: &str) -> u64 {
         use sterna_engine::handoff::Journal as _;
-        self.host.journal().load(name).ok().flatten().map_or(0, |record| record.generation.0)
+        let known = self.host.journal().load(name).ok().flatten().map_or(0, |record| record.generation.0);
+        let seconds = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default();
+        seconds.max(known.saturating_add(1))
     }
 
     /// All VMs.

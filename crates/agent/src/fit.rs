@@ -5,7 +5,7 @@ use crate::host::Host;
 use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks};
 use std::sync::{Mutex, PoisonError};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
-use sterna_engine::wire::message::{Offer, StateEnd};
+use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
 use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, populated};
 use sterna_vmm::Layout;
 
@@ -109,15 +109,20 @@ pub(crate) fn check_digests(end: &StateEnd) -> Result<(), String> {
     }
 }
 
+/// Whether a digest is of a block that is written only after the load.
+pub(crate) fn is_staged(blocks: &[Sink], digest: &BlockDigest) -> bool {
+    matches!(blocks.get(digest.block as usize), Some(Sink::Staged(_)))
+}
+
 /// Compares the digests that the source took after its stop with what is here now; returns how many blocks were equal.
 pub(crate) fn verify(
     process: &Process,
     offer: &Offer,
     layout: &Layout,
-    end: &StateEnd,
+    digests: &[&BlockDigest],
 ) -> Result<u32, String> {
     let mut verified = 0;
-    for expected in &end.digests {
+    for expected in digests {
         let block =
             offer.blocks.get(expected.block as usize).ok_or("the source sent a digest of no block")?;
         let Some(base) = layout.block(&block.name).and_then(|block| block.hva) else { continue };

@@ -1,7 +1,7 @@
 //! One incoming migration: a thread that performs what the engine's target machine wants done.
 
 use crate::control::{Arrival, Control, explain};
-use crate::fit::{check_digests, install_staged, sinks, verify};
+use crate::fit::{check_digests, install_staged, is_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Received, Receiver, Sink, Sinks};
@@ -343,15 +343,22 @@ impl Arriving<'_> {
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
         sinks.installer.finish().map_err(|why| explain(&why))?;
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
-        qemu.load(&state).map_err(|why| explain(&why))?;
-        let staged = sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_)));
-        if !staged && end.digests.is_empty() {
-            return Ok(0);
-        }
-        let layout = qemu.layout().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
-        install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;
-        verify(&process, &self.offer, &layout, end)
+        let (staged, there): (Vec<_>, Vec<_>) =
+            end.digests.iter().partition(|digest| is_staged(&sinks.blocks, digest));
+        // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
+        let mut verified = 0;
+        if !there.is_empty() {
+            let layout = qemu.layout().map_err(|why| explain(&why))?;
+            verified += verify(&process, &self.offer, &layout, &there)?;
+        }
+        qemu.load(&state).map_err(|why| explain(&why))?;
+        if sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
+            let layout = qemu.layout().map_err(|why| explain(&why))?;
+            install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;
+            verified += verify(&process, &self.offer, &layout, &staged)?;
+        }
+        Ok(verified)
     }
 
     fn resume(&mut self) -> TargetInput {

@@ -102,6 +102,44 @@ fn a_moved_guest_can_be_reset_there_and_back_three_times() {
     b.stop("vm").unwrap();
 }
 
+/// While KVM loads its clock it writes the guest's RAM: a comparison after the load found a difference that was none.
+#[test]
+fn firmware_under_kvm() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    // QEMU takes TCG where there is no KVM.
+    let options = "-nodefaults -display none -machine q35 -accel kvm -accel tcg -m 64";
+    let mut argv = vec![world.parts.qemu("7.2").display().to_string()];
+    argv.extend(options.split(' ').map(str::to_owned));
+    a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv }).unwrap();
+    std::thread::sleep(std::time::Duration::from_secs(1));
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let view = migrate(from, request("vm", to.name()));
+        assert_eq!(view.status, "completed", "{view:?}");
+        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    }
+    a.stop("vm").unwrap();
+}
+
+/// A VM that was started under the name of one that had left was taken for the rest of it when the agent came back, and
+/// ended.
+#[test]
+fn a_name_that_left_can_be_used_again_and_outlives_the_agent() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let guest = GuestSpec { programs: vec![idle()], ..world.parts.guest("vm") };
+    world.boot(&a, &guest);
+    move_and_check(&world, &a, &b);
+    b.stop("vm").unwrap();
+    let again = world.run(&a, &guest);
+    drop(a);
+    let a = world.agent("a");
+    let found = a.vm("vm").unwrap();
+    assert_eq!((found.pid, found.state.as_str()), (again.pid, "running"));
+    move_and_check(&world, &a, &b);
+    b.stop("vm").unwrap();
+}
+
 /// The image's lock is the second fence: both QEMUs have it open, and only the one that owns the VM may write.
 #[test]
 fn the_lock_of_a_disk_passes_over() {

@@ -242,10 +242,12 @@ impl Demo {
 pub struct Limited {
     /// The limit, in megabits per second.
     pub limit_mbps: f64,
-    /// What the migration says that it used in its last full round.
-    pub ram_mbps: f64,
-    /// The same from the link's counters over the whole time in which pages were sent, headers included.
+    /// What crossed the link in all the time in which pages were sent, both ways, headers included.
     pub wire_mbps: f64,
+    /// The fastest whole second, by the migration's own count of what it sent.
+    pub fastest_mbps: f64,
+    /// What the migration says at the end: of its last round, which may be too short to tell.
+    pub ram_mbps: f64,
     /// All of the migration.
     pub report: Said,
 }
@@ -254,8 +256,23 @@ impl Limited {
     /// How far the used bandwidth is from the limit, as a part of it; negative below.
     #[must_use]
     pub fn deviation(&self) -> f64 {
-        self.ram_mbps / self.limit_mbps - 1.0
+        self.wire_mbps / self.limit_mbps - 1.0
     }
+}
+
+/// The most that was sent in any stretch of at least a second, in megabits per second; NaN of a shorter move.
+#[must_use]
+pub fn fastest_mbps(samples: &[Sample]) -> f64 {
+    const SECOND_MS: f64 = 1000.0;
+    let stretch = |(at, first): (usize, &Sample)| {
+        let last = samples[at..].iter().find(|s| s.ms - first.ms >= SECOND_MS)?;
+        Some(
+            (last.transferred - first.transferred.min(last.transferred)) as f64 * 8.0
+                / 1e3
+                / (last.ms - first.ms),
+        )
+    };
+    samples.iter().enumerate().filter_map(stretch).fold(f64::NAN, f64::max)
 }
 
 /// How well `max-bandwidth` is kept.
@@ -399,6 +416,15 @@ pub(crate) mod tests {
         assert!(!Goal::at_most("x", f64::NAN, 1.0).met);
         assert!(median(Vec::new()).is_nan());
         assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    }
+
+    #[test]
+    fn the_fastest_second_is_found_and_a_burst_within_it_is_not_taken_for_one() {
+        let at = |ms, megabits: u64| Sample { ms, transferred: megabits * 125_000, remaining: 0 };
+        let samples = [at(0.0, 0), at(500.0, 50), at(600.0, 150), at(1500.0, 200), at(2500.0, 220)];
+        // The best stretch is the one from 500 to 1500 ms.
+        assert!((fastest_mbps(&samples) - 150.0).abs() < 1e-9, "{}", fastest_mbps(&samples));
+        assert!(fastest_mbps(&samples[..3]).is_nan());
     }
 
     #[test]

@@ -69,12 +69,13 @@ fn split(demo: &Demo) -> String {
 /// The table of the row `rate`.
 #[must_use]
 pub fn rate(rate: &Rate) -> String {
-    let mut text = format!("{:<20}{:>16}{:>16}{:>14}\n", "limit", "RAM's figure", "on the link", "distance");
+    let heads = ["limit", "on the link", "fastest second", "last round", "distance"];
+    let mut text = heads.map(|h| format!("{h:>16}")).concat() + "\n";
     for limited in &rate.moves {
         let mbps = |value: f64| format!("{value:.1} Mbit/s");
+        let figures = [limited.limit_mbps, limited.wire_mbps, limited.fastest_mbps, limited.ram_mbps];
         let distance = format!("{:+.2} %", limited.deviation() * 100.0);
-        let cells = [mbps(limited.limit_mbps), mbps(limited.ram_mbps), mbps(limited.wire_mbps), distance];
-        let _ = writeln!(text, "{:<20}{:>16}{:>16}{:>14}", cells[0], cells[1], cells[2], cells[3]);
+        let _ = writeln!(text, "{}{distance:>16}", figures.map(|f| format!("{:>16}", mbps(f))).concat());
     }
     let _ = writeln!(text, "lost writes {}", rate.lost_writes);
     text

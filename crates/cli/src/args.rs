@@ -11,7 +11,7 @@ pub(crate) const DEFAULT_SOCKET: &str = "/run/sterna/agent.sock";
 const DOWNTIME_MS_MAX: u64 = 2_000_000;
 
 /// Most page streams: QEMU's own limit for `multifd-channels`.
-const CONNECTIONS_MAX: i64 = 255;
+const CONNECTIONS_MAX: i64 = 64;
 
 const AFTER: &str = "\
 Example:

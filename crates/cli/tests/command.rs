@@ -302,7 +302,6 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
         &["--postcopy"][..],
         &["--postcopy-after-precopy"],
         &["--auto-converge"],
-        &["--compressed"],
         &["--comp-methods", "xbzrle"],
         &["--persistent"],
         &["--copy-storage-all"],
@@ -320,6 +319,9 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     let live = sterna(&server, &["migrate", "web", "hostb", "--live"]);
     ends(&live, 2);
     assert!(err(&live).contains("--live: not needed: every migration is live"), "{}", err(&live));
+    let compressed = sterna(&server, &["migrate", "web", "hostb", "--compressed"]);
+    ends(&compressed, 2);
+    assert!(err(&compressed).contains("--compressed: not needed; leave it out"), "{}", err(&compressed));
     let abort = sterna(&server, &["abort", "web", "--postcopy"]);
     ends(&abort, 2);
     assert!(err(&abort).contains("not supported yet"), "{}", err(&abort));
