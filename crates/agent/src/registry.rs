@@ -212,9 +212,10 @@ impl Registry {
         self.forget(&record);
     }
 
-    /// Removes what is written down about a VM that is not listed.
+    /// Removes what is written down about a VM that is not listed. Its file goes last: an agent that dies in between finds
+    /// the VM by it, and does the rest.
     pub(crate) fn forget(&self, record: &VmRecord) {
-        for gone in [std::fs::remove_file(self.path(&record.name)), std::fs::remove_dir_all(&record.run_dir)]
+        for gone in [std::fs::remove_dir_all(&record.run_dir), std::fs::remove_file(self.path(&record.name))]
         {
             if let Err(why) = gone
                 && why.kind() != std::io::ErrorKind::NotFound

@@ -7,7 +7,7 @@ use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
 use crate::offer;
-use crate::pages::{Job, Part, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
+use crate::pages::{Haste, Job, Part, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
 use crate::progress::View;
 use crate::registry::Vm;
 use std::sync::atomic::Ordering;
@@ -424,7 +424,8 @@ impl Outgoing {
     fn send(&mut self, round: u32, part: Part) {
         let set = Arc::new(std::mem::replace(&mut self.set, SendSet::new(self.blocks.len())));
         if let Some(senders) = &self.senders {
-            senders.send(&Job { round, set, part });
+            let haste = if self.view.is_stopped() { Haste::Urgent } else { Haste::Polite };
+            senders.send(&Job { round, set, part, haste });
         }
         if part == Part::End {
             self.round = round;

@@ -8,7 +8,7 @@ mod send;
 mod set;
 
 pub(crate) use receive::{Received, Receiver, Sink, Sinks};
-pub(crate) use send::{Job, Part, SendCounters, Senders, SentPages, SourceBlock};
+pub(crate) use send::{Haste, Job, Part, SendCounters, Senders, SentPages, SourceBlock};
 pub(crate) use set::{SendSet, intersect, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;

@@ -24,6 +24,10 @@ const SEND_BUFFER_BYTES: usize = 1 << 20;
 /// How much of a batch is compressed to see whether the rest should be: four pages.
 const SAMPLE_BYTES: usize = 16 << 10;
 
+/// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
+/// want the same core the guest gets nine tenths of it.
+const POLITE: i32 = 10;
+
 /// Which pages of a block the target may hold as anything but zero: a bit each.
 #[derive(Debug)]
 pub(crate) struct SentPages(Vec<AtomicU64>);
@@ -97,6 +101,16 @@ pub(crate) struct Job {
     pub(crate) round: u32,
     pub(crate) set: Arc<SendSet>,
     pub(crate) part: Part,
+    pub(crate) haste: Haste,
+}
+
+/// Who comes first where a processor is short.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Haste {
+    /// The guest runs: it comes first.
+    Polite,
+    /// The guest is stopped and waits for this.
+    Urgent,
 }
 
 /// Whether more of a round follows.
@@ -148,6 +162,7 @@ impl Senders {
                 buffer: vec![0; PAYLOAD_BYTES_MAX],
                 head: Vec::with_capacity(16 << 10),
                 descriptors: Vec::with_capacity(DESCRIPTORS_MAX),
+                haste: Haste::Urgent,
                 packed: vec![0; get_maximum_output_size(PAYLOAD_BYTES_MAX)],
             };
             let failed = failed.clone();
@@ -202,10 +217,12 @@ struct Sender {
     head: Vec<u8>,
     descriptors: Vec<Descriptor>,
     packed: Vec<u8>,
+    haste: Haste,
 }
 
 impl Sender {
     fn round(&mut self, job: &Job) -> Result<(), String> {
+        self.make(job.haste);
         let blocks = self.blocks.clone();
         for (at, block) in blocks.iter().enumerate() {
             self.discard(block, job.round, &job.set.holes[at])?;
@@ -215,6 +232,15 @@ impl Sender {
             self.link.write(&[IoSlice::new(&BatchHeader::round_end(job.round).encode())])?;
         }
         self.link.connection.flush().map_err(|why| why.to_string())
+    }
+
+    /// Gives way to the guest, or not any more. Where the kernel does not allow it, everything is as it was.
+    fn make(&mut self, haste: Haste) {
+        if self.haste != haste {
+            self.haste = haste;
+            let change = if haste == Haste::Polite { POLITE } else { -POLITE };
+            let _ = rustix::process::nice(change);
+        }
     }
 
     /// The pages of `runs` that are this stream's, in stripes.

@@ -60,6 +60,7 @@ fn survives(victim: Victim) {
     watcher.finish();
 }
 
+/// The folder of the source's QEMU stayed behind for ever when its agent died in the middle of forgetting the VM.
 #[test]
 fn the_sources_agent_killed_at_any_moment_of_the_handoff() {
     survives(Victim::Source);
