@@ -28,8 +28,14 @@ const ACCEPT_WAIT: Duration = Duration::from_secs(120);
 const LOCAL_WAIT: Duration = Duration::from_secs(60);
 /// How long pages may fail to move before the target counts as gone.
 const STALL_WAIT: Duration = Duration::from_secs(30);
-/// How long the target may take to load the device state and answer.
-const LOAD_WAIT: Duration = Duration::from_secs(60);
+/// How long pages may fail to move while the VM is stopped: it waits for them, and can go on here.
+const STOPPED_STALL_WAIT: Duration = Duration::from_secs(5);
+/// How long the target may take to load the device state and answer: it takes milliseconds, and the VM is stopped.
+const LOAD_WAIT: Duration = Duration::from_secs(10);
+/// The same where the target is to prove RAM equal first, which reads all of it.
+const VERIFY_WAIT: Duration = Duration::from_secs(60);
+/// How long to wait before the VM's QEMU here is ended once more, when it did not die.
+const END_PAUSE: Duration = Duration::from_secs(1);
 /// How long the target may take to say that it committed before it is asked.
 const COMMIT_WAIT: Duration = Duration::from_secs(5);
 /// First pause between questions to a target that does not answer; it doubles.
@@ -294,7 +300,7 @@ impl Source {
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
             SourceInput::Scanned(pages) => self.on_scanned(pages, now),
             SourceInput::Stopped(pages) if self.state == State::Stopping => self.on_stopped(pages, now),
-            SourceInput::Finished(pages) => self.on_finished(pages),
+            SourceInput::Finished(pages) => self.on_finished(pages, now),
             SourceInput::Resumed => self.over(),
             SourceInput::ResumeFailed(why) => self.on_resume_failed(why),
             SourceInput::Answered(ownership) => self.on_answer(ownership, now),
@@ -304,6 +310,7 @@ impl Source {
                 self.actions.push_back(SourceAction::Release);
                 self.actions.push_back(SourceAction::Over(Outcome::Completed));
             }
+            SourceInput::Failed(_) if self.state == State::Ending => self.wait(now, END_PAUSE),
             SourceInput::Failed(why) => self.fail(Outcome::Failed(why)),
             SourceInput::Cancel if self.can_cancel() => {
                 self.cancelling = true;
@@ -417,8 +424,10 @@ impl Source {
         self.last_sent = bytes;
         self.progress.transferred = bytes;
         self.progress.ram_remaining = Bytes(self.progress.ram_remaining.0.saturating_sub(more.0));
-        if matches!(self.state, State::Sending { .. } | State::Finishing { .. }) {
-            self.wait(now, STALL_WAIT);
+        match self.state {
+            State::Sending { .. } => self.wait(now, STALL_WAIT),
+            State::Finishing { .. } => self.wait(now, STOPPED_STALL_WAIT),
+            _ => {}
         }
     }
 
@@ -444,7 +453,7 @@ impl Source {
         self.progress.ram_remaining = Bytes(0);
         match self.state {
             State::Sending { began, sent_before, .. } => self.on_round_over(began, sent_before, now),
-            _ => self.wait(now, LOAD_WAIT),
+            _ => self.wait(now, self.load_wait()),
         }
     }
 
@@ -480,11 +489,12 @@ impl Source {
         self.progress.rounds = round;
         self.progress.ram_remaining = pages.bytes();
         let state = State::Finishing { round, barriers: 0, quiet: false, loaded: false };
-        self.enter(state, SourceAction::Finish(round), now, STALL_WAIT);
+        self.enter(state, SourceAction::Finish(round), now, STOPPED_STALL_WAIT);
     }
 
-    fn on_finished(&mut self, found: Pages) {
-        let State::Finishing { quiet, .. } = &mut self.state else { return };
+    fn on_finished(&mut self, found: Pages, now: Duration) {
+        let all = self.all_barriers();
+        let State::Finishing { quiet, barriers, .. } = &mut self.state else { return };
         if found != Pages(0) {
             let pages = found.0;
             return self.fail(Outcome::Failed(format!(
@@ -492,6 +502,9 @@ impl Source {
             )));
         }
         *quiet = true;
+        // What was done here took its time; the target's begins now.
+        let wait = if *barriers == all { self.load_wait() } else { STOPPED_STALL_WAIT };
+        self.wait(now, wait);
         self.release_when_ready();
     }
 
@@ -544,7 +557,8 @@ impl Source {
         match &self.state {
             State::Released => self.ask(now),
             State::Asking { .. } => self.actions.push_back(SourceAction::Ask),
-            State::Ending | State::Undoing(_) | State::Over => {}
+            State::Ending => self.actions.push_back(SourceAction::End),
+            State::Undoing(_) | State::Over => {}
             state => {
                 let what = waiting_for(state);
                 self.fail(Outcome::Failed(format!("gave up waiting for {what}")));
@@ -630,6 +644,10 @@ impl Source {
             peer: self.parameters.peer.clone(),
             step,
         }));
+    }
+
+    fn load_wait(&self) -> Duration {
+        if self.parameters.offer.verify { VERIFY_WAIT } else { LOAD_WAIT }
     }
 
     fn all_barriers(&self) -> u64 {
