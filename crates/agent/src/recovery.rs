@@ -25,6 +25,7 @@ const STORE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Finds all VMs again and settles what can be settled here. Returns those whose owner must be asked for.
 pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
+    sterna_vmm::qemu::sweep_scopes();
     let mut open = Vec::new();
     let written = host.registry().written();
     let names = host.journal().names();

@@ -342,6 +342,19 @@ pub(super) fn own_cgroup(pid: i32) -> Option<PathBuf> {
     Path::new(path).starts_with(CGROUP_PARENT).then(|| cgroup_root().map(|root| root.join(path))).flatten()
 }
 
+/// Removes the cgroups of VMs that ended while nobody watched: after the death of the agent that had made them. One in which
+/// something runs is in use; the kernel keeps it.
+pub fn sweep_scopes() {
+    let Some(parent) = cgroup_root().map(|root| root.join(CGROUP_PARENT)) else { return };
+    for scope in fs::read_dir(parent).into_iter().flatten().flatten() {
+        // The process is named in it: a scope that was made this moment is still empty.
+        let pid = scope.file_name().to_str().and_then(|name| name.rsplit_once('-')?.1.parse::<u32>().ok());
+        if pid.is_some_and(|pid| !Path::new("/proc").join(pid.to_string()).exists()) {
+            let _ = fs::remove_dir(scope.path());
+        }
+    }
+}
+
 /// Removes an empty cgroup of ours. The kernel refuses for a moment after the last process has gone.
 pub(super) fn remove_cgroup(dir: &Path) {
     for _ in 0..CGROUP_TRIES {

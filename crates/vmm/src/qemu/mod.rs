@@ -27,7 +27,7 @@ use serde_json::{Value, json};
 use sterna_memory::Process;
 
 pub use cmdline::{CommandLine, CommandLineError};
-pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail};
+pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use precheck::target_reasons;
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};
