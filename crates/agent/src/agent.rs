@@ -138,6 +138,7 @@ impl Agent {
                 "its RAM is not understood; it runs and cannot be moved"
             );
         }
+        tracing::info!(vm = name, pid = record.process.pid, "the VM was started");
         let vm = Vm::new(record, Some(qemu));
         if let Err(why) = self.host.registry().insert(&vm) {
             return Err(self.abandon(&vm, &why));
@@ -178,8 +179,16 @@ impl Agent {
     }
 
     fn find(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+        use sterna_engine::handoff::{Journal as _, Step};
         let found = self.host.registry().find(name);
         found.ok_or_else(|| {
+            let record = self.host.journal().load(name).ok().flatten();
+            if let Some(record) = record.filter(|record| record.step == Step::Gone) {
+                let (us, peer) = (self.name(), record.peer);
+                return AgentError::NotFound(format!(
+                    "host {us} has no VM named {name}: it moved to host {peer}"
+                ));
+            }
             AgentError::NotFound(format!("host {} has no VM named {name}; see sterna ps", self.name()))
         })
     }
@@ -209,6 +218,7 @@ impl Agent {
         vm.free();
         ended.map_err(|why| AgentError::Failed(format!("VM {name} does not end: {why}")))?;
         self.host.registry().remove(&vm);
+        tracing::info!(vm = name, "the VM was ended");
         Ok(())
     }
 
@@ -266,6 +276,7 @@ impl Agent {
         let freed = vm.clone();
         let handle = source::start(&self.host, &vm, &request, id, move || freed.free());
         let view = handle.view.borrow().clone();
+        tracing::info!(vm = request.vm, to = request.host, migration = %id, "a migration begins");
         jobs.add(id.to_string(), key, handle);
         Ok(view)
     }

@@ -5,7 +5,9 @@ use crate::control::explain;
 use crate::journal::FileJournal;
 use crate::registry::{Registry, Vm, is_usable, lock};
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::fs::{File, TryLockError};
+use std::io::{Read as _, Write as _};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 use sterna_memory::{Attach, Process};
@@ -27,6 +29,8 @@ pub(crate) struct Host {
     journal: Mutex<FileJournal>,
     registry: Arc<Registry>,
     user: Option<User>,
+    /// Held as long as this agent lives: two would end each other's VMs.
+    _alone: [File; 2],
 }
 
 impl Host {
@@ -46,6 +50,7 @@ impl Host {
             return Err(format!("the attach helper {} is not there; set attach-helper", helper.display()));
         }
         config.attach_helper = Some(helper);
+        let alone = [alone_in(&config.state_dir)?, alone_in(&config.run_dir)?];
         let user = config.qemu.user.as_deref().map(find_user).transpose()?;
         let folder = |name: &str| config.state_dir.join(name);
         let cannot = |why: std::io::Error| format!("the state folder {}: {why}", config.state_dir.display());
@@ -53,7 +58,7 @@ impl Host {
         let registry = Arc::new(Registry::open(folder("vms")).map_err(cannot)?);
         std::fs::create_dir_all(config.run_dir.join("vms")).map_err(cannot)?;
         std::fs::create_dir_all(config.run_dir.join("log")).map_err(cannot)?;
-        Ok(Self { endpoint, journal, registry, user, config })
+        Ok(Self { endpoint, journal, registry, user, config, _alone: alone })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -165,6 +170,31 @@ impl Host {
         }
         Ok(())
     }
+}
+
+/// Makes sure that no other agent works with this folder, before anything in it is read.
+fn alone_in(folder: &Path) -> Result<File, String> {
+    let cannot = |why: std::io::Error| format!("the folder {} cannot be used: {why}", folder.display());
+    std::fs::create_dir_all(folder).map_err(cannot)?;
+    let path = folder.join("agent.lock");
+    let mut file =
+        File::options().read(true).write(true).create(true).truncate(false).open(path).map_err(cannot)?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::Error(why)) => return Err(cannot(why)),
+        Err(TryLockError::WouldBlock) => {
+            let mut other = String::new();
+            drop(file.read_to_string(&mut other));
+            let (folder, other) = (folder.display(), other.trim());
+            return Err(format!(
+                "another agent (process {other}) works with {folder}: stop it, or give this one a state-dir and run-dir of \
+                 its own"
+            ));
+        }
+    }
+    let told = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+    told.map_err(cannot)?;
+    Ok(file)
 }
 
 /// RAM that a command line asks for; 0 when it cannot be told.

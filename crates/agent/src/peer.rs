@@ -8,13 +8,21 @@ use crate::target;
 use std::sync::Arc;
 use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer};
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{Answer, Query, Refused};
+use sterna_engine::wire::message::{Answer, Query, Refused, Text};
 use sterna_transport::{Connection, PeerName};
 
 /// Handles one connection of a verified peer, on a thread of its own.
 pub(crate) fn handle(host: &Arc<Host>, incoming: &Incoming, mut connection: Connection) {
     let Some(peer) = host.known_peer(connection.peer_names().iter().map(PeerName::as_str)) else {
-        return tracing::warn!(peer = %connection.peer(), "a host that is not in the list of hosts was refused");
+        tracing::warn!(peer = %connection.peer(), "a host that is not in the list of hosts was refused");
+        // It has a certificate of our authority: it may know why, and whoever runs it should.
+        let text = format!(
+            "host {} does not have {} in its list of hosts ([hosts])",
+            host.name(),
+            connection.peer()
+        );
+        drop(control::receive(&mut connection, FIRST_MESSAGE_WITHIN));
+        return reply(&mut connection, &Message::Abort(Text { text }));
     };
     match control::receive(&mut connection, FIRST_MESSAGE_WITHIN) {
         Ok(Message::Hello(hello)) => target::run(host, incoming, &peer, &hello, connection),

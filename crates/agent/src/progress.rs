@@ -10,7 +10,7 @@ use sterna_engine::Source;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::progress::Status;
 use sterna_engine::source::Outcome;
-use sterna_engine::units::{PAGE_BYTES, Pages};
+use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
 use tokio::sync::watch;
 
 /// What a migration publishes about itself.
@@ -147,8 +147,17 @@ impl View {
             view.ram.duplicate = counters.duplicate.load(Ordering::Relaxed);
             view.ram.dirty_pages_rate = progress.dirty_pages_rate;
             view.ram.dirty_sync_count = progress.rounds;
-            view.ram.mbps = progress.bandwidth.map_or(0.0, |rate| rate.mbps());
+            // The first round takes longest: until it is over, what it has moved so far tells.
+            let so_far = || Rate::measured(Bytes(transferred), now.saturating_sub(progress.setup_time));
+            view.ram.mbps = progress.bandwidth.or_else(so_far).map_or(0.0, |rate| rate.mbps());
         });
+    }
+
+    /// The same in the log: migrations are remembered only as long as the agent lives.
+    fn tell(&self) {
+        let view = self.shown.borrow();
+        let what = view.error_desc.as_deref().unwrap_or("the VM has moved");
+        tracing::info!(vm = view.vm, to = view.target, migration = view.id, "{what}");
     }
 
     /// The last word.
@@ -182,6 +191,7 @@ impl View {
                 view.reasons = reasons.iter().map(show).collect();
             }
         });
+        self.tell();
     }
 }
 

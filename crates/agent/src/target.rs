@@ -128,7 +128,9 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
 
 /// The command line for this host, or everything in it that this host does not allow.
 fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> {
-    let reason = |text: String| Reason { code: "command-line".into(), text };
+    // Whoever reads it sits at the source.
+    let reason =
+        |text: String| Reason { code: "command-line".into(), text: format!("on {}: {text}", host.name()) };
     let line = CommandLine::parse(offer.argv.clone()).map_err(|why| vec![reason(explain(&why))])?;
     let cpu = Some(offer.cpu.as_str()).filter(|cpu| !cpu.is_empty());
     line.for_target(&host.run_dir(&offer.vm), &offer.machine, cpu, &host.config().map, &host.policy())

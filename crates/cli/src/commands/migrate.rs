@@ -119,6 +119,8 @@ pub(crate) fn outcome(view: &MigrationView) -> Exit {
     match view.status.as_str() {
         "completed" => Exit::Done,
         "failed" if !view.reasons.is_empty() => Exit::Refused,
+        // It runs nowhere: its QEMU has ended, or could not be resumed.
+        "failed" if view.runs_at.is_empty() => Exit::Attention,
         "failed" => Exit::Failed,
         "cancelled" => Exit::Cancelled,
         _ => Exit::Attention,

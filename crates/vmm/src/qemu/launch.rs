@@ -165,10 +165,12 @@ impl Launch {
     /// Starts it and waits until it answers. Whoever fails here leaves no process behind.
     pub fn start(&self, within: Duration) -> Result<Launched, VmmError> {
         let end = Instant::now() + within;
+        // What earlier QEMUs of this VM wrote stays in the log, and out of this one's errors.
+        let before = fs::metadata(&self.log).map_or(0, |known| known.len());
         self.check_name()?;
         self.prepare_run_dir()?;
-        let (process, exit) = self.spawn()?;
-        match self.wait_for_qmp(&exit, end) {
+        let (process, exit) = self.spawn(before)?;
+        match self.wait_for_qmp(&exit, end, before) {
             Ok(qmp) => {
                 let qemu = Qemu::new(qmp, process, Some(self.log.clone()))?;
                 Ok(Launched { qemu, exit })
@@ -204,7 +206,7 @@ impl Launch {
         }
     }
 
-    fn spawn(&self) -> Result<(Process, Exit), LaunchError> {
+    fn spawn(&self, before: u64) -> Result<(Process, Exit), LaunchError> {
         let log =
             open_log(&self.log).map_err(|source| LaunchError::Prepare { path: self.log.clone(), source })?;
         let errors =
@@ -223,7 +225,7 @@ impl Launch {
         }
         let exit = Exit::of(child, own_cgroup(pid));
         match (process, exit.status()) {
-            (Err(ProcessError::Gone { .. }), _) => Err(self.exited(&exit)),
+            (Err(ProcessError::Gone { .. }), _) => Err(self.exited(&exit, before)),
             (process, _) => Ok((process?, exit)),
         }
     }
@@ -250,32 +252,37 @@ impl Launch {
         chain
     }
 
-    fn wait_for_qmp(&self, exit: &Exit, end: Instant) -> Result<Qmp, LaunchError> {
+    fn wait_for_qmp(&self, exit: &Exit, end: Instant, before: u64) -> Result<Qmp, LaunchError> {
         let socket = self.run_dir.join(QMP_SOCKET);
         loop {
             // Once connected, it is waited for the greeting to the end: QEMU is slow when the host is.
             let result = reach_within(&socket, SOCKET_SLICE)
                 .and_then(|socket| Qmp::over(socket, end.saturating_duration_since(Instant::now())));
             if exit.status().is_some() {
-                return Err(self.exited(exit));
+                return Err(self.exited(exit, before));
             }
             match result {
                 Ok(qmp) => return Ok(qmp),
                 Err(source) if Instant::now() >= end => {
-                    return Err(LaunchError::Silent { log: self.log.clone(), tail: self.tail(), source });
+                    return Err(LaunchError::Silent {
+                        log: self.log.clone(),
+                        tail: self.tail(before),
+                        source,
+                    });
                 }
                 Err(error) => tracing::trace!(%error, "QEMU does not answer yet"),
             }
         }
     }
 
-    fn exited(&self, exit: &Exit) -> LaunchError {
+    fn exited(&self, exit: &Exit, before: u64) -> LaunchError {
         let status = exit.wait(SOCKET_SLICE).unwrap_or_default();
-        LaunchError::Exited { status, log: self.log.clone(), tail: self.tail() }
+        LaunchError::Exited { status, log: self.log.clone(), tail: self.tail(before) }
     }
 
-    fn tail(&self) -> String {
-        log_tail(&self.log, LOG_TAIL_BYTES)
+    fn tail(&self, before: u64) -> String {
+        let written = fs::metadata(&self.log).map_or(0, |known| known.len()).saturating_sub(before);
+        log_tail(&self.log, written.min(LOG_TAIL_BYTES))
     }
 }
 

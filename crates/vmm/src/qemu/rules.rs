@@ -34,6 +34,9 @@ const UNKNOWN: &str = "this setting is not known to be safe at a target";
 /// Puts the settings of `option` into this host's words, or says why it refuses.
 pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Result<(), String> {
     let rule = rule(option, settings)?;
+    if option == "chardev" {
+        keep_logs(settings, host)?;
+    }
     if matches!(option, "netdev" | "nic") && settings.value("type").as_deref() == Some("tap") {
         complete_tap(settings, host)?;
     }
@@ -366,6 +369,25 @@ fn complete_tap(settings: &mut Settings, host: Host<'_>) -> Result<(), String> {
     Ok(())
 }
 
+/// The waiting QEMU would empty a file that is there: the source may be writing it, and still has the VM.
+fn keep_logs(settings: &Settings, host: Host<'_>) -> Result<(), String> {
+    let file = settings.value("backend").as_deref() == Some("file");
+    for (path, append) in [("path", "append"), ("logfile", "logappend")] {
+        let kept = settings.value(append).as_deref() == Some("on") || (path == "path" && !file);
+        if let Some(value) = settings.value(path).filter(|_| !kept) {
+            not_emptied(&host.path(&value, Presence::Created)?, &format!("add {append}=on"))?;
+        }
+    }
+    Ok(())
+}
+
+fn not_emptied(path: &str, instead: &str) -> Result<(), String> {
+    match std::path::Path::new(path).is_file() {
+        true => Err(format!("QEMU would empty {path} as soon as it waits for the VM; {instead}")),
+        false => Ok(()),
+    }
+}
+
 fn chardev(backend: &str) -> Result<KindOf, String> {
     match backend {
         "null" | "ringbuf" | "memory" | "pty" | "vc" | "stdio" => Ok(|key| match key {
@@ -435,7 +457,11 @@ pub(super) fn character(value: &str, host: Host<'_>) -> Result<String, String> {
     match kind {
         "null" | "none" | "stdio" | "pty" | "vc" if !value.contains('/') => Ok(value.to_owned()),
         "chardev" => word(rest).map(|id| format!("chardev:{id}")),
-        "file" => Ok(format!("file:{}", without_commas(&host.path(rest, Presence::Created)?)?)),
+        "file" => {
+            let path = host.path(rest, Presence::Created)?;
+            not_emptied(&path, "use -chardev file,id=ID,path=FILE,append=on and chardev:ID in its place")?;
+            Ok(format!("file:{}", without_commas(&path)?))
+        }
         "unix" => {
             let (path, flags) =
                 rest.split_once(',').map_or((rest, None), |(path, flags)| (path, Some(flags)));
