@@ -76,7 +76,10 @@ impl View {
     /// The VM is being stopped.
     pub(crate) fn stopping(&mut self) {
         self.stopped = true;
-        self.shown.send_modify(|view| view.runs_at = String::new());
+        self.shown.send_modify(|view| {
+            view.status = Status::Device.word().into();
+            view.runs_at = String::new();
+        });
     }
 
     /// The VM's QEMU here has ended by itself: nobody runs it.

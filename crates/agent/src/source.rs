@@ -84,6 +84,7 @@ struct Outgoing {
     state: Vec<u8>,
     verify: bool,
     round: u32,
+    updated: Instant,
     lap: Instant,
 }
 
@@ -192,6 +193,7 @@ impl Outgoing {
             state: Vec::new(),
             verify: false,
             round: 0,
+            updated: Instant::now(),
             lap: Instant::now(),
         }
     }
@@ -265,7 +267,7 @@ impl Outgoing {
         loop {
             while let Some(action) = machine.poll() {
                 if let SourceAction::Over(outcome) = action {
-                    self.update(&machine);
+                    self.show(&machine);
                     return self.over(&outcome);
                 }
                 if let Some(input) = self.perform(action) {
@@ -570,6 +572,15 @@ impl Outgoing {
     }
 
     fn update(&mut self, machine: &Source) {
+        // Whoever watches is woken by each update: not in the middle of the stop, where it would take the VM's time.
+        if self.view.is_stopped() && self.updated.elapsed() < REFRESH {
+            return;
+        }
+        self.show(machine);
+    }
+
+    fn show(&mut self, machine: &Source) {
+        self.updated = Instant::now();
         let wire = self.wire.iter().map(Counters::bytes_sent).sum();
         self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
         if machine.needs_attention(self.now()) {

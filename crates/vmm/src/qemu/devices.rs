@@ -48,6 +48,8 @@ const HAS_EXIT_ON_ERROR: Version = Version::new(9, 1);
 pub(super) struct Devices {
     /// Set when the VM was seen running, taken by a save: QEMU 7.2 aborts at a second save without `cont`.
     ran_since_save: bool,
+    /// Set while we hold it stopped: after our stop, or our load.
+    paused: bool,
     prepared: Option<Prepared>,
     saving: Option<Ticket>,
     saves: u64,
@@ -80,28 +82,43 @@ pub(super) fn prepare_save(qemu: &mut Qemu) -> Result<(), VmmError> {
 }
 
 pub(super) fn pause(qemu: &mut Qemu) -> Result<(), VmmError> {
-    match qemu.status()? {
-        RunState::Running => qemu.devices.ran_since_save = true,
-        RunState::Paused => return Ok(()),
-        state => {
+    let operation = "stop the VM";
+    // Asked, stopped and asked again in one go: each answer that is waited for while the guest runs waits for the guest.
+    let mut tickets = Vec::new();
+    for command in ["query-status", "stop", "query-status"] {
+        let sent = qemu.qmp.send(command, Value::Null, DRAIN_WITHIN);
+        tickets.push(sent.map_err(|e| qemu.explain(operation, e))?);
+    }
+    let mut states = Vec::new();
+    for ticket in tickets {
+        let answer = qemu.qmp.wait(&ticket, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+        states.extend(answer["status"].as_str().map(|word| RunState::from(word.to_owned())));
+    }
+    match states.as_slice() {
+        [RunState::Running, RunState::Paused] => qemu.devices.ran_since_save = true,
+        [RunState::Paused, RunState::Paused] => {}
+        // The disk can fail, or the guest can panic, while it is being stopped.
+        [RunState::Running, state] => {
+            let detail = "it did not become paused";
+            return Err(VmmError::WrongState { operation: "pause", state: state.clone(), detail });
+        }
+        states => {
+            let state = states.first().cloned().unwrap_or_else(|| RunState::Other("silent".into()));
             let detail = "only a running VM can be paused; let it run first";
             return Err(VmmError::WrongState { operation: "pause", state, detail });
         }
     }
-    let operation = "stop the VM";
-    qemu.qmp.execute("stop", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
-    match qemu.status()? {
-        RunState::Paused => Ok(()),
-        // The disk can fail, or the guest can panic, while it is being stopped.
-        state => Err(VmmError::WrongState { operation: "pause", state, detail: "it did not become paused" }),
-    }
+    qemu.devices.paused = true;
+    Ok(())
 }
 
 pub(super) fn save_begin(qemu: &mut Qemu) -> Result<SaveTicket, VmmError> {
     let operation = "save";
-    let state = qemu.status()?;
-    if state != RunState::Paused {
-        return Err(VmmError::WrongState { operation, state, detail: "pause it first" });
+    if !qemu.devices.paused {
+        let state = qemu.status()?;
+        if state != RunState::Paused {
+            return Err(VmmError::WrongState { operation, state, detail: "pause it first" });
+        }
     }
     if !qemu.devices.ran_since_save {
         let detail = "it has not run since the last save, or since we know it, and QEMU 7.2 aborts at a second \
@@ -134,25 +151,24 @@ pub(super) fn save_finish(qemu: &mut Qemu, ticket: SaveTicket) -> Result<Vec<u8>
 }
 
 pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
-    match qemu.status()? {
+    // Of a VM that we have paused or loaded ourselves we know it; every question is a part of its downtime.
+    let state = if qemu.devices.paused { RunState::Paused } else { qemu.status()? };
+    match state {
         RunState::Running => {}
         state @ (RunState::Inmigrate | RunState::FinishMigrate | RunState::SaveVm) => {
             let detail = "it would run by itself later; load its state first";
             return Err(VmmError::WrongState { operation: "resume", state, detail });
         }
-        _ => run(qemu)?,
+        // QEMU answers when the processors have been let go, or with the reason why not.
+        _ => {
+            let done = qemu.qmp.execute("cont", Value::Null, DRAIN_WITHIN);
+            done.map_err(|e| qemu.explain("run the VM", e)).map(drop)?;
+        }
     }
+    qemu.devices.paused = false;
     qemu.devices.ran_since_save = true;
     drop_prepared(qemu);
     Ok(())
-}
-
-fn run(qemu: &mut Qemu) -> Result<(), VmmError> {
-    qemu.qmp.execute("cont", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain("run the VM", e))?;
-    match qemu.status()? {
-        RunState::Running => Ok(()),
-        state => Err(VmmError::WrongState { operation: "resume", state, detail: "it did not start to run" }),
-    }
 }
 
 /// Closes QEMU's end of the file. Only now: QEMU before 9 closes the descriptors of a set only while the VM runs
@@ -243,7 +259,10 @@ pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
         return Err(load_failed(qemu));
     }
     match qemu.status()? {
-        RunState::Paused | RunState::Prelaunch => Ok(()),
+        RunState::Paused | RunState::Prelaunch => {
+            qemu.devices.paused = true;
+            Ok(())
+        }
         state => {
             Err(VmmError::WrongState { operation: "load", state, detail: "a loaded target must be paused" })
         }
