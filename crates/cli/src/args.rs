@@ -23,7 +23,7 @@ Exit codes:
   1  failed; the VM runs at the source
   2  wrong arguments, no such name, or no agent answers: nothing was changed
   3  cancelled; the VM runs at the source
-  4  the VM needs attention: it is not known where it runs
+  4  the VM needs attention: it runs nowhere, or it is not known where it runs
   5  refused by the pre-check: nothing was touched, each reason has a line
 
 Environment:

@@ -42,6 +42,8 @@ use devices::Devices;
 pub const COMMAND_WITHIN: Duration = Duration::from_secs(10);
 /// How long `stop`, a save and `cont` may take: they wait until the disks have taken what was in flight.
 pub const DRAIN_WITHIN: Duration = Duration::from_secs(30);
+/// The nice value (setpriority(2)) of a QEMU that is about to end.
+const LAST_IN_LINE: i32 = 19;
 /// What our descriptors are called in QEMU, so that those of an agent that died are found.
 const OUR_FDS: &str = "sterna";
 /// How much of the log goes into an error.
@@ -254,6 +256,9 @@ impl Vmm for Qemu {
 
     fn quit(&mut self, within: Duration) -> Result<(), VmmError> {
         let end = Instant::now() + within;
+        // Giving back the memory of a large VM takes seconds of a processor, which the host's other guests come before.
+        let pid = rustix::process::Pid::from_raw(self.process.pid());
+        let _ = rustix::process::setpriority_process(pid, LAST_IN_LINE);
         // It may close the connection before the answer comes, or hang: only the process's end counts.
         if let Err(error) = self.qmp.execute("quit", Value::Null, within) {
             tracing::debug!(%error, pid = self.process.pid(), "quit was not answered");
