@@ -140,6 +140,46 @@ fn a_name_that_left_can_be_used_again_and_outlives_the_agent() {
     b.stop("vm").unwrap();
 }
 
+/// A second agent on the folders of a living one ended the QEMUs that waited for it, and only then found the socket taken.
+#[test]
+fn a_second_agent_on_the_same_folders_is_refused_before_it_reads_them() {
+    let world = World::new("7.2");
+    let a = world.agent("a");
+    let elsewhere = world.config("a").replace(&world.address("a"), "127.0.0.1:0");
+    let path = world.path("second.toml");
+    std::fs::write(&path, elsewhere).unwrap();
+    let refused = Agent::start(sterna_agent::Config::load(&path).unwrap()).err().expect("it started");
+    let why = refused.to_string();
+    assert!(why.contains("another agent") && why.contains(&std::process::id().to_string()), "{why}");
+    drop(a);
+    world.agent("a");
+}
+
+/// The QEMU that waits opens the console's file: without append it emptied what the source was still writing.
+#[test]
+fn a_console_that_would_be_emptied_is_refused_and_kept() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let console = world.path("kept");
+    for serial in [format!("file:{}", console.display()), "chardev:c".into()] {
+        let options = "-nodefaults -display none -machine q35 -accel tcg -m 64";
+        let mut argv = vec![world.parts.qemu("7.2").display().to_string()];
+        argv.extend(options.split(' ').map(str::to_owned));
+        if serial == "chardev:c" {
+            argv.extend(["-chardev".into(), format!("file,id=c,path={}", console.display())]);
+        }
+        argv.extend(["-serial".into(), serial]);
+        a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv }).unwrap();
+        std::fs::write(&console, "what the guest said").unwrap();
+        let view = migrate(&a, request("vm", b.name()));
+        assert_eq!(view.status, "failed", "{view:?}");
+        assert!(view.reasons.iter().any(|reason| reason.text.contains("append=on")), "{view:?}");
+        assert_eq!(std::fs::read_to_string(&console).unwrap(), "what the guest said");
+        assert_eq!(a.vm("vm").unwrap().state, "running");
+        a.stop("vm").unwrap();
+    }
+}
+
 /// The image's lock is the second fence: both QEMUs have it open, and only the one that owns the VM may write.
 #[test]
 fn the_lock_of_a_disk_passes_over() {
