@@ -39,10 +39,25 @@ pub(crate) async fn list(client: &Client, format: Format) -> Result<Exit, Failur
 /// `sterna status`
 pub(crate) async fn status(client: &Client, args: &Which) -> Result<Exit, Failure> {
     match find(client, &args.which).await? {
-        Some(view) => print_view(args.output.format, &view)?,
+        Some(view) => {
+            print_view(args.output.format, &view)?;
+            tell_if_back(client, &view).await?;
+        }
         None => print_none(client, args).await?,
     }
     Ok(Exit::Done)
+}
+
+/// A VM that left and is listed here again: what its migration says of it is history.
+async fn tell_if_back(client: &Client, view: &MigrationView) -> Result<(), Failure> {
+    let vms: Vec<VmView> = client.fetch("/v1/vms").await?;
+    if view.status == "completed" && vms.iter().any(|vm| vm.name == view.vm && vm.state != "incoming") {
+        let MigrationView { vm, source, .. } = view;
+        eprintln!(
+            "sterna: since then {vm} has come back to {source}, or a new VM was given its name; see `sterna ps`"
+        );
+    }
+    Ok(())
 }
 
 /// The migration with this id, or the newest of the VM with this name.
