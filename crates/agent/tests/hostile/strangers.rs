@@ -12,7 +12,7 @@ use crate::support::World;
 use crate::support::daemon::Daemon;
 
 #[test]
-fn strangers_get_no_word_out_of_an_agent() {
+fn strangers_get_nothing_done_by_an_agent() {
     let world = World::new("7.2");
     let mut b = Daemon::start(&world, "b");
     no_tls(&world);
@@ -45,7 +45,7 @@ fn another_authority(world: &World) {
     assert!(refused.is_err());
 }
 
-/// Signed by our authority, and no host that `b` knows: whatever it says, the answer is the end of the connection.
+/// Signed by our authority, and no host that `b` knows: whatever it says, it is told just that, and the connection ends.
 fn not_in_the_list(world: &World) {
     pki::issue(&world.path("pki"), "mallory", &[]).unwrap();
     let query = Message::Query(Query { id: vec![1; 16], vm: "vm".into(), generation: 1 });
@@ -53,6 +53,10 @@ fn not_in_the_list(world: &World) {
         let connection = endpoint(world, "mallory").connect(&world.address("b"), "b", STEP).unwrap();
         let mut peer = Peer { connection };
         peer.send(&message);
-        assert!(peer.receive().is_none(), "{message:?} was answered");
+        let Some(Message::Abort(answer)) = peer.receive() else {
+            panic!("{message:?} was answered otherwise")
+        };
+        assert!(answer.text.contains("does not have mallory in its list of hosts"), "{}", answer.text);
+        assert!(peer.receive().is_none(), "{message:?} was answered further");
     }
 }
