@@ -37,6 +37,7 @@ pub struct FakeState {
     pub disk: FakeDisk,
     failures: VecDeque<(&'static str, When)>,
     may_save: bool,
+    stopped: bool,
     save_prepared: bool,
     load_prepared: bool,
     lent: i64,
@@ -123,6 +124,7 @@ impl FakeVmm {
             disk,
             failures: VecDeque::new(),
             may_save: false,
+            stopped: false,
             save_prepared: false,
             load_prepared: false,
             lent: 0,
@@ -203,19 +205,25 @@ impl FakeState {
         Ok(SaveTicket(self.saves))
     }
 
+    fn take_free_disk(&mut self) -> Result<(), VmmError> {
+        if !self.disk_is_free() {
+            return Err(VmmError::Order {
+                operation: "take the disk",
+                detail: "the disk is locked by the other end",
+            });
+        }
+        self.take_disk();
+        Ok(())
+    }
+
     fn start(&mut self) -> Result<(), VmmError> {
         if self.run_state == RunState::Inmigrate {
             let detail = "it would run by itself later; load its state first";
             return Err(VmmError::WrongState { operation: "resume", state: RunState::Inmigrate, detail });
         }
-        if !self.disk_is_free() {
-            return Err(VmmError::Order {
-                operation: "resume",
-                detail: "the disk is locked by the other end",
-            });
-        }
-        self.take_disk();
+        self.take_free_disk()?;
         self.run_state = RunState::Running;
+        self.stopped = false;
         self.may_save = true;
         self.save_prepared = false;
         Ok(())
@@ -275,18 +283,33 @@ impl Vmm for FakeVmm {
         })
     }
 
-    fn pause(&mut self) -> Result<(), VmmError> {
+    fn reads_directly(&mut self) -> Result<bool, VmmError> {
+        self.call("reads_directly", |_| Ok(false))
+    }
+
+    fn pause(&mut self) -> Result<RunState, VmmError> {
         self.call("pause", |state| {
-            if state.run_state != RunState::Paused {
-                state.require(
-                    RunState::Running,
-                    "pause",
-                    "only a running VM can be paused; let it run first",
-                )?;
+            let before = state.run_state.clone();
+            if !before.stands() {
+                state.require(RunState::Running, "pause", "it neither runs nor can go on later")?;
+                state.run_state = RunState::Paused;
+                state.stopped = true;
             }
-            state.run_state = RunState::Paused;
-            Ok(())
+            state.may_save = true;
+            Ok(before)
         })
+    }
+
+    fn drain(&mut self) -> Result<(), VmmError> {
+        self.call("drain", |_| Ok(()))
+    }
+
+    fn restore(&mut self) -> Result<(), VmmError> {
+        self.call("restore", |state| if state.stopped { state.start() } else { state.take_free_disk() })
+    }
+
+    fn take_disks(&mut self) -> Result<(), VmmError> {
+        self.call("take_disks", FakeState::take_free_disk)
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {

@@ -14,7 +14,8 @@
 //! prepare_save()    while it runs          layout()
 //! pause()                                  ...RAM arrives...
 //! save_begin() .. save_finish()  ------->  load(state)         loaded, paused, disks still the source's
-//! (undo: resume())                         resume()            the instant at which the owner changes
+//! (undo: restore())                        resume()            the instant at which the owner changes
+//!                                          or take_disks()     the same for a VM that was paused before
 //! quit()                                   announce()
 //! ```
 #![forbid(unsafe_code)]
@@ -70,8 +71,25 @@ pub trait Vmm: Send {
     /// Makes ready for a save while the VM still runs, so that nothing of it falls into the downtime.
     fn prepare_save(&mut self) -> Result<(), VmmError>;
 
-    /// Stops the VM's processors and waits until its devices have no I/O in flight. Harmless when it is stopped.
-    fn pause(&mut self) -> Result<(), VmmError>;
+    /// Whether hardware reads disks right into the VM's memory, past what tracks writes: see [`drain`](Vmm::drain).
+    fn reads_directly(&mut self) -> Result<bool, VmmError>;
+
+    /// Stops the VM's processors and waits until its devices have no I/O in flight. Tells in what state it was: `Running`,
+    /// or one that [`stands`](RunState::stands), which is left as it is.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongState`] when it is in another state, or comes into another while it is being stopped: a guest can
+    /// panic or switch itself off at any moment. Nothing was done then.
+    fn pause(&mut self) -> Result<RunState, VmmError>;
+
+    /// Waits until no disk I/O is in flight that was when this was called. A VM that runs stands still for that long.
+    fn drain(&mut self) -> Result<(), VmmError>;
+
+    /// Undoes [`pause`](Vmm::pause) and a save: a VM that ran before runs again, one that stood has its disks again.
+    fn restore(&mut self) -> Result<(), VmmError>;
+
+    /// Gives a VM that stands still its disks (the locks on its images), at the source after a save as at a loaded target.
+    fn take_disks(&mut self) -> Result<(), VmmError>;
 
     /// Lets the VM run. At a loaded target this is the instant at which it takes the disks.
     ///
@@ -81,7 +99,7 @@ pub trait Vmm: Send {
 
     /// Starts to save the device state of a paused VM, and does not wait.
     ///
-    /// A second save needs a [`resume`](Vmm::resume) in between: QEMU 7.2 aborts without, and takes the VM along.
+    /// A second save needs a [`restore`](Vmm::restore) in between: QEMU 7.2 aborts without, and takes the VM along.
     fn save_begin(&mut self) -> Result<SaveTicket, VmmError>;
 
     /// Waits for the save and returns the device state, as [`load`](Vmm::load) takes it.

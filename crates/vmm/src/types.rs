@@ -56,6 +56,19 @@ const RUN_STATES: [(&str, RunState); 12] = [
     ("internal-error", RunState::InternalError),
 ];
 
+impl RunState {
+    /// Whether its processors run.
+    pub fn runs(&self) -> bool {
+        *self == RunState::Running
+    }
+
+    /// Whether the VM stands still in a way in which it can be moved and go on later, when somebody lets it run: paused by
+    /// its user, reset while it was paused, or stopped by a disk's error, whose request is then tried again.
+    pub fn stands(&self) -> bool {
+        matches!(self, RunState::Paused | RunState::Prelaunch | RunState::IoError)
+    }
+}
+
 impl From<String> for RunState {
     fn from(word: String) -> Self {
         let known = RUN_STATES.into_iter().find(|(name, _)| *name == word);
@@ -297,6 +310,12 @@ pub enum VmmError {
     LoadFailed {
         /// QEMU's reason, with the end of its log.
         reason: String,
+    },
+    /// A disk could not be taken.
+    #[error("its image {file} is locked by another process: does the VM run elsewhere?")]
+    DiskElsewhere {
+        /// The image.
+        file: String,
     },
     /// The RAM blocks are not understood.
     #[error("the RAM blocks of this QEMU are not understood: {detail}")]

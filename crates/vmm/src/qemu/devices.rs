@@ -4,11 +4,14 @@
 //! also gives up the disks (`qmp_xen_save_devices_state` in QEMU's `migration/savevm.c`). The file lacks the
 //! configuration section, which `qemu_loadvm_state` asks for in an incoming stream, so [`complete`] adds it.
 //!
+//! [`Disks`] is about the second save: QEMU 7.2 aborts when it is to give up disks that it has given up. A VM that ran gets
+//! them back by `cont`, one that stood by [`super::disks`].
+//!
 //! The target loads with capability `late-block-activate`: it is then paused, and the disks stay the source's until
 //! `cont`. That makes `cont` the one instant at which the VM changes hands.
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Seek, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
@@ -20,7 +23,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde_json::{Value, json};
 
 use super::qmp::{QmpError, Ticket, Version};
-use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu};
+use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu, disks};
 use crate::Vmm;
 use crate::types::{LentFd, RunState, SaveTicket, VmmError};
 
@@ -46,10 +49,8 @@ const HAS_EXIT_ON_ERROR: Version = Version::new(9, 1);
 /// What a [`Qemu`] remembers of saves and loads.
 #[derive(Debug, Default)]
 pub(super) struct Devices {
-    /// Set when the VM was seen running, taken by a save: QEMU 7.2 aborts at a second save without `cont`.
-    ran_since_save: bool,
-    /// Set while we hold it stopped: after our stop, or our load.
-    paused: bool,
+    disks: Disks,
+    held: Held,
     prepared: Option<Prepared>,
     saving: Option<Ticket>,
     saves: u64,
@@ -57,17 +58,44 @@ pub(super) struct Devices {
     incoming: Option<OwnedFd>,
 }
 
+/// Whether the VM may write its disks. A save gives them up, and QEMU 7.2 aborts when a save is to give up what it has given
+/// up already.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Disks {
+    /// Not known: an earlier agent may have saved it.
+    #[default]
+    Unknown,
+    Ours,
+    GivenUp,
+}
+
+/// Whether we are the ones who keep the VM from running.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Held {
+    #[default]
+    Not,
+    /// It ran, and we stopped it.
+    Stopped,
+    /// It stood already when we came to stop it.
+    Standing,
+    /// We have loaded it.
+    Loaded,
+}
+
 /// Where a save goes to.
 #[derive(Debug)]
 struct Prepared {
     file: File,
+    /// The same file as QEMU has it: an open file has one position, whoever holds it.
+    writer: File,
     lent: LentFd,
     machine: String,
 }
 
 pub(super) fn prepare_save(qemu: &mut Qemu) -> Result<(), VmmError> {
-    if qemu.devices.prepared.is_some() {
-        return Ok(());
+    if let Some(prepared) = &qemu.devices.prepared {
+        // An earlier try's, of a VM that has not run since: QEMU still holds it, with that try's state in it.
+        return prepared.rewind().map_err(|source| VmmError::Host { operation: "emptying a memfd", source });
     }
     let machine = qemu.machine_type()?;
     let memfd = memfd_create("sterna-devices", MemfdFlags::CLOEXEC).map_err(host("making a memfd"))?;
@@ -77,11 +105,18 @@ pub(super) fn prepare_save(qemu: &mut Qemu) -> Result<(), VmmError> {
     let flags = OFlags::WRONLY | OFlags::CLOEXEC;
     let writer = open(path, flags, Mode::empty()).map_err(host("opening a memfd to write"))?;
     let lent = qemu.lend_fd(writer.as_fd())?;
-    qemu.devices.prepared = Some(Prepared { file, lent, machine });
+    qemu.devices.prepared = Some(Prepared { file, writer: writer.into(), lent, machine });
     Ok(())
 }
 
-pub(super) fn pause(qemu: &mut Qemu) -> Result<(), VmmError> {
+impl Prepared {
+    fn rewind(&self) -> std::io::Result<()> {
+        self.writer.set_len(0)?;
+        (&self.writer).rewind()
+    }
+}
+
+pub(super) fn pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
     let operation = "stop the VM";
     // Asked, stopped and asked again in one go: each answer that is waited for while the guest runs waits for the guest.
     let mut tickets = Vec::new();
@@ -95,34 +130,66 @@ pub(super) fn pause(qemu: &mut Qemu) -> Result<(), VmmError> {
         states.extend(answer["status"].as_str().map(|word| RunState::from(word.to_owned())));
     }
     match states.as_slice() {
-        [RunState::Running, RunState::Paused] => qemu.devices.ran_since_save = true,
-        [RunState::Paused, RunState::Paused] => {}
+        [before @ RunState::Running, RunState::Paused] => {
+            qemu.devices.held = Held::Stopped;
+            qemu.devices.disks = Disks::Ours;
+            Ok(before.clone())
+        }
+        [before, _] if before.stands() => {
+            qemu.devices.held = Held::Standing;
+            if qemu.devices.disks != Disks::Ours {
+                take_disks(qemu)?;
+            }
+            Ok(before.clone())
+        }
         // The disk can fail, or the guest can panic, while it is being stopped.
         [RunState::Running, state] => {
             let detail = "it did not become paused";
-            return Err(VmmError::WrongState { operation: "pause", state: state.clone(), detail });
+            Err(VmmError::WrongState { operation: "pause", state: state.clone(), detail })
         }
         states => {
             let state = states.first().cloned().unwrap_or_else(|| RunState::Other("silent".into()));
-            let detail = "only a running VM can be paused; let it run first";
-            return Err(VmmError::WrongState { operation: "pause", state, detail });
+            let detail = "it neither runs nor can go on later";
+            Err(VmmError::WrongState { operation: "pause", state, detail })
         }
     }
-    qemu.devices.paused = true;
+}
+
+pub(super) fn drain(qemu: &mut Qemu) -> Result<(), VmmError> {
+    match pause(qemu)? {
+        RunState::Running => {
+            let done = qemu.qmp.execute("cont", Value::Null, DRAIN_WITHIN);
+            done.map_err(|e| qemu.explain("run the VM", e))?;
+            qemu.devices.held = Held::Not;
+            Ok(())
+        }
+        // It stood, and has no I/O in flight.
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn restore(qemu: &mut Qemu) -> Result<(), VmmError> {
+    match (qemu.devices.held, qemu.devices.disks) {
+        (Held::Stopped, _) => resume(qemu),
+        (_, Disks::GivenUp) => take_disks(qemu),
+        _ => Ok(()),
+    }
+}
+
+pub(super) fn take_disks(qemu: &mut Qemu) -> Result<(), VmmError> {
+    disks::activate(qemu)?;
+    qemu.devices.disks = Disks::Ours;
     Ok(())
 }
 
 pub(super) fn save_begin(qemu: &mut Qemu) -> Result<SaveTicket, VmmError> {
     let operation = "save";
-    if !qemu.devices.paused {
-        let state = qemu.status()?;
-        if state != RunState::Paused {
-            return Err(VmmError::WrongState { operation, state, detail: "pause it first" });
-        }
+    if qemu.devices.held == Held::Not {
+        return Err(VmmError::WrongState { operation, state: qemu.status()?, detail: "pause it first" });
     }
-    if !qemu.devices.ran_since_save {
-        let detail = "it has not run since the last save, or since we know it, and QEMU 7.2 aborts at a second \
-                      save; resume and pause it first";
+    if qemu.devices.disks != Disks::Ours {
+        let detail = "its disks are given up already, or not known to be its own, and QEMU 7.2 aborts at a second \
+                      save; restore and pause it first";
         return Err(VmmError::Order { operation, detail });
     }
     let Some(prepared) = &qemu.devices.prepared else {
@@ -131,7 +198,7 @@ pub(super) fn save_begin(qemu: &mut Qemu) -> Result<SaveTicket, VmmError> {
     let filename = format!("/dev/fdset/{}", prepared.lent.set);
     let args = json!({ "filename": filename, "live": true });
     // Taken before the command is sent: an answer that never comes must not allow a second try.
-    qemu.devices.ran_since_save = false;
+    qemu.devices.disks = Disks::GivenUp;
     let sent = qemu.qmp.send("xen-save-devices-state", args, COMMAND_WITHIN);
     qemu.devices.saving = Some(sent.map_err(|e| qemu.explain("save its devices", e))?);
     qemu.devices.saves += 1;
@@ -152,7 +219,10 @@ pub(super) fn save_finish(qemu: &mut Qemu, ticket: SaveTicket) -> Result<Vec<u8>
 
 pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
     // Of a VM that we have paused or loaded ourselves we know it; every question is a part of its downtime.
-    let state = if qemu.devices.paused { RunState::Paused } else { qemu.status()? };
+    let state = match qemu.devices.held {
+        Held::Stopped | Held::Loaded => RunState::Paused,
+        Held::Not | Held::Standing => qemu.status()?,
+    };
     match state {
         RunState::Running => {}
         state @ (RunState::Inmigrate | RunState::FinishMigrate | RunState::SaveVm) => {
@@ -165,8 +235,8 @@ pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
             done.map_err(|e| qemu.explain("run the VM", e)).map(drop)?;
         }
     }
-    qemu.devices.paused = false;
-    qemu.devices.ran_since_save = true;
+    qemu.devices.held = Held::Not;
+    qemu.devices.disks = Disks::Ours;
     drop_prepared(qemu);
     Ok(())
 }
@@ -260,7 +330,8 @@ pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
     }
     match qemu.status()? {
         RunState::Paused | RunState::Prelaunch => {
-            qemu.devices.paused = true;
+            qemu.devices.held = Held::Loaded;
+            qemu.devices.disks = Disks::GivenUp;
             Ok(())
         }
         state => {

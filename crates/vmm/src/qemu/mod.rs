@@ -7,6 +7,7 @@
 
 mod cmdline;
 mod devices;
+mod disks;
 mod fingerprint;
 mod keyval;
 mod launch;
@@ -224,8 +225,24 @@ impl Vmm for Qemu {
         devices::prepare_save(self)
     }
 
-    fn pause(&mut self) -> Result<(), VmmError> {
+    fn reads_directly(&mut self) -> Result<bool, VmmError> {
+        precheck::reads_directly(self)
+    }
+
+    fn pause(&mut self) -> Result<RunState, VmmError> {
         devices::pause(self)
+    }
+
+    fn drain(&mut self) -> Result<(), VmmError> {
+        devices::drain(self)
+    }
+
+    fn restore(&mut self) -> Result<(), VmmError> {
+        devices::restore(self)
+    }
+
+    fn take_disks(&mut self) -> Result<(), VmmError> {
+        devices::take_disks(self)
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {

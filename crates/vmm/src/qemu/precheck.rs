@@ -5,7 +5,7 @@
 
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::Qemu;
 use super::fingerprint::{all_devices, children};
@@ -103,15 +103,13 @@ fn version_reason(version: Version, reasons: &mut Vec<Reason>) {
 
 fn run_state_reason(state: &RunState, reasons: &mut Vec<Reason>) {
     let what_to_do = match state {
-        RunState::Running => return,
-        RunState::Paused => "paused by somebody; let it run (QMP cont) before the move",
-        RunState::Prelaunch => "launched with -S and never run; let it run (QMP cont) before the move",
+        RunState::Running | RunState::Paused | RunState::Prelaunch | RunState::IoError => return,
         RunState::Inmigrate => "waiting for another migration's state",
+        // Its device state does not say that it sleeps: it would wake up in the middle of the firmware's sleep.
         RunState::Suspended => "asleep; wake it up (QMP system_wakeup) before the move",
         RunState::FinishMigrate | RunState::Postmigrate => "being migrated by QEMU itself",
-        RunState::IoError => "stopped by an error of a disk; repair it and let it run",
-        RunState::Shutdown => "switched off",
-        RunState::GuestPanicked | RunState::InternalError => "stopped by a crash; reset it first",
+        RunState::Shutdown => "switched off; start it at the target instead",
+        RunState::GuestPanicked | RunState::InternalError => "stopped by a crash; save a dump if you need one, and reset it",
         RunState::SaveVm | RunState::Other(_) => "in a state that cannot be moved",
     };
     reasons.push(Reason::new(Code::RunState, format!("the VM is {state}: {what_to_do}")));
@@ -168,13 +166,6 @@ fn disk_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmErr
         let name = [&disk["device"], &disk["qdev"]].iter().find_map(|v| v.as_str().filter(|s| !s.is_empty()));
         let name = name.unwrap_or("without a name");
         let cache = &disk["inserted"]["cache"];
-        if cache["direct"] == true {
-            let text = format!(
-                "disk {name} uses direct I/O (cache=none or directsync), past which memory is written unseen; \
-                 use cache=writeback"
-            );
-            reasons.push(Reason::new(Code::Disk, text));
-        }
         if cache["no-flush"] == true {
             let text = format!(
                 "disk {name} never flushes (cache=unsafe), so the target may not see what was written; \
@@ -184,6 +175,12 @@ fn disk_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmErr
         }
     }
     Ok(())
+}
+
+/// Whether any disk is read past the host's page cache: then the hardware writes the guest's memory, at a time of its own.
+pub(super) fn reads_directly(qemu: &mut Qemu) -> Result<bool, VmmError> {
+    let nodes = qemu.ask("query-named-block-nodes", json!({ "flat": true }), "list its disks")?;
+    Ok(nodes.as_array().into_iter().flatten().any(|node| node["cache"]["direct"] == true))
 }
 
 fn layout_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
@@ -241,9 +238,22 @@ mod tests {
     }
 
     #[test]
-    fn only_a_running_vm_moves() {
-        for (word, count) in [("running", 0), ("paused", 1), ("prelaunch", 1), ("colo", 1), ("suspended", 1)]
-        {
+    fn a_vm_moves_if_it_runs_or_can_go_on_later() {
+        for (word, count) in [
+            ("running", 0),
+            ("paused", 0),
+            ("prelaunch", 0),
+            ("io-error", 0),
+            ("suspended", 1),
+            ("guest-panicked", 1),
+            ("internal-error", 1),
+            ("shutdown", 1),
+            ("inmigrate", 1),
+            ("finish-migrate", 1),
+            ("postmigrate", 1),
+            ("save-vm", 1),
+            ("colo", 1),
+        ] {
             let mut reasons = Vec::new();
             run_state_reason(&RunState::from(word.to_owned()), &mut reasons);
             assert_eq!(reasons.len(), count, "{word}");
