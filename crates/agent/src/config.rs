@@ -36,6 +36,18 @@ pub struct Config {
     /// What a peer's names of taps and files are called here.
     #[serde(default)]
     pub map: HostMap,
+    /// What this agent does without, so that a test can show what it is good for. No configuration file can say it.
+    #[doc(hidden)]
+    #[serde(skip)]
+    pub without: Vec<Mechanism>,
+}
+
+/// A mechanism that can be left out in a test, which must fail then.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mechanism {
+    /// Sending once more what hardware may have written unseen.
+    DirectIo,
 }
 
 /// Files in PEM.
@@ -90,6 +102,11 @@ impl Config {
         let text = std::fs::read_to_string(path)
             .map_err(|why| format!("the configuration {} cannot be read: {why}", path.display()))?;
         toml::from_str(&text).map_err(|why| format!("the configuration {}: {why}", path.display()))
+    }
+
+    /// Whether this agent has this mechanism.
+    pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
+        !self.without.contains(&mechanism)
     }
 
     /// The API's socket.

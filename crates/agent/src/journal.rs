@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use sterna_engine::handoff::{Generation, Journal, JournalError, MigrationId, Record, Step};
+use sterna_engine::handoff::{Activity, Generation, Journal, JournalError, MigrationId, Record, Step};
 
 const SLOT_BYTES: usize = 512;
 /// Digest bytes that guard a slot against torn writes.
@@ -112,8 +112,9 @@ fn encode(record: &Record, sequence: u64) -> Option<[u8; SLOT_BYTES]> {
     if record.vm.len() > NAME_BYTES_MAX || record.peer.len() > NAME_BYTES_MAX {
         return None;
     }
-    let Record { id, generation, vm, peer, step } = record;
-    let text = format!("sterna 1\n{sequence}\n{id}\n{}\n{}\n{vm}\n{peer}\n", generation.0, step.word());
+    let Record { id, generation, vm, peer, step, activity } = record;
+    let (generation, step, activity) = (generation.0, step.word(), activity.word());
+    let text = format!("sterna 1\n{sequence}\n{id}\n{generation}\n{step}\n{vm}\n{peer}\n{activity}\n");
     let mut raw = [0; SLOT_BYTES];
     raw[DIGEST_BYTES..DIGEST_BYTES + text.len()].copy_from_slice(text.as_bytes());
     let digest = blake3::hash(&raw[DIGEST_BYTES..]);
@@ -136,7 +137,8 @@ fn decode(raw: &[u8; SLOT_BYTES]) -> Option<(u64, Record)> {
     let generation = Generation(lines.next()?.parse().ok()?);
     let step = Step::from_word(lines.next()?)?;
     let (vm, peer) = (lines.next()?.to_owned(), lines.next()?.to_owned());
-    Some((sequence, Record { id, generation, vm, peer, step }))
+    let activity = Activity::from_word(lines.next()?)?;
+    Some((sequence, Record { id, generation, vm, peer, step, activity }))
 }
 
 #[cfg(test)]
@@ -145,7 +147,8 @@ mod tests {
 
     fn record(generation: u64, step: Step) -> Record {
         let id = MigrationId([7; 16]);
-        Record { id, generation: Generation(generation), vm: "db".into(), peer: "b".into(), step }
+        let (generation, activity) = (Generation(generation), Activity::Paused);
+        Record { id, generation, vm: "db".into(), peer: "b".into(), step, activity }
     }
 
     #[test]

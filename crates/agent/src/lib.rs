@@ -29,4 +29,4 @@ mod source;
 mod target;
 
 pub use agent::{Agent, AgentError};
-pub use config::Config;
+pub use config::{Config, Mechanism};

@@ -110,6 +110,9 @@ pub struct MigrationView {
     /// Where the VM runs now, as far as it can be known: the name of a host, or empty while it is stopped.
     #[serde(rename = "runs-at")]
     pub runs_at: String,
+    /// What it does there, in QEMU's words: a paused VM is moved too, and stays paused.
+    #[serde(rename = "run-state", default = "running")]
+    pub run_state: String,
     /// When it began.
     #[schema(value_type = String, format = DateTime)]
     pub began: jiff::Timestamp,
@@ -151,6 +154,10 @@ pub struct MigrationView {
     /// Every reason why the VM could not be moved, when it was refused before anything was touched.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub reasons: Vec<ReasonView>,
+}
+
+fn running() -> String {
+    "running".into()
 }
 
 /// QEMU's `ram` object.

@@ -1,21 +1,34 @@
 //! The pre-check at the source, and the offer that it makes of a VM. Nothing is touched here.
 
+use crate::config::Mechanism;
 use crate::control::{self, explain};
 use crate::host::Host;
-use crate::pages::{SentPages, SourceBlock};
+use crate::pages::{SentHashes, SentPages, SourceBlock, Writers};
 use crate::registry::Vm;
 use std::sync::Arc;
+use sterna_engine::handoff::Activity;
 use sterna_engine::source::Outcome;
 use sterna_engine::wire::message::{Block, Offer, Reason};
 use sterna_engine::wire::{Message, batch};
 use sterna_memory::{PAGE, Region, is_anonymous};
-use sterna_vmm::{Shape, Vmm};
+use sterna_vmm::{RunState, Shape, Vmm};
 
 /// Everything the pre-check found out about a VM.
 pub(crate) struct Checked {
     pub(crate) offer: Offer,
     pub(crate) blocks: Vec<SourceBlock>,
     pub(crate) shape: Shape,
+    pub(crate) writers: Writers,
+    pub(crate) activity: Activity,
+}
+
+/// What a VM in this state does; nothing for one that cannot be moved.
+pub(crate) fn activity_of(state: &RunState) -> Option<Activity> {
+    match state {
+        state if state.runs() => Some(Activity::Running),
+        state if state.stands() => Some(Activity::Paused),
+        _ => None,
+    }
 }
 
 /// Looks at the VM from all sides without touching it, and at the target if something speaks against the move already,
@@ -33,6 +46,10 @@ pub(crate) fn check(
         reasons.into_iter().map(|reason| Reason { code: word(&reason.code), text: reason.text }).collect();
     let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
     let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
+    let (state, direct) =
+        host.with_qemu(vm, |qemu| Ok((qemu.status()?, qemu.reads_directly()?))).map_err(failed)?;
+    let direct = direct && host.config().has(Mechanism::DirectIo);
+    let writers = if direct { Writers::Disks } else { Writers::Processors };
     let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
     let (machine, cpu, version) = host
         .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
@@ -69,7 +86,9 @@ pub(crate) fn check(
     let process = host.process_of(vm).map_err(failed)?;
     let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
         let region = Region { base: block.hva?, bytes: block.bytes };
-        let sent = SentPages::new(block.bytes.div_ceil(PAGE));
+        let pages = block.bytes.div_ceil(PAGE);
+        let sent = SentPages::new(pages);
+        let hashes = (writers == Writers::Disks).then(|| SentHashes::new(pages));
         let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
         let provable = !block.is_rebuilt();
         Some(anonymous.map(|anonymous| SourceBlock {
@@ -78,9 +97,12 @@ pub(crate) fn check(
             anonymous,
             provable,
             sent,
+            hashes,
         }))
     });
-    Ok(Checked { blocks: blocks.collect::<Result<_, _>>()?, offer, shape })
+    let blocks = blocks.collect::<Result<_, _>>()?;
+    // One that cannot be moved has a reason against it.
+    Ok(Checked { blocks, offer, shape, writers, activity: activity_of(&state).unwrap_or_default() })
 }
 
 /// A code of the pre-check as scripts see it.

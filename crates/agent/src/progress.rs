@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use sterna_engine::Source;
-use sterna_engine::handoff::MigrationId;
+use sterna_engine::handoff::{Activity, MigrationId};
 use sterna_engine::progress::Status;
 use sterna_engine::source::Outcome;
 use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
@@ -37,6 +37,7 @@ impl View {
             target: request.host.clone(),
             status: Status::Setup.word().into(),
             runs_at: source.into(),
+            run_state: Activity::Running.word().into(),
             began: jiff::Timestamp::now(),
             total_time: 0.0,
             setup_time: 0.0,
@@ -67,6 +68,15 @@ impl View {
 
     pub(crate) fn set_downtime_limit(&self, limit: Duration) {
         self.shown.send_modify(|view| view.downtime_limit = limit.as_millis() as u64);
+    }
+
+    /// What the VM does, but for the migration's own stop.
+    pub(crate) fn set_run_state(&self, word: &str) {
+        self.shown.send_if_modified(|view| {
+            let changed = view.run_state != word;
+            view.run_state = word.into();
+            changed
+        });
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -200,14 +210,18 @@ impl View {
 
 fn describe(outcome: &Outcome, view: &MigrationView) -> Option<String> {
     let (vm, source, target) = (&view.vm, &view.source, &view.target);
+    let does = match view.run_state.as_str() {
+        "running" => "runs".to_owned(),
+        state => format!("is {state}"),
+    };
     Some(match outcome {
         Outcome::Completed => return None,
         Outcome::Cancelled => {
-            format!("the migration of VM {vm} to {target} was cancelled; it runs at {source} as before")
+            format!("the migration of VM {vm} to {target} was cancelled; it {does} at {source} as before")
         }
-        Outcome::Refused(_) => format!("VM {vm} cannot move to {target}; it runs at {source}, untouched"),
+        Outcome::Refused(_) => format!("VM {vm} cannot move to {target}; it {does} at {source}, untouched"),
         Outcome::Failed(why) => {
-            format!("VM {vm} did not move to {target}: {why}; it runs at {source} as before")
+            format!("VM {vm} did not move to {target}: {why}; it {does} at {source} as before")
         }
         Outcome::Stranded(why) => {
             format!(

@@ -9,11 +9,11 @@ use crate::registry::{Vm, VmRecord};
 use std::sync::Arc;
 use std::time::Duration;
 use sterna_engine::handoff::{
-    Journal, Record, Role, SourceRecovery, Step, TargetRecovery, at_source, at_target,
+    Activity, Journal, Record, Role, SourceRecovery, Step, TargetRecovery, at_source, at_target,
 };
 use sterna_memory::Process;
 use sterna_vmm::qemu::Qemu;
-use sterna_vmm::{RunState, Vmm};
+use sterna_vmm::{RunState, Vmm, VmmError};
 
 /// How long a QEMU that was found may take to answer.
 const ATTACH_WITHIN: Duration = Duration::from_secs(10);
@@ -90,7 +90,7 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
                 .journal()
                 .store(record)
                 .map_err(|why| why.to_string())
-                .and_then(|()| host.with_qemu(&vm, |qemu| qemu.resume()));
+                .and_then(|()| host.with_qemu(&vm, |qemu| go_on(qemu, record.activity)));
             match resumed {
                 Ok(()) => store(host, record, Step::Running),
                 Err(why) => {
@@ -113,10 +113,12 @@ fn recover_source(host: &Arc<Host>, written: VmRecord, record: Record) -> Option
     match at_source(record.step) {
         SourceRecovery::Resume => {
             let vm = list(host, written);
-            // Only a running VM is ever moved, so a paused one was stopped by the migration that died with us.
             let resumed = host.with_qemu(&vm, |qemu| match qemu.status()? {
-                RunState::Running => Ok(()),
-                _ => qemu.resume(),
+                // The record says that it ran, so it was stopped by the migration that died with us. Whatever else it is now,
+                // it came to by itself.
+                RunState::Paused => go_on(qemu, record.activity),
+                state if state.stands() => qemu.take_disks(),
+                _ => Ok(()),
             });
             match resumed {
                 Ok(()) => store(host, &record, Step::Kept),
@@ -141,6 +143,14 @@ fn recover_source(host: &Arc<Host>, written: VmRecord, record: Record) -> Option
             list(host, written);
             None
         }
+    }
+}
+
+/// Makes a VM do what it did before its migration stopped it.
+fn go_on(qemu: &mut Qemu, activity: Activity) -> Result<(), VmmError> {
+    match activity {
+        Activity::Running => qemu.resume(),
+        Activity::Paused => qemu.take_disks(),
     }
 }
 

@@ -6,22 +6,22 @@
 use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
-use crate::offer;
-use crate::pages::{Haste, Job, Part, SendCounters, SendSet, Senders, SourceBlock, intersect, subtract};
+use crate::offer::{self, activity_of};
+use crate::pages::{Collector, Haste, Job, Part, SendCounters, Senders, SourceBlock, Writers};
 use crate::progress::View;
 use crate::registry::Vm;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
-use sterna_engine::handoff::{Journal, MigrationId, Record};
+use sterna_engine::handoff::{Activity, Journal, MigrationId, Record};
 use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, Query, StateEnd, Stream};
 use sterna_engine::{Source, Step};
-use sterna_memory::{Process, Region, Tracker, WpAsyncTracker, populated};
+use sterna_memory::Process;
 use sterna_transport::{Connection, Counters, Pacer};
-use sterna_vmm::{RunState, Shape, Vmm};
+use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
 
 /// How often figures are refreshed while nothing else happens.
@@ -75,11 +75,12 @@ struct Outgoing {
     streams: Vec<Connection>,
     wire: Vec<Counters>,
     senders: Option<Senders>,
-    tracker: Option<Box<dyn Tracker>>,
+    collector: Option<Collector>,
+    writers: Writers,
+    activity: Activity,
     process: Process,
     blocks: Arc<Vec<SourceBlock>>,
     shape: Option<Shape>,
-    set: SendSet,
     counters: Arc<SendCounters>,
     state: Vec<u8>,
     verify: bool,
@@ -184,11 +185,12 @@ impl Outgoing {
             streams: Vec::new(),
             wire: Vec::new(),
             senders: None,
-            tracker: None,
+            collector: None,
+            writers: Writers::Processors,
+            activity: Activity::Running,
             process,
             blocks: Arc::default(),
             shape: None,
-            set: SendSet::default(),
             counters: Arc::default(),
             state: Vec::new(),
             verify: false,
@@ -231,9 +233,10 @@ impl Outgoing {
             process,
         );
         outgoing.began = began;
-        outgoing.set = SendSet::new(checked.blocks.len());
         outgoing.blocks = Arc::new(checked.blocks);
         outgoing.shape = Some(checked.shape);
+        outgoing.writers = checked.writers;
+        outgoing.activity = checked.activity;
         outgoing.verify = request.verify;
         outgoing.attach_control(connection);
         let parameters = SourceParameters {
@@ -242,6 +245,7 @@ impl Outgoing {
             offer: checked.offer,
             downtime_limit: Duration::from_millis(request.downtime_limit),
             timeout: request.timeout.map(Duration::from_secs_f64),
+            activity: checked.activity,
         };
         Ok((outgoing, Source::new(parameters, Duration::ZERO)))
     }
@@ -295,6 +299,10 @@ impl Outgoing {
             input = SourceInput::Failed(why);
         }
         machine.handle(SourceInput::Sent(Bytes(self.counters.bytes.load(Ordering::Relaxed))), self.now());
+        if let (SourceInput::Scanned(_), Some(collector)) = (&input, &self.collector) {
+            machine.handle(SourceInput::Activity(self.activity), self.now());
+            machine.handle(SourceInput::Unsettled(Pages(collector.unsettled_count())), self.now());
+        }
         machine.handle(input, self.now());
     }
 
@@ -353,9 +361,8 @@ impl Outgoing {
             }
             SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
             SourceAction::SendRound(round) => self.send_round(round),
-            SourceAction::Scan => {
-                Some(settle(self.scan(), |()| SourceInput::Scanned(Pages(self.set.page_count()))))
-            }
+            SourceAction::Scan => Some(settle(self.scan(), SourceInput::Scanned)),
+            SourceAction::Settle => Some(settle(self.settle(), SourceInput::Settled)),
             SourceAction::Stop => Some(settle(self.stop(), SourceInput::Stopped)),
             SourceAction::Finish(round) => Some(settle(self.finish(round), SourceInput::Finished)),
             SourceAction::Resume => Some(match self.resume() {
@@ -399,33 +406,31 @@ impl Outgoing {
 
     /// Attaches, and starts with every page that may not be zero.
     fn track(&mut self) -> Result<Pages, String> {
-        let regions: Vec<Region> = self.blocks.iter().map(|block| block.region).collect();
-        let tracker = WpAsyncTracker::start(&self.process, regions, &self.host.attach())
-            .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
-        self.tracker = Some(Box::new(tracker));
-        for at in 0..self.blocks.len() {
-            let pages = self.populated(at)?;
-            self.set.add(at, &pages, &[]);
+        let (blocks, attach) = (self.blocks.clone(), self.host.attach());
+        let process = self.process.try_clone().map_err(|why| explain(&why))?;
+        let mut collector = Collector::arm(process, blocks, &attach, self.writers)?;
+        if self.writers == Writers::Disks {
+            self.qemu(|qemu| qemu.drain())?;
         }
+        collector.begin()?;
+        let pages = Pages(collector.page_count());
+        self.collector = Some(collector);
         let tell = self.tell.clone();
         let failed = move |why| drop(tell.send(Event::Input(SourceInput::Failed(why))));
         let streams = std::mem::take(&mut self.streams);
         let (blocks, pacer, counters) = (self.blocks.clone(), self.pacer.clone(), self.counters.clone());
         self.senders = Some(Senders::start(streams, &self.process, blocks, pacer, counters, failed)?);
-        Ok(Pages(self.set.page_count()))
+        Ok(pages)
     }
 
-    fn populated(&self, block: usize) -> Result<Vec<sterna_memory::PageRun>, String> {
-        let mut pages = Vec::new();
-        populated(&self.process, &self.blocks[block].region, &mut pages)
-            .map_err(|why| format!("the VM's memory cannot be looked at: {}", explain(&why)))?;
-        Ok(pages)
+    fn collector(&mut self) -> Result<&mut Collector, String> {
+        self.collector.as_mut().ok_or_else(|| "the VM's memory is not tracked".into())
     }
 
     /// Gives the send-set to the senders, and begins an empty one.
     fn send(&mut self, round: u32, part: Part) {
-        let set = Arc::new(std::mem::replace(&mut self.set, SendSet::new(self.blocks.len())));
-        if let Some(senders) = &self.senders {
+        if let (Some(senders), Some(collector)) = (&self.senders, &mut self.collector) {
+            let set = Arc::new(collector.take());
             let haste = if self.view.is_stopped() { Haste::Urgent } else { Haste::Polite };
             senders.send(&Job { round, set, part, haste });
         }
@@ -441,28 +446,23 @@ impl Outgoing {
         ready.err().map(SourceInput::Failed)
     }
 
-    /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
-    fn scan(&mut self) -> Result<(), String> {
-        for at in 0..self.blocks.len() {
-            let Some(tracker) = &mut self.tracker else {
-                return Err("the VM's memory is not tracked".into());
-            };
-            let (mut pages, mut holes) = (Vec::new(), Vec::new());
-            let scanned = match self.blocks[at].anonymous {
-                true => tracker.collect_sorted(at, &mut pages, &mut holes),
-                false => tracker.collect(at, &mut pages),
-            };
-            scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
-            let sent = self.blocks[at].sent.runs();
-            if self.blocks[at].anonymous {
-                self.set.add(at, &pages, &intersect(&holes, &sent));
-            } else {
-                // A discard in a file is not reported as a write: what was sent and is not there any more is a hole.
-                let there = self.populated(at)?;
-                self.set.add(at, &intersect(&pages, &there), &subtract(&sent, &there));
-            }
-        }
-        Ok(())
+    /// Scans, and looks whether the VM still does what it did: its user may pause it, its guest may panic.
+    fn scan(&mut self) -> Result<Pages, String> {
+        let state = self.qemu(|qemu| qemu.status())?;
+        self.activity = activity_of(&state).ok_or_else(|| {
+            format!("the VM became {state} while it was being moved; it is left here as it is")
+        })?;
+        let collector = self.collector()?;
+        collector.scan()?;
+        Ok(Pages(collector.page_count()))
+    }
+
+    fn settle(&mut self) -> Result<Pages, String> {
+        self.collector()?.scan()?;
+        self.qemu(|qemu| qemu.drain())?;
+        let collector = self.collector()?;
+        collector.settle();
+        Ok(Pages(collector.page_count()))
     }
 
     /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last
@@ -470,17 +470,24 @@ impl Outgoing {
     fn stop(&mut self) -> Result<Pages, String> {
         self.view.stopping();
         self.lap = Instant::now();
-        self.qemu(|qemu| qemu.pause())?;
+        let found = self.qemu(|qemu| qemu.pause())?;
+        if activity_of(&found) != Some(self.activity) {
+            return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
+        }
         self.split("stop");
         let ticket = self.qemu(|qemu| qemu.save_begin())?;
-        self.scan()?;
-        let early = self.set.page_count();
+        let collector = self.collector()?;
+        collector.scan()?;
+        collector.settle();
+        let early = collector.page_count();
         self.send(self.round + 1, Part::Beginning);
         self.state = self.qemu(|qemu| qemu.save_finish(ticket))?;
         self.split("save");
-        self.scan()?;
+        let collector = self.collector()?;
+        collector.scan()?;
+        let late = collector.page_count();
         self.split("scan");
-        Ok(Pages(early + self.set.page_count()))
+        Ok(Pages(early + late))
     }
 
     fn split(&mut self, name: &'static str) {
@@ -492,7 +499,8 @@ impl Outgoing {
     fn finish(&mut self, round: u32) -> Result<Pages, String> {
         let digests = if self.verify { self.digests()? } else { Vec::new() };
         self.send(round, Part::End);
-        let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests };
+        let paused = self.activity == Activity::Paused;
+        let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests, paused };
         let Some(control) = &mut self.control else {
             return Err("the connection to the target is gone".into());
         };
@@ -505,13 +513,7 @@ impl Outgoing {
                 "a device, disk or memory of the VM came or went while it was being moved; try again".into(),
             );
         }
-        let mut found = Vec::new();
-        for at in 0..self.blocks.len() {
-            if let Some(tracker) = &mut self.tracker {
-                tracker.peek(at, &mut found).map_err(|why| explain(&why))?;
-            }
-        }
-        Ok(Pages(found.iter().map(|run| run.pages).sum()))
+        self.collector()?.peek().map(Pages)
     }
 
     fn digests(&self) -> Result<Vec<BlockDigest>, String> {
@@ -523,18 +525,18 @@ impl Outgoing {
     }
 
     fn resume(&mut self) -> Result<(), String> {
-        self.qemu(|qemu| qemu.resume())
+        self.qemu(|qemu| qemu.restore())
     }
 
     /// Ends everything of this migration but the VM: threads first, so that nothing reads it any more.
     fn release(&mut self) {
         self.senders = None;
         self.streams.clear();
-        if let Some(tracker) = self.tracker.take()
+        if let Some(collector) = self.collector.take()
             && self.vm.is_alive()
-            && let Err(why) = tracker.stop()
+            && let Err(why) = collector.stop()
         {
-            tracing::warn!(vm = self.vm.name(), why = explain(&why), "tracking did not end cleanly");
+            tracing::warn!(vm = self.vm.name(), why, "tracking did not end cleanly");
         }
         if let Some(control) = self.control.take() {
             control.finish();
@@ -582,6 +584,7 @@ impl Outgoing {
     fn show(&mut self, machine: &Source) {
         self.updated = Instant::now();
         let wire = self.wire.iter().map(Counters::bytes_sent).sum();
+        self.view.set_run_state(self.activity.word());
         self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
         if machine.needs_attention(self.now()) {
             self.vm.notify(Some(format!(
@@ -591,12 +594,15 @@ impl Outgoing {
         }
     }
 
-    /// What was lent to QEMU for a save that never came is closed by the next resume. It runs: for it nothing changes.
-    fn take_back_loans(&self) -> Result<(), String> {
-        self.qemu(|qemu| match qemu.status()? {
-            RunState::Running => qemu.resume(),
-            _ => Ok(()),
-        })
+    /// Looks what became of the VM here. What was lent to QEMU for a save that never came is closed by the next resume; where
+    /// it runs, that changes nothing for it.
+    fn look_back(&self) -> Result<(), String> {
+        let state = self.qemu(|qemu| {
+            let state = qemu.status()?;
+            if state.runs() { qemu.resume().map(|()| state) } else { Ok(state) }
+        })?;
+        self.view.set_run_state(&state.to_string());
+        Ok(())
     }
 
     fn over(&mut self, outcome: &Outcome) {
@@ -605,7 +611,7 @@ impl Outgoing {
             self.vm.set_released(false);
             self.vm.notify(None);
             // A QEMU that is dying loses its connections first.
-            if let Err(why) = self.take_back_loans() {
+            if let Err(why) = self.look_back() {
                 tracing::warn!(vm = self.vm.name(), why, "its QEMU does not answer");
                 if self.process.wait_exit(DYING) {
                     self.view.died();
@@ -624,6 +630,7 @@ fn phase(action: &SourceAction) -> &'static str {
         SourceAction::Track => "track",
         SourceAction::SendRound(_) => "round",
         SourceAction::Scan => "scan",
+        SourceAction::Settle => "settle",
         SourceAction::Stop => "stop",
         SourceAction::Finish(_) => "finish",
         SourceAction::Resume => "resume",

@@ -48,6 +48,8 @@ struct Arriving<'a> {
     sinks: Option<Arc<Sinks>>,
     receivers: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
+    /// Whether the VM stays paused once it is ours.
+    paused: bool,
     began: Instant,
 }
 
@@ -72,6 +74,7 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
         sinks: None,
         receivers: BTreeMap::new(),
         state: Vec::new(),
+        paused: false,
         began: Instant::now(),
     };
     arriving.attach_control(connection);
@@ -337,6 +340,7 @@ impl Arriving<'_> {
     /// Loads the device state, then the blocks that only now have an address, and compares digests.
     fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
         self.drop_streams();
+        self.paused = end.paused;
         check_digests(end)?;
         let state = std::mem::take(&mut self.state);
         if state.len() as u64 != end.bytes {
@@ -366,7 +370,8 @@ impl Arriving<'_> {
     fn resume(&mut self) -> TargetInput {
         let began = Instant::now();
         let Some(qemu) = &mut self.qemu else { return TargetInput::RunFailed("no QEMU waits".into()) };
-        match qemu.resume() {
+        let done = if self.paused { qemu.take_disks() } else { qemu.resume() };
+        match done {
             Ok(()) => TargetInput::Running(began.elapsed()),
             // An answer that is lost or late says nothing: what counts is whether it runs.
             Err(_) if matches!(qemu.status(), Ok(RunState::Running)) => TargetInput::Running(began.elapsed()),

@@ -80,7 +80,7 @@ pub enum Step {
     Incoming,
     /// Target: the VM is ours; its QEMU may not have been told yet.
     Committed,
-    /// Target: the VM is ours and was seen running.
+    /// Target: the VM is ours and was seen running; or, if its user has paused it, seen with its disks.
     Running,
     /// Target: the QEMU that waited is dead; this migration never commits.
     Dead,
@@ -124,6 +124,31 @@ impl Step {
     }
 }
 
+/// What a VM does, and goes on doing wherever it is owned: a VM that its user has paused stays paused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Activity {
+    /// Its processors run.
+    #[default]
+    Running,
+    /// Its processors stand still, by the will of its user or because of an error, until somebody lets it run.
+    Paused,
+}
+
+impl Activity {
+    /// The word used in records.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::Running => "running",
+            Self::Paused => "paused",
+        }
+    }
+
+    /// The activity with this word.
+    pub fn from_word(word: &str) -> Option<Self> {
+        [Self::Running, Self::Paused].into_iter().find(|activity| activity.word() == word)
+    }
+}
+
 /// What one end has written down about the latest migration of a VM.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
@@ -137,6 +162,8 @@ pub struct Record {
     pub peer: String,
     /// How far it has come.
     pub step: Step,
+    /// What the VM does but for the migration's own stop: what it is made to do again by whoever owns it.
+    pub activity: Activity,
 }
 
 /// Where records are kept. One record per VM and host: the latest try.
@@ -169,7 +196,7 @@ pub struct JournalError {
 /// What a restarted source agent does about a VM that its record names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SourceRecovery {
-    /// Make sure that the VM runs here, as before the migration.
+    /// Make sure that the VM does here what it did before the migration ([`Record::activity`]).
     Resume,
     /// Keep it stopped and ask the target.
     Ask,
@@ -194,7 +221,8 @@ pub fn at_source(step: Step) -> SourceRecovery {
 pub enum TargetRecovery {
     /// End the QEMU that waits, wait for its death, then store [`Step::Dead`].
     Kill,
-    /// Store the record again, then let the QEMU run (again), then store [`Step::Running`]. What a restarted agent reads
+    /// Store the record again, then let the QEMU run (again; or, if the VM is paused, take its disks), then store
+    /// [`Step::Running`]. What a restarted agent reads
     /// may be in the page cache only, if the crash came before the sync: running on it, and losing the host, would
     /// leave a record that gives the VM back although it has run here.
     Continue,

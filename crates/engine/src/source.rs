@@ -1,7 +1,8 @@
 //! The source's state machine.
 //!
 //! ```text
-//! Recording -> Negotiating -> Offered -> Opening -> Arming -> Sending <-> Scanning     the VM runs
+//! Recording -> Negotiating -> Offered -> Opening -> Arming -> Sending <-> Scanning,    the VM runs
+//!                                                                         Settling
 //!                                                                            |
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
 //!                                               |
@@ -11,14 +12,18 @@
 //! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
 //! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
 
-use crate::handoff::{Generation, MigrationId, Ownership, Record, Step};
+use crate::handoff::{Activity, Generation, Ownership, Record, Step};
 use crate::policy::{Convergence, Observation, Verdict};
 use crate::progress::{Progress, Status};
 use crate::units::{Bytes, Pages, Rate};
-use crate::wire::message::{Hello, Offer, Reason, Release, Text};
+use crate::wire::message::{Hello, Offer, Release, Text};
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN};
 use std::collections::VecDeque;
 use std::time::Duration;
+
+mod interface;
+
+pub use interface::{Outcome, SourceAction, SourceInput, SourceParameters};
 
 /// How long the target may take to answer the first message.
 const WELCOME_WAIT: Duration = Duration::from_secs(10);
@@ -49,110 +54,6 @@ const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
 /// Most page streams: the barrier set is a 64-bit mask, and more streams than this never helped anyone.
 pub const STREAMS_MAX: u32 = 64;
 
-/// What a migration is asked to do.
-#[derive(Clone, Debug)]
-pub struct SourceParameters {
-    /// Identity of this try.
-    pub id: MigrationId,
-    /// Name of the host the VM goes to.
-    pub peer: String,
-    /// The VM, as it is offered to the target.
-    pub offer: Offer,
-    /// Longest time the VM may be stopped.
-    pub downtime_limit: Duration,
-    /// When to stop the VM even if that limit cannot be kept.
-    pub timeout: Option<Duration>,
-}
-
-/// What happens to the source.
-#[derive(Clone, Debug)]
-pub enum SourceInput {
-    /// A message of the target.
-    Message(Message),
-    /// The control connection or a stream is lost.
-    Disconnected(String),
-    /// [`SourceAction::Record`] is stored.
-    Recorded,
-    /// [`SourceAction::Record`] could not be stored.
-    RecordFailed(String),
-    /// [`SourceAction::OpenStreams`] is done.
-    Opened,
-    /// [`SourceAction::Track`] is done; the send-set holds these pages.
-    Tracked(Pages),
-    /// Figures have changed: bytes of page data and descriptors written to the streams so far.
-    Sent(Bytes),
-    /// [`SourceAction::Scan`] is done; the send-set holds these pages.
-    Scanned(Pages),
-    /// [`SourceAction::Stop`] is done: the VM is stopped, its device state saved, and the send-set, these pages, final.
-    Stopped(Pages),
-    /// [`SourceAction::Finish`] is done; a peek has found these pages written since the last scan.
-    Finished(Pages),
-    /// [`SourceAction::Resume`] is done: the VM runs here.
-    Resumed,
-    /// [`SourceAction::Resume`] failed.
-    ResumeFailed(String),
-    /// The target has answered [`SourceAction::Ask`].
-    Answered(Ownership),
-    /// [`SourceAction::Ask`] got no answer.
-    AskFailed(String),
-    /// [`SourceAction::End`] is done: the VM's QEMU here is dead.
-    Ended,
-    /// A local step failed.
-    Failed(String),
-    /// The user cancels.
-    Cancel,
-    /// The user changes the downtime limit.
-    DowntimeLimit(Duration),
-    /// Time has passed.
-    Tick,
-}
-
-/// What the source wants done, in this order.
-#[derive(Clone, Debug, PartialEq)]
-pub enum SourceAction {
-    /// Store a record.
-    Record(Record),
-    /// Send a message on the control connection.
-    Send(Message),
-    /// Open this many page streams.
-    OpenStreams(u32),
-    /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
-    Track,
-    /// Move the send-set to the streams as this round, and end the round on each.
-    SendRound(u32),
-    /// Scan: the send-set becomes what was written since the last scan.
-    Scan,
-    /// Stop the VM, save its device state, scan again, and add what was written to the send-set.
-    Stop,
-    /// Send the send-set as this last round, the device state and [`Message::StateEnd`]; then peek.
-    Finish(u32),
-    /// Make the VM run here.
-    Resume,
-    /// End tracking, and close the streams and the control connection.
-    Release,
-    /// Ask the target who owns the VM.
-    Ask,
-    /// End the VM's QEMU here and wait for its death.
-    End,
-    /// The migration is over.
-    Over(Outcome),
-}
-
-/// How a migration ended at the source.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// The target runs the VM.
-    Completed,
-    /// The target refused; the VM runs here, untouched.
-    Refused(Vec<Reason>),
-    /// It failed; the VM runs here.
-    Failed(String),
-    /// It was cancelled; the VM runs here.
-    Cancelled,
-    /// It failed, and the VM could not be resumed here either.
-    Stranded(String),
-}
-
 #[derive(Clone, Debug, PartialEq)]
 enum State {
     Recording,
@@ -162,6 +63,7 @@ enum State {
     Arming,
     Sending { round: u32, began: Duration, sent_before: Bytes, barriers: u64 },
     Scanning { round_time: Duration },
+    Settling,
     Stopping,
     Finishing { round: u32, barriers: u64, quiet: bool, loaded: bool },
     Releasing,
@@ -189,6 +91,7 @@ pub struct Source {
     last_sent: Bytes,
     cancelling: bool,
     ended: Status,
+    unsettled: Pages,
 }
 
 impl Source {
@@ -210,6 +113,7 @@ impl Source {
             offer,
             downtime_limit: Duration::ZERO,
             timeout: None,
+            activity: record.activity,
         };
         let mut source = Self::in_state(parameters, State::Over, now);
         source.released_at = Some(now);
@@ -235,6 +139,7 @@ impl Source {
             last_sent: Bytes(0),
             cancelling: false,
             ended: Status::Completed,
+            unsettled: Pages(0),
         }
     }
 
@@ -267,7 +172,7 @@ impl Source {
             State::Recording | State::Negotiating | State::Offered | State::Opening | State::Arming => {
                 Status::Setup
             }
-            State::Sending { .. } | State::Scanning { .. } => Status::Active,
+            State::Sending { .. } | State::Scanning { .. } | State::Settling => Status::Active,
             State::Undoing(_) if self.cancelling => Status::Cancelling,
             State::Released | State::Asking { .. } if self.needs_attention(now) => Status::Unresolved,
             State::Undoing(_) => Status::Failed,
@@ -298,7 +203,12 @@ impl Source {
             }
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
+            SourceInput::Activity(activity) => self.on_activity(activity),
+            SourceInput::Unsettled(pages) => self.unsettled = pages,
             SourceInput::Scanned(pages) => self.on_scanned(pages, now),
+            SourceInput::Settled(pages) if self.state == State::Settling => {
+                self.begin_round(self.progress.rounds + 1, pages, now);
+            }
             SourceInput::Stopped(pages) if self.state == State::Stopping => self.on_stopped(pages, now),
             SourceInput::Finished(pages) => self.on_finished(pages, now),
             SourceInput::Resumed => self.over(),
@@ -359,9 +269,7 @@ impl Source {
                 self.take_back(Outcome::Failed(text.text));
             }
             (Message::Abort(text), _) => self.on_disconnected(text.text, now),
-            (other, _) => {
-                self.on_disconnected(format!("the target sent {} out of turn", name_of(&other)), now)
-            }
+            (other, _) => self.on_disconnected(format!("the target sent {} out of turn", other.name()), now),
         }
     }
 
@@ -397,7 +305,7 @@ impl Source {
 
     fn on_record_failed(&mut self, why: String) {
         match self.state {
-            State::Recording | State::Releasing => self.fail(Outcome::Failed(why)),
+            State::Recording | State::Scanning { .. } | State::Releasing => self.fail(Outcome::Failed(why)),
             // The target's record decides; ours only saves a question after a crash.
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}
@@ -468,6 +376,14 @@ impl Source {
         self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
     }
 
+    /// Written down before the stop: whoever undoes it after a crash must know whether the VM ran.
+    fn on_activity(&mut self, activity: Activity) {
+        if matches!(self.state, State::Scanning { .. }) && self.parameters.activity != activity {
+            self.parameters.activity = activity;
+            self.record(Step::Sending);
+        }
+    }
+
     fn on_scanned(&mut self, pages: Pages, now: Duration) {
         let State::Scanning { round_time } = self.state else { return };
         let bandwidth = self.progress.bandwidth.unwrap_or(Rate(1));
@@ -475,7 +391,10 @@ impl Source {
         self.progress.expected_downtime = Some(bandwidth.time_for(pages.bytes()));
         self.progress.ram_remaining = pages.bytes();
         let elapsed = now.saturating_sub(self.began);
-        match self.convergence.decide(Observation { residual: pages.bytes(), bandwidth, elapsed }) {
+        let unsettled = self.unsettled.bytes();
+        match self.convergence.decide(Observation { residual: pages.bytes(), unsettled, bandwidth, elapsed })
+        {
+            Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
             Verdict::Round => self.begin_round(self.progress.rounds + 1, pages, now),
             Verdict::Stop => {
                 self.stopped_at = Some(now);
@@ -643,6 +562,7 @@ impl Source {
             vm: self.parameters.offer.vm.clone(),
             peer: self.parameters.peer.clone(),
             step,
+            activity: self.parameters.activity,
         }));
     }
 
@@ -665,27 +585,5 @@ fn waiting_for(state: &State) -> &'static str {
         State::Sending { .. } => "pages to move: the target takes none",
         State::Finishing { .. } => "the target to load the VM",
         _ => "a step on this host",
-    }
-}
-
-/// A message's name in errors.
-pub(crate) fn name_of(message: &Message) -> &'static str {
-    match message {
-        Message::Hello(_) => "a hello",
-        Message::Welcome(_) => "a welcome",
-        Message::Offer(_) => "an offer",
-        Message::Accepted(_) => "an acceptance",
-        Message::Refused(_) => "a refusal",
-        Message::Barrier(_) => "a barrier",
-        Message::StateEnd(_) => "the end of the device state",
-        Message::Loaded(_) => "that it has loaded the VM",
-        Message::Release(_) => "a release",
-        Message::Committed(_) => "that it owns the VM",
-        Message::NotCommitted(_) => "that it does not own the VM",
-        Message::Abort(_) => "an abort",
-        Message::Query(_) => "a query",
-        Message::Answer(_) => "an answer",
-        Message::Stream(_) => "a stream",
-        Message::Check(_) => "a check",
     }
 }

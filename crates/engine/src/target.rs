@@ -10,8 +10,8 @@
 //! ([`Step::Dead`]). The durable store of [`Step::Committed`] is the commit: after it the VM is ours, and only the proven
 //! death of a QEMU that never ran gives it back.
 
-use crate::handoff::{Generation, MigrationId, Record, Step};
-use crate::source::{STREAMS_MAX, name_of};
+use crate::handoff::{Activity, Generation, MigrationId, Record, Step};
+use crate::source::STREAMS_MAX;
 use crate::wire::message::{
     Accepted, Barrier, Committed, Hello, Loaded, Offer, Reason, Refused, StateEnd, Text, Welcome,
 };
@@ -60,7 +60,7 @@ pub enum TargetInput {
     },
     /// [`TargetAction::Load`] is done: this many blocks were compared and equal.
     Loaded(u32),
-    /// [`TargetAction::Run`] is done: the VM runs; its resume took this long.
+    /// [`TargetAction::Run`] is done: the VM does here what it did; that took this long.
     Running(Duration),
     /// [`TargetAction::Run`] failed and the VM does not run.
     RunFailed(String),
@@ -87,7 +87,8 @@ pub enum TargetAction {
     Prepare(Offer),
     /// Load the device state, compare digests if there are any, and leave the VM paused.
     Load(StateEnd),
-    /// Let the VM run. The record of the commit is on disk.
+    /// Take the VM's disks and let it run, or leave it paused if the source has said that it was. The record of the
+    /// commit is on disk.
     Run,
     /// Tell the network where the VM is now.
     Announce,
@@ -251,7 +252,7 @@ impl Target {
                 self.record(Step::Committed);
             }
             (Message::Abort(text), _) => self.on_disconnected(format!("the source gave up: {}", text.text)),
-            (other, _) => self.on_disconnected(format!("the source sent {} out of turn", name_of(&other))),
+            (other, _) => self.on_disconnected(format!("the source sent {} out of turn", other.name())),
         }
     }
 
@@ -431,7 +432,16 @@ impl Target {
             vm: offer.vm.clone(),
             peer: self.peer.clone(),
             step,
+            activity: self.activity(),
         }));
+    }
+
+    /// What the VM is to do here, once the source has said so.
+    fn activity(&self) -> Activity {
+        match &self.state_end {
+            Some(end) if end.paused => Activity::Paused,
+            _ => Activity::Running,
+        }
     }
 
     fn generation(&self) -> Option<u64> {

@@ -29,7 +29,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         (any::<u64>(), any::<u32>()).prop_map(|(bytes, last_round)| Message::StateEnd(StateEnd {
             bytes,
             last_round,
-            digests: Vec::new()
+            ..StateEnd::default()
         })),
         prop::collection::vec((".{0,9}", ".{0,30}"), 0..5).prop_map(|reasons| {
             let reason = |(code, text)| Reason { code, text };

@@ -4,7 +4,7 @@
 use proptest::prelude::*;
 use std::collections::VecDeque;
 use std::time::Duration;
-use sterna_engine::handoff::{Generation, MigrationId, Ownership, Record, Step, answer};
+use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step, answer};
 use sterna_engine::source::{Outcome, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::target::{Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
@@ -133,6 +133,7 @@ impl SourceDriver {
             offer: offer(),
             downtime_limit: Duration::from_millis(300),
             timeout: None,
+            activity: Activity::Running,
         };
         Self {
             source: Source::new(parameters, Duration::ZERO),
@@ -183,6 +184,7 @@ impl SourceDriver {
                 }
             }
             SourceAction::Scan => self.honest.push_back(In::Scanned(Pages(0))),
+            SourceAction::Settle => self.honest.push_back(In::Settled(Pages(0))),
             SourceAction::Stop => self.honest.push_back(In::Stopped(Pages(1))),
             SourceAction::Resume => {
                 assert!(!self.released || self.proof, "resumed after a release without proof");
@@ -386,7 +388,14 @@ fn left_alone_with_honest_peers_both_machines_hand_over() {
 }
 
 fn record(generation: u64, step: Step) -> Record {
-    Record { id: ID, generation: Generation(generation), vm: "db".into(), peer: "a".into(), step }
+    Record {
+        id: ID,
+        generation: Generation(generation),
+        vm: "db".into(),
+        peer: "a".into(),
+        step,
+        activity: Activity::Running,
+    }
 }
 
 /// A target whose commit was stored, but whose QEMU had not run yet, answered that it owned the VM. The start could

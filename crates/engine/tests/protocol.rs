@@ -53,7 +53,7 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ("Barrier", Message::Barrier(Barrier { round: 3, stream: 1 }), GOLDEN[5]),
         (
             "StateEnd",
-            Message::StateEnd(StateEnd { bytes: 9, last_round: 3, digests: vec![digest()] }),
+            Message::StateEnd(StateEnd { bytes: 9, last_round: 3, digests: vec![digest()], paused: true }),
             GOLDEN[6],
         ),
         ("Loaded", Message::Loaded(Loaded { load_us: 5, blocks_verified: 2 }), GOLDEN[7]),
@@ -104,7 +104,7 @@ const GOLDEN: [&str; 16] = [
     "0500000001000000220308ac02",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
-    "0e000000010000003a0c080910031a0608011202cdcd",
+    "10000000010000003a0e080910031a0608011202cdcd2001",
     "0600000001000000420408051002",
     "04000000010000004a020807",
     "08000000010000005206080710081809",

@@ -20,7 +20,8 @@ const PROGRAMS: &[&str] = &["load", "beacon"];
 /// A cold build compiles the standard library's few dependencies on a loaded machine.
 const BUILD: Duration = Duration::from_secs(600);
 /// Modules whose devices the lab's guests may have; what these need is found.
-const MODULES: &[&str] = &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon"];
+const MODULES: &[&str] =
+    &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon", "pvpanic-mmio"];
 /// What `init.sh` calls, and what a person at the console misses first.
 const APPLETS: &[&str] = &[
     "sh", "mount", "cat", "cut", "echo", "free", "grep", "insmod", "ip", "ls", "nc", "poweroff", "printf",

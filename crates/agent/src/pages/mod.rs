@@ -3,13 +3,16 @@
 //! A page's stream is a function of its place ([`stream_of`]), so every version of it travels on one connection and
 //! cannot be overtaken by an older one. Threads, 1 MiB batches, no message, allocation or system call per page.
 
+mod collect;
 mod receive;
 mod send;
 mod set;
 
+pub(crate) use collect::{Collector, Writers};
 pub(crate) use receive::{Received, Receiver, Sink, Sinks};
-pub(crate) use send::{Haste, Job, Part, SendCounters, Senders, SentPages, SourceBlock};
-pub(crate) use set::{SendSet, intersect, subtract};
+pub(crate) use send::{Haste, Job, Part, SendCounters, Senders, SentHashes, SentPages, SourceBlock};
+pub(crate) use set::SendSet;
+use set::{intersect, merge, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
 use sterna_memory::PAGE;

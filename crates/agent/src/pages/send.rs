@@ -15,6 +15,7 @@ use sterna_engine::wire::batch::{
 };
 use sterna_memory::{PAGE, PageRun, Process, Reader, Region, Span, is_zero};
 use sterna_transport::{Connection, Pacer, Shutdown};
+use xxhash_rust::xxh3::xxh3_64;
 
 /// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
 const WRITE_WITHIN: Duration = Duration::from_secs(120);
@@ -69,6 +70,23 @@ impl SentPages {
     }
 }
 
+/// What the pages of a block were when they were last sent: a hash each, 8 bytes for 4096. Two contents of a page have the
+/// same once in 2^64 tries; who could make them so is the guest, to itself.
+#[derive(Debug)]
+pub(crate) struct SentHashes(Vec<AtomicU64>);
+
+impl SentHashes {
+    pub(crate) fn new(pages: u64) -> Self {
+        Self((0..pages).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    /// Notes what the page is now; true when it was that before.
+    fn note(&self, page: u64, content: &[u8]) -> bool {
+        let hash = xxh3_64(content);
+        self.0[page as usize].swap(hash, Ordering::Relaxed) == hash
+    }
+}
+
 /// A block of RAM that travels.
 #[derive(Debug)]
 pub(crate) struct SourceBlock {
@@ -82,6 +100,8 @@ pub(crate) struct SourceBlock {
     pub(crate) provable: bool,
     /// What the target holds of it.
     pub(crate) sent: SentPages,
+    /// What that was, where it must be known.
+    pub(crate) hashes: Option<SentHashes>,
 }
 
 /// Counted by all senders of a migration.
@@ -148,6 +168,7 @@ impl Senders {
             senders.shutdowns.push(connection.shutdown_handle());
             let (tell, jobs) = mpsc::channel();
             let mut sender = Sender {
+                resend: Resend::Always,
                 link: Link {
                     stream: stream as u32,
                     connection,
@@ -207,8 +228,16 @@ struct Link {
     compression: Compression,
 }
 
+/// Whether a page that the target has is sent once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resend {
+    Always,
+    IfChanged,
+}
+
 struct Sender {
     link: Link,
+    resend: Resend,
     streams: u32,
     reader: Reader,
     blocks: Arc<Vec<SourceBlock>>,
@@ -226,7 +255,10 @@ impl Sender {
         let blocks = self.blocks.clone();
         for (at, block) in blocks.iter().enumerate() {
             self.discard(block, job.round, &job.set.holes[at])?;
+            self.resend = Resend::Always;
             self.send_pages(block, job.round, &job.set.pages[at])?;
+            self.resend = Resend::IfChanged;
+            self.send_pages(block, job.round, &job.set.suspects[at])?;
         }
         if job.part == Part::End {
             self.link.write(&[IoSlice::new(&BatchHeader::round_end(job.round).encode())])?;
@@ -344,7 +376,10 @@ impl Sender {
                 true => duplicate += 1,
                 false => normal += 1,
             }
-            if zero && !block.sent.has(page) {
+            let same = !zero
+                && block.hashes.as_ref().is_some_and(|hashes| hashes.note(page, &self.buffer[here.clone()]));
+            let sent = block.sent.has(page);
+            if zero && !sent || same && sent && self.resend == Resend::IfChanged {
                 continue;
             }
             block.sent.set(page, !zero);

@@ -9,11 +9,14 @@ pub(crate) struct SendSet {
     pub(crate) pages: Vec<Vec<PageRun>>,
     /// Pages that were sent before and have become holes, one list a block.
     pub(crate) holes: Vec<Vec<PageRun>>,
+    /// Pages that were sent before and are sent again only if they differ from that, one list a block.
+    pub(crate) suspects: Vec<Vec<PageRun>>,
 }
 
 impl SendSet {
     pub(crate) fn new(blocks: usize) -> Self {
-        Self { pages: vec![Vec::new(); blocks], holes: vec![Vec::new(); blocks] }
+        let none = || vec![Vec::new(); blocks];
+        Self { pages: none(), holes: none(), suspects: none() }
     }
 
     /// Pages to be read and sent.

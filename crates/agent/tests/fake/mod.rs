@@ -84,6 +84,7 @@ pub(crate) fn view(id: &str, vm: &str, target: &str) -> MigrationView {
         target: target.to_owned(),
         status: "setup".to_owned(),
         runs_at: "hosta".to_owned(),
+        run_state: "running".into(),
         began: jiff::Timestamp::now(),
         total_time: 1.0,
         setup_time: 0.5,

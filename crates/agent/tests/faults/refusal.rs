@@ -1,29 +1,17 @@
 //! Targets whose QEMU is not what it should be.
 
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
-
 use super::fails_without_a_trace;
-use crate::support::World;
 use crate::support::scene::{Scene, to_the_other};
+use crate::support::{World, obey_mode_at_b, set_mode};
 
-/// A QEMU of the same file name for host `b`, which adds to its command line what the file `mode` says.
 fn world(version: &str) -> World {
     let mut world = World::new(version);
-    let (real, folder) = (world.parts.qemu(version), world.path("wrapped"));
-    std::fs::create_dir(&folder).unwrap();
-    let wrapper: PathBuf = folder.join(real.file_name().unwrap());
-    let mode = world.path("mode");
-    let script = format!("#!/bin/sh\n. {}\nexec {} \"$@\" $EXTRA\n", mode.display(), real.display());
-    std::fs::write(&wrapper, script).unwrap();
-    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
-    std::fs::write(mode, "EXTRA=\n").unwrap();
-    world.qemu_at_b = Some(wrapper);
+    obey_mode_at_b(&mut world);
     world
 }
 
 fn fails_with(scene: &Scene, mode: &str) -> String {
-    std::fs::write(scene.world.path("mode"), mode).unwrap();
+    set_mode(&scene.world, mode);
     let view = fails_without_a_trace(scene, "a", |scene| {
         let id = scene.a.migrate(&to_the_other("a")).unwrap();
         scene.a.wait(&id)
@@ -46,7 +34,7 @@ fn refuses(version: &str) {
     assert_eq!(code, 5, "{told}");
     assert!(told.lines().any(|line| line.contains("virtio-rng")), "{told}");
     assert_eq!(scene.settle(), "a");
-    std::fs::write(scene.world.path("mode"), "EXTRA=\n").unwrap();
+    set_mode(&scene.world, "EXTRA=\n");
     scene.move_verified("a");
 }
 

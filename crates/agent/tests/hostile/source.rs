@@ -234,7 +234,7 @@ fn controls(bad: &mut Bad<'_>) {
         Vec::new()
     });
     bad.trick("the end of the state twice", |source| {
-        let end = StateEnd { bytes: 0, last_round: 9, digests: Vec::new() };
+        let end = StateEnd { last_round: 9, ..StateEnd::default() };
         source.control.send(&Message::StateEnd(end.clone()));
         source.control.send(&Message::StateEnd(end));
         Vec::new()
@@ -279,7 +279,7 @@ fn end_with(source: &mut Source<'_>, state: &[u8], bytes: u64, digests: Vec<Bloc
         assert!(matches!(source.control.receive(), Some(Message::Barrier(_))));
     }
     source.control.state(state);
-    source.control.send(&Message::StateEnd(StateEnd { bytes, last_round: 1, digests }));
+    source.control.send(&Message::StateEnd(StateEnd { bytes, last_round: 1, digests, paused: false }));
     streams
 }
 

@@ -6,13 +6,14 @@ pub(crate) mod daemon;
 pub(crate) mod proxy;
 pub(crate) mod scene;
 
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, VmView};
-use sterna_agent::{Agent, Config};
+use sterna_agent::{Agent, Config, Mechanism};
 use sterna_lab::guest::{Arrival, GuestSpec, HostSide, Program, Serial};
 use sterna_lab::{LabDir, Packages, image, packages};
 use sterna_transport::pki;
@@ -58,6 +59,8 @@ pub(crate) struct World {
     /// The only QEMU that `b` may start, if it is another one than `a`'s.
     pub(crate) qemu_at_b: Option<PathBuf>,
     pub(crate) version: String,
+    /// What the agents do without.
+    pub(crate) without: Vec<Mechanism>,
     ports: [u16; 2],
 }
 
@@ -77,6 +80,7 @@ impl World {
             b_as_seen_from_a: None,
             qemu_at_b: None,
             version: version.into(),
+            without: Vec::new(),
             ports: [free_port(), free_port()],
         }
     }
@@ -133,7 +137,8 @@ impl World {
     pub(crate) fn agent(&self, name: &str) -> Arc<Agent> {
         let path = self.path(&format!("{name}.toml"));
         std::fs::write(&path, self.config(name)).unwrap();
-        Agent::start(Config::load(&path).unwrap()).unwrap()
+        let config = Config { without: self.without.clone(), ..Config::load(&path).unwrap() };
+        Agent::start(config).unwrap()
     }
 
     pub(crate) fn serial(&self, name: &str) -> PathBuf {
@@ -151,6 +156,33 @@ impl World {
         let mut argv = vec![self.parts.qemu(&self.version).display().to_string()];
         argv.extend(guest.arguments(&side));
         argv
+    }
+
+    /// The same with a console that takes orders: see [`World::order`].
+    pub(crate) fn argv_with_orders(&self, guest: &GuestSpec) -> Vec<String> {
+        let (log, socket) = (self.serial(&guest.name), self.console_socket("a", &guest.name));
+        let socket = format!(
+            "socket,id=console,path={},server=on,wait=off,logfile={},logappend=on",
+            socket.display(),
+            log.display()
+        );
+        let change = |argument: String| match argument.starts_with("file,id=console,") {
+            true => socket.clone(),
+            false => argument,
+        };
+        self.argv(guest).into_iter().map(change).collect()
+    }
+
+    fn console_socket(&self, host: &str, guest: &str) -> PathBuf {
+        self.path(&format!("sockets-{host}")).join(format!("{guest}.console"))
+    }
+
+    /// Types a line at the guest's console, whose shell obeys.
+    pub(crate) fn order(&self, host: &str, guest: &str, line: &str) {
+        let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
+        writeln!(console, "{line}").unwrap();
+        // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
+        self.wait_for(guest, line, BOOT);
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
@@ -212,6 +244,24 @@ pub(crate) fn pids_naming(word: &str) -> Vec<i32> {
         String::from_utf8_lossy(&line).contains(word)
     };
     pids.filter(names).collect()
+}
+
+/// Gives host `b` a QEMU of the same file name that adds to its command line what [`set_mode`] says.
+pub(crate) fn obey_mode_at_b(world: &mut World) {
+    let (real, folder) = (world.parts.qemu(&world.version), world.path("wrapped"));
+    std::fs::create_dir(&folder).unwrap();
+    let wrapper: PathBuf = folder.join(real.file_name().unwrap());
+    let mode = world.path("mode");
+    let script = format!("#!/bin/sh\n. {}\nexec {} \"$@\" $EXTRA\n", mode.display(), real.display());
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    set_mode(world, "EXTRA=\n");
+    world.qemu_at_b = Some(wrapper);
+}
+
+/// A piece of shell that is run before the QEMU of `b` starts: it may set `EXTRA`, or end it.
+pub(crate) fn set_mode(world: &World, mode: &str) {
+    std::fs::write(world.path("mode"), mode).unwrap();
 }
 
 /// Memory that is filled and left alone.

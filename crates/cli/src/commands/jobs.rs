@@ -131,11 +131,15 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
 
 fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
     let limit = view.max_bandwidth.map_or_else(|| "none".to_owned(), |rate| format!("{}/s", bytes(rate)));
-    let runs_at = if view.runs_at.is_empty() { "nowhere: it is stopped" } else { &view.runs_at };
+    let runs_at = match (view.runs_at.as_str(), view.run_state.as_str()) {
+        ("", _) => "nowhere: it is stopped".to_owned(),
+        (host, "running") => host.to_owned(),
+        (host, state) => format!("{host} ({state})"),
+    };
     let mut rows = vec![
         ("VM", format!("{}, from {} to {}", view.vm, view.source, view.target)),
         ("Status", view.status.clone()),
-        ("Runs at", runs_at.to_owned()),
+        ("Runs at", runs_at),
         ("Bandwidth limit", limit),
         ("Downtime limit", format!("{} ms", view.downtime_limit)),
         ("On the wire", bytes(view.wire_bytes)),

@@ -13,12 +13,21 @@ const NEGLIGIBLE: Duration = Duration::from_micros(500);
 const ROUNDS_AFTER_FIT_MAX: u32 = 12;
 /// Rounds in a row that may fail to shrink the residual before the stop: a burst of writes fools one, seldom three.
 const STALLS_MAX: u32 = 3;
+/// How fast unsettled pages are read and compared: a core does 4 GB/s where memory is warm.
+const COMPARE_RATE: Rate = Rate(2_000_000_000);
+/// The part of the downtime limit that may go into that, as a divisor.
+const COMPARE_PART: u32 = 8;
+/// How long a guest is left in peace after its disk I/O was settled: the moments for which it stands still then are a small
+/// part of its time.
+const SETTLE_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a scan at the end of a round has shown.
 #[derive(Clone, Copy, Debug)]
 pub struct Observation {
     /// Bytes that were written since the round began and are yet to be sent.
     pub residual: Bytes,
+    /// Bytes that were sent already and that a stop would have to compare with that: see `SourceInput::Unsettled`.
+    pub unsettled: Bytes,
     /// Bandwidth seen so far.
     pub bandwidth: Rate,
     /// Time since the migration began.
@@ -30,7 +39,9 @@ pub struct Observation {
 pub enum Verdict {
     /// Send another round while the VM runs.
     Round,
-    /// Stop the VM and send the residual.
+    /// Let the guest's disk I/O come to an end, then send another round while the VM runs.
+    Settle,
+    /// Stop the VM and send the residual, and what is unsettled.
     Stop,
 }
 
@@ -42,12 +53,13 @@ pub struct Convergence {
     smallest: Option<Bytes>,
     rounds_after_fit: u32,
     stalls: u32,
+    settled: Option<Duration>,
 }
 
 impl Convergence {
     /// A rule that stops within `downtime_limit`, or after `timeout` whatever the residual is.
     pub fn new(downtime_limit: Duration, timeout: Option<Duration>) -> Self {
-        Self { downtime_limit, timeout, smallest: None, rounds_after_fit: 0, stalls: 0 }
+        Self { downtime_limit, timeout, smallest: None, rounds_after_fit: 0, stalls: 0, settled: None }
     }
 
     /// Changes the downtime limit of a migration that runs.
@@ -65,6 +77,20 @@ impl Convergence {
         if self.timeout.is_some_and(|timeout| seen.elapsed >= timeout) {
             return Verdict::Stop;
         }
+        let verdict = self.without_unsettled(seen);
+        let compare = COMPARE_RATE.time_for(seen.unsettled);
+        if verdict == Verdict::Round || compare <= self.downtime_limit / COMPARE_PART {
+            return verdict;
+        }
+        if self.settled.is_none_or(|at| seen.elapsed.saturating_sub(at) >= SETTLE_PAUSE) {
+            self.settled = Some(seen.elapsed);
+            return Verdict::Settle;
+        }
+        let fits = seen.bandwidth.time_for(seen.residual) + compare <= self.downtime_limit;
+        if fits { Verdict::Stop } else { Verdict::Round }
+    }
+
+    fn without_unsettled(&mut self, seen: Observation) -> Verdict {
         let downtime = seen.bandwidth.time_for(seen.residual);
         let shrank = self.smallest.is_none_or(|smallest| seen.residual.0 < smallest.0 - smallest.0 / 8);
         self.smallest = Some(self.smallest.map_or(seen.residual, |smallest| smallest.min(seen.residual)));
@@ -89,12 +115,16 @@ mod tests {
 
     const GIGABIT: Rate = Rate(119_000_000);
 
+    fn seen(residual: u64, unsettled: u64) -> Observation {
+        let (residual, unsettled) = (Bytes(residual), Bytes(unsettled));
+        Observation { residual, unsettled, bandwidth: GIGABIT, elapsed: Duration::ZERO }
+    }
+
     fn rounds(rule: &mut Convergence, residuals: impl IntoIterator<Item = u64>) -> usize {
         let mut elapsed = Duration::ZERO;
         for (round, residual) in residuals.into_iter().enumerate() {
             elapsed += Duration::from_millis(50);
-            let seen = Observation { residual: Bytes(residual), bandwidth: GIGABIT, elapsed };
-            if rule.decide(seen) == Verdict::Stop {
+            if rule.decide(Observation { elapsed, ..seen(residual, 0) }) == Verdict::Stop {
                 return round;
             }
         }
@@ -125,15 +155,44 @@ mod tests {
         assert_eq!(rounds(&mut rule, std::iter::repeat_n(100 << 20, 100)), 39);
     }
 
+    #[test]
+    fn disk_io_is_settled_before_a_stop_that_would_have_much_to_compare() {
+        use Verdict::{Round, Settle, Stop};
+        const SMALL: u64 = 14 << 12;
+        let rule = || Convergence::new(Duration::from_millis(300), None);
+        assert_eq!(rule().decide(seen(SMALL, 50 << 20)), Stop, "it is compared in no time");
+        let mut large = rule();
+        assert_eq!(large.decide(seen(SMALL, 2 << 30)), Settle);
+        assert_eq!(large.decide(seen(SMALL, 1 << 30)), Round, "it does not fit, and it is left in peace");
+        assert_eq!(large.decide(seen(SMALL, 200 << 20)), Stop, "it fits");
+        let later = Observation { elapsed: SETTLE_PAUSE, ..seen(SMALL, 1 << 30) };
+        assert_eq!(large.decide(later), Settle);
+        let mut late = Convergence::new(Duration::from_millis(300), Some(Duration::ZERO));
+        assert_eq!(late.decide(seen(SMALL, 2 << 30)), Stop, "its time is over");
+    }
+
     proptest! {
         /// Without a timeout the VM is never stopped for longer than it was allowed to, at the bandwidth that was seen.
         #[test]
         fn a_stop_always_fits_the_limit(residuals in prop::collection::vec(0u64..1 << 30, 1..60), limit_ms in 1u64..1000) {
             let mut rule = Convergence::new(Duration::from_millis(limit_ms), None);
             for residual in residuals {
-                let seen = Observation { residual: Bytes(residual), bandwidth: GIGABIT, elapsed: Duration::ZERO };
-                if rule.decide(seen) == Verdict::Stop {
+                if rule.decide(seen(residual, 0)) == Verdict::Stop {
                     prop_assert!(GIGABIT.time_for(Bytes(residual)) <= Duration::from_millis(limit_ms));
+                    break;
+                }
+            }
+        }
+
+        /// What is unsettled counts for the limit too.
+        #[test]
+        fn a_stop_with_disk_io_fits_the_limit(sizes in prop::collection::vec((0u64..1 << 28, 0u64..1 << 28), 1..60), limit_ms in 1u64..1000) {
+            let mut rule = Convergence::new(Duration::from_millis(limit_ms), None);
+            for (residual, unsettled) in sizes {
+                if rule.decide(seen(residual, unsettled)) == Verdict::Stop {
+                    let limit = Duration::from_millis(limit_ms);
+                    let needed = GIGABIT.time_for(Bytes(residual)) + COMPARE_RATE.time_for(Bytes(unsettled));
+                    prop_assert!(needed <= limit + limit / COMPARE_PART);
                     break;
                 }
             }

@@ -63,6 +63,30 @@ pub enum Message {
     Check(Offer),
 }
 
+impl Message {
+    /// What this message is, for errors.
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "a hello",
+            Self::Welcome(_) => "a welcome",
+            Self::Offer(_) => "an offer",
+            Self::Accepted(_) => "an acceptance",
+            Self::Refused(_) => "a refusal",
+            Self::Barrier(_) => "a barrier",
+            Self::StateEnd(_) => "the end of the device state",
+            Self::Loaded(_) => "that it has loaded the VM",
+            Self::Release(_) => "a release",
+            Self::Committed(_) => "that it owns the VM",
+            Self::NotCommitted(_) => "that it does not own the VM",
+            Self::Abort(_) => "an abort",
+            Self::Query(_) => "a query",
+            Self::Answer(_) => "an answer",
+            Self::Stream(_) => "a stream",
+            Self::Check(_) => "a check",
+        }
+    }
+}
+
 /// Opens a control connection.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct Hello {
@@ -201,6 +225,9 @@ pub struct StateEnd {
     /// Digests of the blocks when the offer asked to verify.
     #[prost(message, repeated, tag = "3")]
     pub digests: Vec<BlockDigest>,
+    /// Whether the VM stood still before the migration stopped it: then it is left paused at the target too.
+    #[prost(bool, tag = "4")]
+    pub paused: bool,
 }
 
 /// The VM is complete at the target and paused.

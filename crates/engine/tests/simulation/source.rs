@@ -10,7 +10,7 @@ use crate::world::{Mutation, World};
 use pages::Round;
 use std::collections::BTreeSet;
 use std::time::Duration;
-use sterna_engine::handoff::{Generation, MigrationId, Ownership, Record, Step};
+use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step};
 use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{PAGE_BYTES, Pages};
 use sterna_engine::wire::Message;
@@ -99,6 +99,7 @@ impl World {
             offer,
             downtime_limit: Duration::from_millis(300),
             timeout: Some(Duration::from_secs(30)),
+            activity: Activity::Running,
         };
         self.note(|| format!("host {host} migrates the VM, {generation:?}"));
         let machine = Source::new(parameters, self.queue.instant());
@@ -201,7 +202,15 @@ impl World {
             SourceAction::SendRound(round) => self.send_pages(host, round, Round::Live),
             SourceAction::Scan => self.source_op(host, move |world| {
                 world.scan(host);
+                if world.chance.below(8) == 0 {
+                    world.source_input(host, SourceInput::Unsettled(Pages(5000)));
+                }
                 SourceInput::Scanned(world.send_set_pages(host))
+            }),
+            SourceAction::Settle => self.source_op(host, move |world| {
+                world.scan(host);
+                world.source_input(host, SourceInput::Unsettled(Pages(0)));
+                SourceInput::Settled(world.send_set_pages(host))
             }),
             SourceAction::Stop => self.stop(host),
             SourceAction::Finish(round) => self.send_pages(host, round, Round::Last),

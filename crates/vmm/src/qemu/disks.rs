@@ -51,7 +51,8 @@ fn taken(qemu: &mut Qemu) -> Result<(), VmmError> {
     let pid = qemu.process.pid();
     for file in files.filter_map(|node| node["file"].as_str()) {
         let Ok(known) = fs::metadata(file) else { continue };
-        let opened = descriptors(pid).filter(|(_, seen)| (seen.dev(), seen.ino()) == (known.dev(), known.ino()));
+        let opened =
+            descriptors(pid).filter(|(_, seen)| (seen.dev(), seen.ino()) == (known.dev(), known.ino()));
         if known.is_file() && !opened.map(|(number, _)| number).any(|number| is_write_locked(pid, &number)) {
             return Err(VmmError::DiskElsewhere { file: file.to_owned() });
         }
@@ -62,7 +63,8 @@ fn taken(qemu: &mut Qemu) -> Result<(), VmmError> {
 /// The numbers of a process's descriptors, with what each is open on.
 fn descriptors(pid: i32) -> impl Iterator<Item = (String, Metadata)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-    entries.filter_map(|entry| Some((entry.file_name().into_string().ok()?, fs::metadata(entry.path()).ok()?)))
+    entries
+        .filter_map(|entry| Some((entry.file_name().into_string().ok()?, fs::metadata(entry.path()).ok()?)))
 }
 
 /// Whether a lock on the right to write is held through this descriptor: `lock: 1: OFDLCK ADVISORY READ -1 fe:00:42 100 101`
@@ -101,7 +103,8 @@ fn listen(qemu: &mut Qemu) -> Result<(), VmmError> {
 
 /// A listening socket whose name was never seen outside of a folder of our own.
 fn nameless() -> std::io::Result<UnixListener> {
-    let folder = std::env::temp_dir().join(format!("{NAME}-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let folder =
+        std::env::temp_dir().join(format!("{NAME}-{}-{:?}", std::process::id(), std::thread::current().id()));
     DirBuilder::new().mode(0o700).create(&folder)?;
     let socket = UnixListener::bind(folder.join("socket"));
     let removed = fs::remove_dir_all(&folder);

@@ -109,7 +109,9 @@ fn run_state_reason(state: &RunState, reasons: &mut Vec<Reason>) {
         RunState::Suspended => "asleep; wake it up (QMP system_wakeup) before the move",
         RunState::FinishMigrate | RunState::Postmigrate => "being migrated by QEMU itself",
         RunState::Shutdown => "switched off; start it at the target instead",
-        RunState::GuestPanicked | RunState::InternalError => "stopped by a crash; save a dump if you need one, and reset it",
+        RunState::GuestPanicked | RunState::InternalError => {
+            "stopped by a crash; save a dump if you need one, and reset it"
+        }
         RunState::SaveVm | RunState::Other(_) => "in a state that cannot be moved",
     };
     reasons.push(Reason::new(Code::RunState, format!("the VM is {state}: {what_to_do}")));

@@ -110,7 +110,7 @@ impl World {
         let device = task.device;
         let Some(control) = task.control else { return };
         self.transmit(control, host, Frame::State(device));
-        let end = StateEnd { bytes: 8, last_round, digests: Vec::new() };
+        let end = StateEnd { bytes: 8, last_round, ..StateEnd::default() };
         self.transmit(control, host, pack(&Message::StateEnd(end)));
     }
 

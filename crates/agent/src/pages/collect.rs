@@ -1,0 +1,142 @@
+//! What of a VM's memory is to be sent: found by scans, kept until a sender takes it.
+//!
+//! # On hardware that writes memory
+//!
+//! A disk that is read directly (`cache=none`) is read by hardware, right into pages of the guest. The kernel pins such a page
+//! when the read is *submitted*: that counts as a write, and a scan reports the page. What the hardware puts there later
+//! counts as nothing. So a page that a scan reports, and arms again, may change after it was sent and never be reported again.
+//!
+//! Whatever was reported by a scan is therefore *at risk* until all disk I/O that was in flight then has come to an end,
+//! which QEMU waits for when the VM is stopped ([`Vmm::drain`](sterna_vmm::Vmm::drain)). After that, pages at risk that were
+//! sent already are read once more and compared with what was sent ([`SentHashes`](super::SentHashes)): those that differ are
+//! sent again. That is done at the stop, or before it while the VM runs, when they are many.
+
+use super::{SendSet, SourceBlock, intersect, merge, subtract};
+use crate::control::explain;
+use std::sync::Arc;
+use sterna_memory::{Attach, PageRun, Process, Region, Tracker, WpAsyncTracker, populated};
+
+/// Who may write the VM's memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Writers {
+    /// Processors alone, or QEMU in their place: each write is seen as it happens.
+    Processors,
+    /// Disks too, at a time of their own.
+    Disks,
+}
+
+/// The tracking of one VM, and what it has found.
+pub(crate) struct Collector {
+    process: Process,
+    blocks: Arc<Vec<SourceBlock>>,
+    tracker: Box<dyn Tracker>,
+    writers: Writers,
+    set: SendSet,
+    /// One list a block; empty where only processors write.
+    at_risk: Vec<Vec<PageRun>>,
+}
+
+impl Collector {
+    /// Begins to track. Nothing is to be sent yet: see [`Collector::begin`].
+    pub(crate) fn arm(
+        process: Process,
+        blocks: Arc<Vec<SourceBlock>>,
+        attach: &Attach,
+        writers: Writers,
+    ) -> Result<Self, String> {
+        let regions: Vec<Region> = blocks.iter().map(|block| block.region).collect();
+        let tracker = WpAsyncTracker::start(&process, regions, attach)
+            .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
+        let set = SendSet::new(blocks.len());
+        let at_risk = vec![Vec::new(); blocks.len()];
+        Ok(Self { process, blocks, tracker: Box::new(tracker), writers, set, at_risk })
+    }
+
+    /// Starts with every page that may not be zero. I/O that was in flight when the tracking began must be over by now.
+    pub(crate) fn begin(&mut self) -> Result<(), String> {
+        for at in 0..self.blocks.len() {
+            let pages = self.populated(at)?;
+            self.set.add(at, &pages, &[]);
+        }
+        Ok(())
+    }
+
+    /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
+    pub(crate) fn scan(&mut self) -> Result<(), String> {
+        for at in 0..self.blocks.len() {
+            let (pages, holes) = self.changed(at)?;
+            self.set.add(at, &pages, &holes);
+            if self.writers == Writers::Disks {
+                self.at_risk[at] = merge(&subtract(&self.at_risk[at], &holes), &pages);
+            }
+        }
+        Ok(())
+    }
+
+    /// Pages that were written, and pages that were sent and are holes now.
+    fn changed(&mut self, at: usize) -> Result<(Vec<PageRun>, Vec<PageRun>), String> {
+        let block = &self.blocks[at];
+        let (mut pages, mut holes) = (Vec::new(), Vec::new());
+        let scanned = match block.anonymous {
+            true => self.tracker.collect_sorted(at, &mut pages, &mut holes),
+            false => self.tracker.collect(at, &mut pages),
+        };
+        scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
+        let sent = block.sent.runs();
+        if block.anonymous {
+            return Ok((pages, intersect(&holes, &sent)));
+        }
+        // A discard in a file is not reported as a write: what was sent and is not there any more is a hole.
+        let there = self.populated(at)?;
+        Ok((intersect(&pages, &there), subtract(&sent, &there)))
+    }
+
+    fn populated(&self, block: usize) -> Result<Vec<PageRun>, String> {
+        let mut pages = Vec::new();
+        populated(&self.process, &self.blocks[block].region, &mut pages)
+            .map_err(|why| format!("the VM's memory cannot be looked at: {}", explain(&why)))?;
+        Ok(pages)
+    }
+
+    /// What was at risk is compared with what was sent. All disk I/O that was in flight at the last scan must be over by now.
+    pub(crate) fn settle(&mut self) {
+        for at in 0..self.blocks.len() {
+            self.set.suspects[at] = merge(&self.set.suspects[at], &self.unsettled(at));
+            self.at_risk[at].clear();
+        }
+    }
+
+    /// Pages at risk that were sent, and are not to be sent anyway.
+    fn unsettled(&self, at: usize) -> Vec<PageRun> {
+        subtract(&subtract(&self.at_risk[at], &self.set.pages[at]), &self.set.holes[at])
+    }
+
+    /// Pages that a stop would have to compare.
+    pub(crate) fn unsettled_count(&self) -> u64 {
+        (0..self.blocks.len()).flat_map(|at| self.unsettled(at)).map(|run| run.pages).sum()
+    }
+
+    /// Pages to be read and sent.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.set.page_count()
+    }
+
+    /// Takes the send-set, and begins an empty one.
+    pub(crate) fn take(&mut self) -> SendSet {
+        std::mem::replace(&mut self.set, SendSet::new(self.blocks.len()))
+    }
+
+    /// How many pages were written since the last scan.
+    pub(crate) fn peek(&mut self) -> Result<u64, String> {
+        let mut found = Vec::new();
+        for at in 0..self.blocks.len() {
+            self.tracker.peek(at, &mut found).map_err(|why| explain(&why))?;
+        }
+        Ok(found.iter().map(|run| run.pages).sum())
+    }
+
+    /// Ends the tracking and leaves the process as it was.
+    pub(crate) fn stop(self) -> Result<(), String> {
+        self.tracker.stop().map_err(|why| explain(&why))
+    }
+}

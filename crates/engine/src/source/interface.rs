@@ -1,0 +1,124 @@
+//! What goes into the source's state machine, and what comes out of it.
+
+use crate::handoff::{Activity, MigrationId, Ownership, Record};
+use crate::units::{Bytes, Pages};
+use crate::wire::Message;
+use crate::wire::message::{Offer, Reason};
+use std::time::Duration;
+
+/// What a migration is asked to do.
+#[derive(Clone, Debug)]
+pub struct SourceParameters {
+    /// Identity of this try.
+    pub id: MigrationId,
+    /// Name of the host the VM goes to.
+    pub peer: String,
+    /// The VM, as it is offered to the target.
+    pub offer: Offer,
+    /// Longest time the VM may be stopped.
+    pub downtime_limit: Duration,
+    /// When to stop the VM even if that limit cannot be kept.
+    pub timeout: Option<Duration>,
+    /// What the VM does as the migration begins.
+    pub activity: Activity,
+}
+
+/// What happens to the source.
+#[derive(Clone, Debug)]
+pub enum SourceInput {
+    /// A message of the target.
+    Message(Message),
+    /// The control connection or a stream is lost.
+    Disconnected(String),
+    /// [`SourceAction::Record`] is stored.
+    Recorded,
+    /// [`SourceAction::Record`] could not be stored.
+    RecordFailed(String),
+    /// [`SourceAction::OpenStreams`] is done.
+    Opened,
+    /// [`SourceAction::Track`] is done; the send-set holds these pages.
+    Tracked(Pages),
+    /// Figures have changed: bytes of page data and descriptors written to the streams so far.
+    Sent(Bytes),
+    /// What the VM does, as it was seen at a scan: its user may pause it and let it run again at any time.
+    Activity(Activity),
+    /// So many pages that were sent, and are not in the send-set, may have been changed unseen by disk I/O that was in
+    /// flight at a scan. A stop has to compare them with what was sent; [`SourceAction::Settle`] makes it so that there are
+    /// none.
+    Unsettled(Pages),
+    /// [`SourceAction::Scan`] is done; the send-set holds these pages.
+    Scanned(Pages),
+    /// [`SourceAction::Settle`] is done; the send-set holds these pages.
+    Settled(Pages),
+    /// [`SourceAction::Stop`] is done: the VM is stopped, its device state saved, and the send-set, these pages, final.
+    Stopped(Pages),
+    /// [`SourceAction::Finish`] is done; a peek has found these pages written since the last scan.
+    Finished(Pages),
+    /// [`SourceAction::Resume`] is done: the VM is here as it was.
+    Resumed,
+    /// [`SourceAction::Resume`] failed.
+    ResumeFailed(String),
+    /// The target has answered [`SourceAction::Ask`].
+    Answered(Ownership),
+    /// [`SourceAction::Ask`] got no answer.
+    AskFailed(String),
+    /// [`SourceAction::End`] is done: the VM's QEMU here is dead.
+    Ended,
+    /// A local step failed.
+    Failed(String),
+    /// The user cancels.
+    Cancel,
+    /// The user changes the downtime limit.
+    DowntimeLimit(Duration),
+    /// Time has passed.
+    Tick,
+}
+
+/// What the source wants done, in this order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum SourceAction {
+    /// Store a record.
+    Record(Record),
+    /// Send a message on the control connection.
+    Send(Message),
+    /// Open this many page streams.
+    OpenStreams(u32),
+    /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
+    Track,
+    /// Move the send-set to the streams as this round, and end the round on each.
+    SendRound(u32),
+    /// Scan: the send-set becomes what was written since the last scan.
+    Scan,
+    /// Scan, wait until no disk I/O of the guest is in flight, for which the VM stands still for a moment, and add every
+    /// page that such I/O may have changed unseen to the send-set, to be compared with what was sent.
+    Settle,
+    /// Stop the VM, save its device state, scan again, and add what was written to the send-set.
+    Stop,
+    /// Send the send-set as this last round, the device state and [`Message::StateEnd`]; then peek.
+    Finish(u32),
+    /// Make the VM do here what it did before the stop.
+    Resume,
+    /// End tracking, and close the streams and the control connection.
+    Release,
+    /// Ask the target who owns the VM.
+    Ask,
+    /// End the VM's QEMU here and wait for its death.
+    End,
+    /// The migration is over.
+    Over(Outcome),
+}
+
+/// How a migration ended at the source.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// The target runs the VM.
+    Completed,
+    /// The target refused; the VM runs here, untouched.
+    Refused(Vec<Reason>),
+    /// It failed; the VM runs here.
+    Failed(String),
+    /// It was cancelled; the VM runs here.
+    Cancelled,
+    /// It failed, and the VM could not be resumed here either.
+    Stranded(String),
+}
