@@ -468,6 +468,8 @@ impl Outgoing {
     /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last
     /// word, for saving may write RAM: virtio gives back what it has taken from its rings.
     fn stop(&mut self) -> Result<Pages, String> {
+        // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
+        self.check_shape()?;
         self.view.stopping();
         self.lap = Instant::now();
         let found = self.qemu(|qemu| qemu.pause())?;
@@ -508,12 +510,18 @@ impl Outgoing {
         control.send(&Message::StateEnd(end))?;
         self.view.device_state(self.state.len() as u64);
         self.state = Vec::new();
-        if Some(self.qemu(|qemu| qemu.shape())?) != self.shape {
-            return Err(
-                "a device, disk or memory of the VM came or went while it was being moved; try again".into(),
-            );
-        }
+        self.check_shape()?;
         self.collector()?.peek().map(Pages)
+    }
+
+    fn check_shape(&self) -> Result<(), String> {
+        match Some(self.qemu(|qemu| qemu.shape())?) == self.shape {
+            true => Ok(()),
+            false => {
+                Err("a device, disk or memory of the VM came or went while it was being moved; try again"
+                    .into())
+            }
+        }
     }
 
     fn digests(&self) -> Result<Vec<BlockDigest>, String> {

@@ -178,7 +178,7 @@ fn a_paused_vm_that_is_refused_late_is_as_it_was_and_moves_at_the_next_try() {
 #[test]
 fn a_vm_that_is_paused_or_let_run_while_it_moves_does_so_at_the_target() {
     let scene = Scene::boot(World::new("7.2"), &[]);
-    let Scene { world, a, b } = &scene;
+    let Scene { world, b, .. } = &scene;
     assert_moved(&scene.move_while(|| scene.tell("a", "stop")));
     scene.assert_state(b, "paused");
     assert_moved(&migrate(b, request("vm", "a")));
@@ -187,6 +187,25 @@ fn a_vm_that_is_paused_or_let_run_while_it_moves_does_so_at_the_target() {
     scene.assert_goes_on();
     assert!(!world.console("vm").contains("BAD"));
     b.stop("vm").unwrap();
+}
+
+/// QEMU crashes when the state of an NVMe device is saved. One that was plugged in after the pre-check was found by a look that
+/// came after the save: the VM was lost.
+#[test]
+fn a_device_that_crashes_a_save_is_seen_before_it() {
+    let world = World::new("7.2");
+    let image = world.path("nvme.raw");
+    std::fs::File::create(&image).unwrap().set_len(1 << 20).unwrap();
+    let drive = format!("if=none,id=spare,format=raw,file={}", image.display());
+    let scene = Scene::boot(world, &["-device", "pcie-root-port,id=rp0", "-drive", &drive]);
+    let nvme = json!({ "driver": "nvme", "id": "late", "bus": "rp0", "drive": "spare", "serial": "x" });
+    let view = scene.move_while(|| drop(scene.world.qmp("a", "vm").execute("device_add", nvme).unwrap()));
+    assert_stayed(&view, "came or went");
+    scene.assert_state(&scene.a, "running");
+    assert_stayed(&migrate(&scene.a, request("vm", "b")), "nvme");
+    scene.assert_goes_on();
+    scene.assert_nothing_waits();
+    scene.a.stop("vm").unwrap();
 }
 
 /// A guest that is reset goes on booting wherever it is.

@@ -63,6 +63,7 @@ pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
         ("qom-list", json!({ "path": DEVICE_ROOTS[1] })),
         ("query-memory-devices", Value::Null),
         ("query-cpus-fast", Value::Null),
+        ("query-migrate", Value::Null),
     ];
     let mut tickets = Vec::new();
     for (command, args) in questions {
@@ -73,12 +74,21 @@ pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
         // A machine without memory devices refuses that question, each time in the same words.
         let answer = match qemu.qmp.wait(&ticket, COMMAND_WITHIN) {
             Err(QmpError::Refused { desc, .. }) => desc,
-            answer => answer.map_err(|e| qemu.explain(operation, e))?.to_string(),
+            answer => stable(answer.map_err(|e| qemu.explain(operation, e))?).to_string(),
         };
         hasher.update(&(answer.len() as u64).to_le_bytes());
         hasher.update(answer.as_bytes());
     }
     Ok(Shape(*hasher.finalize().as_bytes()))
+}
+
+/// Of what QEMU tells of its own migration only what blocks it belongs to the shape.
+fn stable(answer: Value) -> Value {
+    match answer.get("blocked-reasons") {
+        Some(reasons) => reasons.clone(),
+        None if answer.get("status").is_some() => Value::Null,
+        None => answer,
+    }
 }
 
 /// The processor model, as `-cpu` takes it.
