@@ -13,6 +13,31 @@ const PROGRAMS: &[&str] = &["sterna", "sterna-memory", "sterna-lab"];
 /// Tests that run at once. Most start an emulated machine or two, which want a core each; more only miss their deadlines.
 const TESTS_AT_ONCE: &str = "2";
 
+/// Random schedules of the simulation in a long run, unless the environment asks for another number: some ten minutes.
+const SIMULATIONS_LONG: &str = "1000000";
+
+/// How much the tests try.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// As often as a push can wait for.
+    Short,
+    /// The same tests with larger counts.
+    Long,
+}
+
+impl Extent {
+    /// Tells a program of it, as the tests look for it.
+    fn tell(self, command: &mut Command) -> &mut Command {
+        if self == Self::Short {
+            return command;
+        }
+        if std::env::var_os("STERNA_SIMULATIONS").is_none() {
+            command.env("STERNA_SIMULATIONS", SIMULATIONS_LONG);
+        }
+        command.env("STERNA_LONG", "1")
+    }
+}
+
 /// How programs are compiled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Profile {
@@ -30,14 +55,14 @@ pub(crate) fn lint() -> anyhow::Result<()> {
 }
 
 /// Lints, then all tests.
-pub(crate) fn test(ready: &Ready, arguments: &[String]) -> anyhow::Result<()> {
+pub(crate) fn test(ready: &Ready, extent: Extent, arguments: &[String]) -> anyhow::Result<()> {
     let began = Instant::now();
     build(Profile::Dev)?;
     lint()?;
     if has("nextest") {
-        run(ready.tell(
-            cargo().args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments),
-        ))?;
+        let mut command = cargo();
+        command.args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments);
+        run(ready.tell(extent.tell(&mut command)))?;
         // nextest does not know tests in documentation.
         run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
     } else {
@@ -46,7 +71,7 @@ pub(crate) fn test(ready: &Ready, arguments: &[String]) -> anyhow::Result<()> {
         if !arguments.iter().any(|a| a == "--") {
             command.args(["--", "--test-threads", TESTS_AT_ONCE]);
         }
-        run(ready.tell(&mut command))?;
+        run(ready.tell(extent.tell(&mut command)))?;
     }
     println!("formatting, lints and all tests passed in {} s", began.elapsed().as_secs());
     Ok(())

@@ -9,6 +9,7 @@ mod packages;
 
 use std::path::PathBuf;
 
+use cargo::Extent;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 /// Sets up, demonstrates, tests and measures Sterna
@@ -58,6 +59,9 @@ struct Built {
 
 #[derive(Args)]
 struct Test {
+    /// The same tests with larger counts: hours instead of minutes
+    #[arg(long)]
+    long: bool,
     /// Passed on to `cargo nextest run`, or to `cargo test` where nextest is not installed
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<String>,
@@ -109,7 +113,10 @@ fn row(text: &str) -> Result<Row, String> {
 fn main() -> anyhow::Result<()> {
     match Cli::parse().command {
         Action::Setup => packages::ensure().map(|ready| println!("{ready}")),
-        Action::Test(test) => cargo::test(&packages::ensure()?, &test.arguments),
+        Action::Test(test) => {
+            let extent = if test.long { Extent::Long } else { Extent::Short };
+            cargo::test(&packages::ensure()?, extent, &test.arguments)
+        }
         Action::Lint => cargo::lint(),
         Action::Demo(demo) => measure::demo(&demo),
         Action::Bench(bench) => measure::bench(&bench),

@@ -23,6 +23,14 @@ pub(crate) const BOOT: Duration = Duration::from_secs(120);
 /// How long a migration of a test may take.
 pub(crate) const MOVE: Duration = Duration::from_secs(120);
 
+/// How often something is done: `short` in every run, `long` when `STERNA_LONG=1` asks for it (`cargo xtask test --long`).
+pub(crate) fn count(short: u32, long: u32) -> u32 {
+    match std::env::var("STERNA_LONG") {
+        Ok(wanted) if wanted == "1" => long,
+        _ => short,
+    }
+}
+
 /// What guests are made of.
 pub(crate) struct Parts {
     pub(crate) packages: Packages,
