@@ -71,15 +71,12 @@ impl World {
         };
         if let Some(id) = id {
             self.qemus[id].doomed = true;
-            self.queue.after(
-                dying,
-                Box::new(move |world| {
-                    if world.qemus[id].alive() {
-                        world.note(|| format!("QEMU {id} is dead"));
-                        world.qemus[id].life = Life::Dead;
-                    }
-                }),
-            );
+            self.on_host(host, dying, move |world| {
+                if world.qemus[id].alive() {
+                    world.note(|| format!("QEMU {id} is dead"));
+                    world.qemus[id].life = Life::Dead;
+                }
+            });
         }
         self.later(host, if hasty { 1 } else { dying + 10 }, done);
     }
@@ -100,25 +97,23 @@ impl World {
         dead.recovering = false;
         if crash == Crash::Host {
             dead.disk.power_cut();
+            self.frozen[host] = 0;
             for qemu in self.qemus.iter_mut().filter(|qemu| qemu.host == host && qemu.alive()) {
                 qemu.life = Life::Dead;
                 qemu.lost_with_host = true;
             }
         }
         let (life, away) = (self.hosts[host].life, self.away(crash));
-        self.queue.after(
-            away,
-            Box::new(move |world| {
-                if world.hosts[host].life == life {
-                    world.recover(host);
-                }
-            }),
-        );
+        self.on_host(host, away, move |world| {
+            if world.hosts[host].life == life {
+                world.recover(host);
+            }
+        });
     }
 
     fn away(&mut self, crash: Crash) -> Micros {
         match crash {
-            Crash::Agent | Crash::Connections => self.chance.spread(50 * MS, 40 * SECOND),
+            Crash::Agent | Crash::Connections | Crash::Freeze => self.chance.spread(50 * MS, 40 * SECOND),
             Crash::AgentThenHost => self.chance.spread(50 * MS, SECOND),
             Crash::Host => self.chance.between(5 * SECOND, 60 * SECOND),
         }
@@ -250,6 +245,13 @@ impl World {
             && record.is_some_and(|record| record.step == Step::Committed)
         {
             ownership = Ownership::Target;
+        }
+        let again = self.hosts[host].asked.replace(migration) == Some(migration);
+        if self.mutation == Some(Mutation::GivesInWhenAskedAgain)
+            && again
+            && ownership == Ownership::Undecided
+        {
+            ownership = Ownership::Source;
         }
         self.note(|| format!("host {host} answers {ownership:?}"));
         self.transmit(id, host, pack(&Message::Answer(ownership.into())));

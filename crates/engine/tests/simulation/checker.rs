@@ -28,6 +28,10 @@ pub(crate) struct Truth {
 pub(crate) struct Report {
     /// Steps of each host's machines.
     pub(crate) steps: [u32; 2],
+    /// Those before the first hand-off.
+    pub(crate) steps_before: [u32; 2],
+    /// Messages sent since then.
+    pub(crate) messages: u32,
     pub(crate) completed: u32,
     /// An old try was asked about after newer ones.
     pub(crate) overtaken: u32,
@@ -38,6 +42,21 @@ pub(crate) struct Report {
     pub(crate) destroyed: u32,
     /// Nobody can tell who owns it.
     pub(crate) unresolved: u32,
+}
+
+impl std::iter::Sum for Report {
+    /// How all of them ended.
+    fn sum<Reports: Iterator<Item = Self>>(reports: Reports) -> Self {
+        reports.fold(Self::default(), |sum, report| Self {
+            completed: sum.completed + report.completed,
+            overtaken: sum.overtaken + report.overtaken,
+            not_completed: sum.not_completed + report.not_completed,
+            taken_back: sum.taken_back + report.taken_back,
+            destroyed: sum.destroyed + report.destroyed,
+            unresolved: sum.unresolved + report.unresolved,
+            ..sum
+        })
+    }
 }
 
 /// What should never be.

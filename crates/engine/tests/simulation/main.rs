@@ -15,14 +15,14 @@ mod target;
 mod world;
 
 use checker::Report;
-use world::{Crash, CrashPoint, Mutation, Plan, simulate};
+use world::{Crash, CrashPoint, Fate, MessageFate, Mutation, Plan, simulate};
 
 /// Random schedules of a normal run.
-const SIMULATIONS: u64 = 20_000;
+const SIMULATIONS: u64 = 100_000;
 /// Random schedules within which a broken hand-off must be found.
 const SIMULATIONS_TO_CATCH: u64 = 20_000;
 
-const CALM: Plan = Plan { seed: 0, crash: None, random: false, mutation: None };
+const CALM: Plan = Plan { seed: 0, crash: None, fate: None, random: false, mutation: None };
 
 fn lived_through(plan: Plan) -> Report {
     simulate(plan).unwrap_or_else(|violation| panic!("{}", violation.story()))
@@ -86,19 +86,61 @@ fn an_agent_and_then_its_host_crash_at_every_step() {
 }
 
 #[test]
+fn a_host_that_freezes_at_every_step_and_comes_back() {
+    let reports = (0..20).flat_map(|seed| crash_everywhere(Crash::Freeze, seed)).collect::<Vec<_>>();
+    assert!(reports.iter().all(|report| report.destroyed == 0 && report.unresolved == 0));
+    assert!(reports.iter().any(|report| report.taken_back > 0), "no freeze led to a proven death");
+}
+
+/// From the stop of the VM on: every message is lost, late, or comes twice, at once or long after, and with each of these
+/// either host fails in every way at every step.
+#[test]
+fn every_fate_of_every_message_with_a_crash_at_every_step_of_the_handoff() {
+    let (mut schedules, mut taken_back) = (0, 0);
+    for plan in fates(CALM) {
+        for crash in [Crash::Agent, Crash::Host, Crash::AgentThenHost, Crash::Freeze, Crash::Connections] {
+            for report in plans_of_handoff(crash, plan).map(lived_through) {
+                schedules += 1;
+                taken_back += report.taken_back;
+            }
+        }
+    }
+    println!("{schedules} schedules, {taken_back} VMs were taken back");
+    assert!(schedules > 10_000 && taken_back > 0, "only {schedules} schedules");
+}
+
+/// Every fate of every message from the stop on.
+fn fates(plan: Plan) -> impl Iterator<Item = Plan> {
+    let messages = lived_through(plan).messages;
+    let fates = [Fate::Lost, Fate::Late, Fate::Twice, Fate::Again];
+    let each = move |nth| fates.map(|fate| Plan { fate: Some(MessageFate { nth, fate }), ..plan });
+    (1..=messages).flat_map(each)
+}
+
+/// A crash at each step of either host from the stop on.
+fn plans_of_handoff(crash: Crash, plan: Plan) -> impl Iterator<Item = Plan> {
+    let beyond = CrashPoint { host: 0, nth: u32::MAX, crash };
+    let report = lived_through(Plan { crash: Some(beyond), ..plan });
+    let steps = move |host: usize| report.steps_before[host] + 1..=report.steps[host];
+    let points = (0..2).flat_map(move |host| steps(host).map(move |nth| CrashPoint { host, nth, crash }));
+    points.map(move |point| Plan { crash: Some(point), ..plan })
+}
+
+#[test]
 fn whatever_goes_wrong_the_vm_has_one_owner() {
     let wanted = std::env::var("STERNA_SIMULATIONS").ok();
     let count = wanted.map_or(SIMULATIONS, |text| text.parse().expect("STERNA_SIMULATIONS is a number"));
-    let mut sum = Report::default();
-    for seed in 0..count {
-        let report = lived_through(Plan { seed, random: true, ..CALM });
-        sum.completed += report.completed;
-        sum.overtaken += report.overtaken;
-        sum.not_completed += report.not_completed;
-        sum.taken_back += report.taken_back;
-        sum.destroyed += report.destroyed;
-        sum.unresolved += report.unresolved;
-    }
+    let sum = std::thread::scope(|scope| {
+        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+        let share =
+            |of: u64| (of..count).step_by(cores as usize).map(|seed| Plan { seed, random: true, ..CALM });
+        let threads = (0..cores).map(|of| scope.spawn(move || share(of).map(lived_through).sum::<Report>()));
+        let threads: Vec<_> = threads.collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|why| std::panic::resume_unwind(why)))
+            .sum::<Report>()
+    });
     println!("{count} schedules: {sum:?}");
     if count >= SIMULATIONS {
         // The schedules reach every way in which a migration can end.
@@ -174,6 +216,20 @@ fn discards_that_are_forgotten_are_caught() {
 #[test]
 fn page_streams_that_are_reordered_are_caught() {
     caught(Mutation::StreamsReordered, &[RAM_DIFFERS]);
+}
+
+/// Nobody answers for a while: that is no proof. The target's host stood still, and goes on.
+#[test]
+fn a_silence_taken_for_a_death_is_caught() {
+    let mutation = Mutation::SourceResumesAlone;
+    let plan = |seed| Plan { seed, mutation: Some(mutation), ..CALM };
+    let plans = (0..500).flat_map(|seed| plans_of_crashes(Crash::Freeze, plan(seed)));
+    caught_by(plans, mutation, &[TWO_RUN, NO_PROOF, BACK_IN_TIME]);
+}
+
+#[test]
+fn a_target_that_gives_in_when_it_is_asked_again_is_caught() {
+    caught(Mutation::GivesInWhenAskedAgain, &[TWO_RUN, NO_PROOF, BACK_IN_TIME, NONE_LEFT]);
 }
 
 /// A target that had stored its commit answered at once that it owned the VM. Its QEMU could still refuse to start,

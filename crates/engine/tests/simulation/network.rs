@@ -1,8 +1,10 @@
 //! The network: connections that deliver in order after a latency, stall, and are cut with things in flight. Each end
 //! learns of a cut at a time of its own, or only by its deadlines.
 
+use crate::agent::unpack;
 use crate::clock::{MS, Micros, SECOND};
-use crate::world::{Mutation, World};
+use crate::world::{Fate, Mutation, World};
+use sterna_engine::wire::Message;
 
 /// Place of a connection in the world's list.
 pub(crate) type ConnectionId = usize;
@@ -14,6 +16,9 @@ pub(crate) type End = usize;
 const STALL_MAX: Micros = 3 * SECOND;
 /// After this an end that still did not notice a cut has long met its deadlines.
 const NEVER: Micros = 900 * SECOND;
+
+/// How much later a message comes that comes too late: above the deadlines of the hand-off.
+const LATE: Micros = 70 * SECOND;
 
 /// What travels.
 #[derive(Clone, Debug)]
@@ -28,6 +33,16 @@ pub(crate) enum Frame {
     RoundEnd(Vec<u8>),
     /// The other end has closed.
     Close,
+}
+
+impl Frame {
+    fn begins_something(&self) -> bool {
+        let Frame::Message(bytes) = self else { return true };
+        matches!(
+            unpack(bytes),
+            Ok(Message::Hello(_) | Message::Offer(_) | Message::Stream(_) | Message::Query(_))
+        )
+    }
 }
 
 /// A connection between the two hosts.
@@ -72,7 +87,8 @@ impl World {
         if !self.connections[id].open[from] {
             return;
         }
-        let latency = self.latency();
+        let fate = matches!(frame, Frame::Message(_)).then(|| self.draw_fate()).flatten();
+        let latency = self.latency() + if fate == Some(Fate::Late) { LATE } else { 0 };
         let to = 1 - from;
         let connection = &mut self.connections[id];
         let mut at = connection.tail[to].max(now + latency);
@@ -84,7 +100,31 @@ impl World {
         } else {
             connection.tail[to] = at;
         }
-        self.queue.after(at - now, Box::new(move |world| world.arrive(id, to, frame)));
+        match fate {
+            Some(Fate::Lost) => return self.cut(id),
+            Some(Fate::Twice) => self.deliver(at - now, id, to, frame.clone()),
+            Some(Fate::Again) => {
+                let copy = frame.clone();
+                self.queue.after(at - now + LATE, Box::new(move |world| world.arrive_again(id, to, copy)));
+            }
+            _ => {}
+        }
+        self.deliver(at - now, id, to, frame);
+    }
+
+    fn deliver(&mut self, delay: Micros, id: ConnectionId, to: End, frame: Frame) {
+        let host = self.connections[id].hosts[to];
+        self.on_host(host, delay, move |world| world.arrive(id, to, frame));
+    }
+
+    /// A copy of what arrived long ago. Its connection may be closed by now, and its reader a newer life of the agent.
+    fn arrive_again(&mut self, id: ConnectionId, to: End, frame: Frame) {
+        let host = self.connections[id].hosts[to];
+        // TLS keeps a connection's first words from being said again on another one.
+        match frame.begins_something() {
+            true => self.unless_frozen(host, move |world| world.arrive(id, to, frame)),
+            false => self.unless_frozen(host, move |world| world.on_frame(host, id, frame)),
+        }
     }
 
     fn latency(&mut self) -> Micros {
@@ -126,7 +166,8 @@ impl World {
                 1 => self.chance.spread(MS, 20 * SECOND),
                 _ => self.chance.between(grace, 50 * MS),
             };
-            self.queue.after(notice, Box::new(move |world| world.notice(id, end)));
+            let host = self.connections[id].hosts[end];
+            self.on_host(host, notice, move |world| world.notice(id, end));
         }
     }
 

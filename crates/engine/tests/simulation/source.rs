@@ -320,20 +320,18 @@ impl World {
 
     /// The VM stops in QEMU's own time, whether or not the agent lives to see it.
     fn stop(&mut self, host: usize) {
+        self.handoff_begins();
         let fails = self.fails();
         let (qemu, reaches) = (self.qemu_on(host), !fails || self.chance.permille(500));
         if let Some(qemu) = qemu.filter(|_| reaches) {
             let delay = self.chance.between(50, MS);
-            self.queue.after(
-                delay,
-                Box::new(move |world| {
-                    world.live(qemu);
-                    if world.qemus[qemu].life == Life::Running {
-                        world.qemus[qemu].life = Life::Paused;
-                    }
-                    world.point(host);
-                }),
-            );
+            self.on_host(host, delay, move |world| {
+                world.live(qemu);
+                if world.qemus[qemu].life == Life::Running {
+                    world.qemus[qemu].life = Life::Paused;
+                }
+                world.point(host);
+            });
         }
         let (serial, pause) = (self.begin_source_op(host), MS + self.pause());
         self.later(host, pause, move |world| {

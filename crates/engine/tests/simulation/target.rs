@@ -273,15 +273,12 @@ impl World {
         let (qemu, fails) = (self.waiting_qemu(host), self.fails());
         if let Some(qemu) = qemu.filter(|_| !fails) {
             let delay = self.chance.between(20, 1000);
-            self.queue.after(
-                delay,
-                Box::new(move |world| {
-                    if world.qemus[qemu].obeys() {
-                        world.run_qemu(qemu);
-                    }
-                    world.point(host);
-                }),
-            );
+            self.on_host(host, delay, move |world| {
+                if world.qemus[qemu].obeys() {
+                    world.run_qemu(qemu);
+                }
+                world.point(host);
+            });
         }
         let (serial, began, pause) = (self.begin_target_op(host), self.queue.instant(), 1000 + self.pause());
         self.later(host, pause, move |world| {

@@ -6,6 +6,7 @@ use crate::host::{Disk, Life, PAGES, Qemu, QemuId};
 use crate::network::Connection;
 use crate::source::SourceTask;
 use crate::target::TargetTask;
+use sterna_engine::handoff::MigrationId;
 
 /// The host that runs the VM first.
 pub(crate) const FIRST: usize = 0;
@@ -15,6 +16,10 @@ const EVENTS_MAX: usize = 400_000;
 const CHAOS: Micros = 100 * SECOND;
 /// How long everything is given to settle once nothing goes wrong any more: far above every deadline of the engine.
 const SETTLING: Micros = 900 * SECOND;
+/// Longest that a host stands still: above every deadline of the engine but the longest.
+const FREEZE_MAX: Micros = 90 * SECOND;
+/// Messages of a thousand that arrive twice while things go wrong.
+const REPEATED_PERMILLE: u64 = 10;
 /// How long a migration may take that nothing disturbs.
 const UNDISTURBED: Micros = 60 * SECOND;
 
@@ -41,6 +46,8 @@ pub(crate) enum Mutation {
     StreamsReordered,
     /// A target that has stored the commit but not run its QEMU answers that it owns the VM.
     CommitAnsweredAsOwnership,
+    /// A target that has not decided yet gives in when it is asked again.
+    GivesInWhenAskedAgain,
 }
 
 /// What fails at once.
@@ -54,6 +61,28 @@ pub(crate) enum Crash {
     Host,
     /// The agent, and a while later the whole host: maybe before what the agent wrote is on the disk.
     AgentThenHost,
+    /// Nothing: the whole host stands still for longer than every deadline, and then goes on as if nothing had been.
+    Freeze,
+}
+
+/// What the network does to one message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// Its connection is cut before it arrives.
+    Lost,
+    /// It arrives when every deadline has passed, and holds up what comes behind it.
+    Late,
+    /// It arrives twice.
+    Twice,
+    /// It arrives again when every deadline has passed, also where its connection is closed by then.
+    Again,
+}
+
+/// What happens to the n-th message that is sent once the VM is stopped for its hand-off.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct MessageFate {
+    pub(crate) nth: u32,
+    pub(crate) fate: Fate,
 }
 
 /// A crash at the n-th step (input taken in, or action begun or done) of a host's machines.
@@ -69,6 +98,7 @@ pub(crate) struct CrashPoint {
 pub(crate) struct Plan {
     pub(crate) seed: u64,
     pub(crate) crash: Option<CrashPoint>,
+    pub(crate) fate: Option<MessageFate>,
     /// Whether random things go wrong, besides that crash.
     pub(crate) random: bool,
     pub(crate) mutation: Option<Mutation>,
@@ -83,6 +113,8 @@ pub(crate) struct Host {
     pub(crate) life: u64,
     pub(crate) source: Option<SourceTask>,
     pub(crate) target: Option<TargetTask>,
+    /// The try about which this host was asked last.
+    pub(crate) asked: Option<MigrationId>,
     /// Whether a restarted agent is still putting things in order.
     pub(crate) recovering: bool,
 }
@@ -100,7 +132,12 @@ pub(crate) struct World {
     pub(crate) qemus: Vec<Qemu>,
     pub(crate) truth: Truth,
     pub(crate) serial: u64,
+    /// The VM was stopped for a hand-off: from now on messages are counted.
+    stopped: bool,
+    /// Until when each host stands still.
+    pub(crate) frozen: [Micros; 2],
     crash: Option<CrashPoint>,
+    fate: Option<MessageFate>,
     failures_permille: u64,
     trace: Option<Vec<String>>,
 }
@@ -123,6 +160,7 @@ impl World {
             life: 0,
             source: None,
             target: None,
+            asked: None,
             recovering: false,
         };
         let mut chance = Chance::new(plan.seed);
@@ -143,7 +181,10 @@ impl World {
             qemus: vec![first],
             truth: Truth::default(),
             serial: 0,
+            stopped: false,
+            frozen: [0; 2],
             crash: plan.crash,
+            fate: plan.fate,
             failures_permille,
             trace: traced.then(Vec::new),
         }
@@ -177,7 +218,8 @@ impl World {
             Box::new(|world| {
                 let runs = world.truth.current;
                 let host = world.qemus[runs].host;
-                let idle = world.hosts[host].up && world.hosts[host].idle();
+                let acts = world.hosts[host].up && world.frozen[host] <= world.queue.now();
+                let idle = acts && world.hosts[host].idle();
                 if world.chaos && world.qemus[runs].life == Life::Running && idle && world.truth.tries < 3 {
                     world.start_migration(host);
                 }
@@ -220,6 +262,7 @@ impl World {
         self.chaos = false;
         self.partitioned = false;
         self.crash = None;
+        self.fate = None;
         self.failures_permille = 0;
     }
 
@@ -231,14 +274,53 @@ impl World {
     /// Makes `event` happen on a host, unless its agent dies before.
     pub(crate) fn later(&mut self, host: usize, delay: Micros, event: impl FnOnce(&mut World) + 'static) {
         let life = self.hosts[host].life;
-        self.queue.after(
-            delay,
-            Box::new(move |world| {
-                if world.hosts[host].life == life && world.hosts[host].up {
-                    event(world);
-                }
-            }),
-        );
+        self.on_host(host, delay, move |world| {
+            if world.hosts[host].life == life && world.hosts[host].up {
+                event(world);
+            }
+        });
+    }
+
+    /// Makes `event` happen on a host, whatever becomes of its agent, and not before the host goes on.
+    pub(crate) fn on_host(&mut self, host: usize, delay: Micros, event: impl FnOnce(&mut World) + 'static) {
+        self.queue.after(delay, Box::new(move |world| world.unless_frozen(host, event)));
+    }
+
+    /// Does it now, or when the host goes on.
+    pub(crate) fn unless_frozen(&mut self, host: usize, event: impl FnOnce(&mut World) + 'static) {
+        match self.frozen[host].saturating_sub(self.queue.now()) {
+            0 => event(self),
+            wait => self.on_host(host, wait, event),
+        }
+    }
+
+    fn freeze(&mut self, host: usize) {
+        let time = self.chance.spread(SECOND, FREEZE_MAX);
+        self.note(|| format!("host {host} stands still for {} ms", time / MS));
+        self.frozen[host] = self.queue.now() + time;
+    }
+
+    /// A VM is about to be stopped for its hand-off.
+    pub(crate) fn handoff_begins(&mut self) {
+        if !self.stopped {
+            self.stopped = true;
+            self.truth.report.steps_before = self.truth.report.steps;
+        }
+    }
+
+    /// What the network does to the message that is being sent.
+    pub(crate) fn draw_fate(&mut self) -> Option<Fate> {
+        if self.stopped {
+            self.truth.report.messages += 1;
+        }
+        if let Some(fate) = self.fate.filter(|fate| fate.nth == self.truth.report.messages) {
+            self.fate = None;
+            return Some(fate.fate);
+        }
+        match self.chaos && self.chance.permille(REPEATED_PERMILLE) {
+            true => Some(if self.chance.permille(500) { Fate::Twice } else { Fate::Again }),
+            false => None,
+        }
     }
 
     /// How long a step on a host takes.
@@ -260,9 +342,10 @@ impl World {
                 self.crash = None;
                 match at.crash {
                     Crash::Connections => self.cut_all(),
+                    Crash::Freeze => self.freeze(host),
                     _ => self.die(host, at.crash),
                 }
-                at.crash != Crash::Connections
+                !matches!(at.crash, Crash::Connections | Crash::Freeze)
             }
             _ => false,
         }
@@ -306,10 +389,11 @@ impl World {
             self.queue.after(at, Box::new(|world| world.go_wrong()));
         }
         if self.chance.permille(400) {
-            let crash = match self.chance.below(5) {
+            let crash = match self.chance.below(6) {
                 0 | 1 => Crash::Agent,
                 2 => Crash::Host,
                 3 => Crash::Connections,
+                4 => Crash::Freeze,
                 _ => Crash::AgentThenHost,
             };
             let (host, nth) = (self.chance.below(2) as usize, self.chance.between(1, 160) as u32);
@@ -322,7 +406,8 @@ impl World {
             return;
         }
         let host = self.chance.below(2) as usize;
-        match self.chance.below(10) {
+        match self.chance.below(11) {
+            10 => self.freeze(host),
             0..=2 => self.die(host, Crash::Agent),
             3 => self.die(host, Crash::Host),
             4 | 5 => {
@@ -336,8 +421,8 @@ impl World {
                 let time = self.chance.spread(100 * MS, 60 * SECOND);
                 self.queue.after(time, Box::new(|world| world.partitioned = false));
             }
-            7 => self.cancel_source(host),
-            8 => self.cancel_target(host),
+            7 => self.unless_frozen(host, move |world| world.cancel_source(host)),
+            8 => self.unless_frozen(host, move |world| world.cancel_target(host)),
             _ => self.waiting_qemu_dies(host),
         }
     }
