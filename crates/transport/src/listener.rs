@@ -2,9 +2,10 @@
 //!
 //! Anyone can open a TCP connection, so what costs us something before the certificates are checked is bounded:
 //! the number of handshakes at once, and the time each may take. Past the limit, new connections wait in the
-//! kernel's backlog instead of in ours. Verified peers are bounded as well, since each holds a thread.
+//! kernel's backlog instead of in ours, and the oldest handshake makes room for them if it is slow: a thousand
+//! connections that say nothing keep nobody out. Verified peers are bounded as well, since each holds a thread.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::os::fd::OwnedFd;
@@ -28,6 +29,10 @@ pub const MAX_CONNECTIONS: usize = 1024;
 
 /// How long a peer may take to prove who it is: a handshake is two round trips.
 pub const HANDSHAKE_DEADLINE: Duration = Duration::from_secs(5);
+
+/// How long a handshake is let alone while others wait for its place: far more than its two round trips take, and so
+/// little that a thousand silent connections are gone before a host that waits behind them gives up (5 s).
+const HANDSHAKE_PATIENCE: Duration = Duration::from_millis(200);
 
 /// How long to leave the kernel alone after it could not accept, mostly for want of descriptors (EMFILE).
 const ACCEPT_PAUSE: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
@@ -124,7 +129,7 @@ impl ServerHandle {
     pub fn stats(&self) -> ServerStats {
         let peers = self.server.lock();
         ServerStats {
-            handshakes: peers.handshakes,
+            handshakes: peers.handshakes.len(),
             connections: peers.connections,
             accepted: self.server.stats.accepted.load(Ordering::Relaxed),
             refused: self.server.stats.refused.load(Ordering::Relaxed),
@@ -198,7 +203,8 @@ struct Stats {
 
 #[derive(Debug, Default)]
 struct Peers {
-    handshakes: usize,
+    /// When each began, by id: the first one is the oldest.
+    handshakes: BTreeMap<u64, Instant>,
     connections: usize,
     next_id: u64,
     /// What must be shut down and joined when the server stops.
@@ -218,9 +224,21 @@ impl Peers {
     fn register(&mut self, shutdown: Shutdown) -> u64 {
         let id = self.next_id;
         self.next_id += 1;
-        self.handshakes += 1;
+        self.handshakes.insert(id, Instant::now());
         self.threads.insert(id, Peer { shutdown, thread: None });
         id
+    }
+
+    /// Ends the oldest handshake if it is slow. Returns when to look again.
+    fn make_room(&self) -> Duration {
+        let Some((id, began)) = self.handshakes.first_key_value() else { return HANDSHAKE_PATIENCE };
+        match HANDSHAKE_PATIENCE.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) {
+            Some(left) => left,
+            None => {
+                self.threads.get(id).into_iter().for_each(|peer| peer.shutdown.shutdown());
+                HANDSHAKE_PATIENCE
+            }
+        }
     }
 
     /// Keeps a thread until it can be joined, which may be now.
@@ -268,7 +286,7 @@ impl Server {
     }
 
     fn accept_all(self: &Arc<Self>, socket: &TcpListener) {
-        while self.wait_for_slot() && self.wait_for_peer(socket) {
+        while self.wait_for_peer(socket) && self.wait_for_slot() {
             let ended = std::mem::take(&mut self.lock().ended);
             join(ended);
             match socket.accept() {
@@ -283,11 +301,12 @@ impl Server {
         }
     }
 
-    /// Waits until another handshake is allowed. False when the server stops.
+    /// Waits until another handshake is allowed, for a peer that waits. False when the server stops.
     fn wait_for_slot(&self) -> bool {
         let mut peers = self.lock();
-        while peers.handshakes >= self.limits.handshakes.max(1) && !self.is_stopping() {
-            peers = self.changed.wait(peers).unwrap_or_else(PoisonError::into_inner);
+        while peers.handshakes.len() >= self.limits.handshakes.max(1) && !self.is_stopping() {
+            let wait = peers.make_room();
+            peers = self.changed.wait_timeout(peers, wait).unwrap_or_else(PoisonError::into_inner).0;
         }
         !self.is_stopping()
     }
@@ -378,7 +397,7 @@ impl Place {
         if peers.connections >= server.limits.connections || server.is_stopping() {
             return false;
         }
-        peers.handshakes -= 1;
+        peers.handshakes.remove(&self.id);
         peers.connections += 1;
         self.stage = Stage::Connected;
         server.stats.accepted.fetch_add(1, Ordering::Relaxed);
@@ -392,7 +411,7 @@ impl Drop for Place {
         let mut peers = self.server.lock();
         let Some(peer) = peers.threads.remove(&self.id) else { return };
         match self.stage {
-            Stage::Handshake => peers.handshakes -= 1,
+            Stage::Handshake => drop(peers.handshakes.remove(&self.id)),
             Stage::Connected => peers.connections -= 1,
         }
         peers.ended.extend(peer.thread);
