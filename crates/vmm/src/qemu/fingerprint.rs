@@ -10,11 +10,13 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
+use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::qmp::QmpError;
@@ -253,8 +255,11 @@ fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
         }
     }
     names.retain(|(name, _)| !name.is_empty());
-    let folders = data_folders(qemu.process.pid());
-    Ok(names.iter().map(|(name, size)| firmware_line(name, size, &folders)).collect())
+    // What could not be read for want of descriptors must not be remembered as if it were not there.
+    let lines = data_folders(qemu.process.pid()).and_then(|folders| {
+        names.iter().map(|(name, size)| firmware_line(name, size, &folders)).collect::<io::Result<_>>()
+    });
+    lines.map_err(|source| VmmError::Host { operation: "reading QEMU's firmware files", source })
 }
 
 /// Reads `info roms`: lines that end with `size=0x002400 name="kvmvapic.bin"`.
@@ -267,16 +272,16 @@ fn roms(text: &str) -> BTreeSet<(String, String)> {
     text.lines().filter_map(rom).collect()
 }
 
-fn firmware_line(name: &str, size: &str, folders: &[PathBuf]) -> String {
+fn firmware_line(name: &str, size: &str, folders: &[PathBuf]) -> io::Result<String> {
     let named = Path::new(name);
     // A kernel given by the user carries its whole path, which another host may not have.
     let shown = named.file_name().map_or(name.into(), |file| file.to_string_lossy());
-    let candidates = folders.iter().map(|folder| folder.join(named));
-    let digest = candidates.into_iter().find_map(|path| digest(&path));
-    match digest {
-        Some(digest) => format!("firmware {shown} {size} {digest}"),
-        None => format!("firmware {shown} {size} made by QEMU"),
+    for folder in folders {
+        if let Some(digest) = digest(&folder.join(named))? {
+            return Ok(format!("firmware {shown} {size} {digest}"));
+        }
     }
+    Ok(format!("firmware {shown} {size} made by QEMU"))
 }
 
 /// Answers that are remembered, by their questions.
@@ -292,39 +297,50 @@ const REMEMBERED_MAX: usize = 1024;
 fn remember<K: Ord + Clone, V: Clone>(
     memory: &Memory<K, V>,
     key: &K,
-    find: impl FnOnce() -> Option<V>,
-) -> Option<V> {
-    let known = memory.lock().unwrap_or_else(PoisonError::into_inner).get(key).cloned();
-    known.or_else(|| {
-        let found = find()?;
-        let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
-        if memory.len() >= REMEMBERED_MAX {
-            memory.clear();
-        }
-        memory.insert(key.clone(), found.clone());
-        Some(found)
-    })
+    find: impl FnOnce() -> io::Result<V>,
+) -> io::Result<V> {
+    if let Some(known) = memory.lock().unwrap_or_else(PoisonError::into_inner).get(key) {
+        return Ok(known.clone());
+    }
+    let found = find()?;
+    let mut memory = memory.lock().unwrap_or_else(PoisonError::into_inner);
+    if memory.len() >= REMEMBERED_MAX {
+        memory.clear();
+    }
+    memory.insert(key.clone(), found.clone());
+    Ok(found)
 }
 
-fn digest(path: &Path) -> Option<String> {
-    let file = File::open(path).ok()?;
-    let known = file.metadata().ok()?;
+/// None when there is no such file.
+fn digest(path: &Path) -> io::Result<Option<String>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(why) if why.raw_os_error().is_some_and(is_shortage) => return Err(why),
+        Err(_) => return Ok(None),
+    };
+    let known = file.metadata()?;
     if !known.is_file() || known.len() > FIRMWARE_BYTES_MAX {
-        return None;
+        return Ok(None);
     }
-    remember(&DIGESTS, &(path.to_owned(), known.len(), known.modified().ok()), || {
+    let found = remember(&DIGESTS, &(path.to_owned(), known.len(), known.modified().ok()), || {
         let mut hasher = blake3::Hasher::new();
-        hasher.update_reader(file).ok()?;
-        Some(hasher.finalize().to_hex().to_string())
-    })
+        hasher.update_reader(file)?;
+        Ok(hasher.finalize().to_hex().to_string())
+    });
+    found.map(Some)
+}
+
+/// Whether an error tells of this host's limits, and nothing of the file.
+fn is_shortage(errno: i32) -> bool {
+    [Errno::MFILE, Errno::NFILE, Errno::NOMEM].iter().any(|error| error.raw_os_error() == errno)
 }
 
 /// The folders that a QEMU searches for firmware: its own program says (`-L help`), told the same `-L`.
-fn data_folders(pid: i32) -> Vec<PathBuf> {
-    let args = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+fn data_folders(pid: i32) -> io::Result<Vec<PathBuf>> {
+    let args = std::fs::read(format!("/proc/{pid}/cmdline"))?;
     let args: Vec<String> =
         args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
-    let Ok(program) = std::fs::read_link(format!("/proc/{pid}/exe")) else { return Vec::new() };
+    let program = std::fs::read_link(format!("/proc/{pid}/exe"))?;
     let mut line = vec![program.to_string_lossy().into_owned()];
     for pair in args.windows(2) {
         if let [option, folder] = pair
@@ -335,10 +351,9 @@ fn data_folders(pid: i32) -> Vec<PathBuf> {
     }
     remember(&FOLDERS, &line, || {
         let mut command = Command::new(&program);
-        let output = command.args(&line[1..]).args(["-L", "help"]).stdin(Stdio::null()).output().ok()?;
-        Some(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
+        let output = command.args(&line[1..]).args(["-L", "help"]).stdin(Stdio::null()).output()?;
+        Ok(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
     })
-    .unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -359,9 +374,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let line = |content: &str| {
             std::fs::write(folder.path().join("bios.bin"), content).unwrap();
-            firmware_line("bios.bin", "0x4", &[folder.path().to_owned()])
+            firmware_line("bios.bin", "0x4", &[folder.path().to_owned()]).unwrap()
         };
         assert_ne!(line("abcd"), line("abce"));
-        assert!(firmware_line("etc/acpi/rsdp", "0x1000", &[]).ends_with("made by QEMU"));
+        assert!(firmware_line("etc/acpi/rsdp", "0x1000", &[]).unwrap().ends_with("made by QEMU"));
     }
 }
