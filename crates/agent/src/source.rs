@@ -32,6 +32,11 @@ const QUIT_WITHIN: Duration = Duration::from_secs(5);
 /// How long a QEMU that does not answer may take to be seen dead: its memory is freed before.
 const DYING: Duration = Duration::from_secs(2);
 
+/// How long a target that closes a page stream may take to say why, on the control connection; the VM runs meanwhile.
+const LAST_WORDS: Duration = Duration::from_secs(3);
+/// The same while the VM is stopped.
+const LAST_WORDS_STOPPED: Duration = Duration::from_millis(300);
+
 /// What can be said to a migration while it runs.
 #[derive(Clone, Debug)]
 pub(crate) enum Order {
@@ -43,6 +48,8 @@ pub(crate) enum Order {
 enum Event {
     Input(SourceInput),
     Order(Order),
+    /// A sender of pages failed.
+    Broken(String),
 }
 
 /// A migration from the outside: its figures, and a way to speak to it.
@@ -85,6 +92,8 @@ struct Outgoing {
     state: Vec<u8>,
     verify: bool,
     round: u32,
+    /// Why a sender failed, and until when the target may say it better.
+    broken: Option<(String, Instant)>,
     updated: Instant,
     lap: Instant,
 }
@@ -195,6 +204,7 @@ impl Outgoing {
             state: Vec::new(),
             verify: false,
             round: 0,
+            broken: None,
             updated: Instant::now(),
             lap: Instant::now(),
         }
@@ -281,12 +291,23 @@ impl Outgoing {
             self.update(&machine);
             let now = self.now();
             let wait = machine.deadline().map_or(REFRESH, |at| at.saturating_sub(now)).min(REFRESH);
+            if let Some((why, _)) = self.broken.take_if(|(_, until)| Instant::now() >= *until) {
+                self.feed(&mut machine, SourceInput::Failed(why));
+                continue;
+            }
             match events.recv_timeout(wait) {
                 Ok(Event::Input(input)) => self.feed(&mut machine, input),
                 Ok(Event::Order(order)) => self.obey(&mut machine, order),
+                Ok(Event::Broken(why)) => self.wait_for_last_words(why),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
             }
         }
+    }
+
+    /// A target that gives up closes its page streams first, and says why a moment later.
+    fn wait_for_last_words(&mut self, why: String) {
+        let wait = if self.view.is_stopped() { LAST_WORDS_STOPPED } else { LAST_WORDS };
+        self.broken.get_or_insert((why, Instant::now() + wait));
     }
 
     fn now(&self) -> Duration {
@@ -416,7 +437,7 @@ impl Outgoing {
         let pages = Pages(collector.page_count());
         self.collector = Some(collector);
         let tell = self.tell.clone();
-        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Failed(why))));
+        let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
         let (blocks, pacer, counters) = (self.blocks.clone(), self.pacer.clone(), self.counters.clone());
         self.senders = Some(Senders::start(streams, &self.process, blocks, pacer, counters, failed)?);
