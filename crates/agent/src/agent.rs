@@ -5,7 +5,7 @@ use crate::control::explain;
 use crate::host::{Host, ram_of};
 use crate::incoming::Incoming;
 use crate::model::{HostView, MigrateRequest, MigrationView, ReasonView, RunRequest, SetRequest, VmView};
-use crate::registry::{NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::registry::{Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::source::{self, Handle, Order};
 use crate::{peer, recovery};
 use std::collections::HashMap;
@@ -87,8 +87,8 @@ impl Agent {
         for (vm, record) in open {
             let id = record.id.to_string();
             if vm.reserve(&id).is_ok() {
-                let freed = vm.clone();
-                let handle = source::resolve(&agent.host, &vm, &record, move || freed.free());
+                let ended = ending(&agent.host, &vm);
+                let handle = source::resolve(&agent.host, &vm, &record, ended);
                 lock(&agent.jobs).add(id, None, handle);
             }
         }
@@ -130,6 +130,7 @@ impl Agent {
             generation: self.first_generation(&name),
             since: jiff::Timestamp::now(),
             incoming: false,
+            leaving: None,
         };
         if let Err(why) = layout {
             tracing::warn!(
@@ -161,8 +162,7 @@ impl Agent {
     fn first_generation(&self, name: &str) -> u64 {
         use sterna_engine::handoff::Journal as _;
         let known = self.host.journal().load(name).ok().flatten().map_or(0, |record| record.generation.0);
-        let seconds = u64::try_from(jiff::Timestamp::now().as_second()).unwrap_or_default();
-        seconds.max(known.saturating_add(1))
+        generation_after(known, jiff::Timestamp::now().as_second())
     }
 
     /// All VMs.
@@ -199,7 +199,7 @@ impl Agent {
     /// [`AgentError::Conflict`] while it is being moved, [`AgentError::Failed`] when its QEMU does not end.
     pub fn stop(&self, name: &str) -> Result<(), AgentError> {
         let vm = self.find(name)?;
-        if vm.record().incoming {
+        if vm.record().incoming && vm.doubtful().is_none() {
             return Err(AgentError::Conflict(format!(
                 "VM {name} is on its way here; abort its migration at its source"
             )));
@@ -269,12 +269,20 @@ impl Agent {
                 request.vm
             ))
         })?;
-        if let Err(why) = self.host.registry().update(&vm, |record| record.generation += 1) {
+        let leaving = Leaving { id: id.to_string(), to: request.host.clone() };
+        let begun = self.host.registry().update(&vm, |record| {
+            record.generation += 1;
+            record.leaving = Some(leaving);
+        });
+        if let Err(why) = begun {
             vm.free();
-            return Err(AgentError::Failed(format!("VM {} cannot be written down: {why}", request.vm)));
+            let (vm, folder) = (&request.vm, self.host.config().state_dir.display());
+            return Err(AgentError::Failed(format!(
+                "VM {vm} is not moved and runs on: it cannot be written down in {folder}: {why}; mend that folder (is its \
+                 disk full, or read-only?) and try again"
+            )));
         }
-        let freed = vm.clone();
-        let handle = source::start(&self.host, &vm, &request, id, move || freed.free());
+        let handle = source::start(&self.host, &vm, &request, id, ending(&self.host, &vm));
         let view = handle.view.borrow().clone();
         tracing::info!(vm = request.vm, to = request.host, migration = %id, "a migration begins");
         jobs.add(id.to_string(), key, handle);
@@ -292,6 +300,9 @@ impl Agent {
         self.host.address_of(&request.host).map_err(AgentError::NotFound)?;
         if !vm.is_alive() {
             return Err(AgentError::Conflict(format!("VM {} does not run: its QEMU has ended", request.vm)));
+        }
+        if let Some(why) = vm.doubtful() {
+            return Err(AgentError::Conflict(format!("VM {} cannot be moved: {why}", request.vm)));
         }
         if request.parallel_connections.is_some_and(|count| !(1..=STREAMS_MAX).contains(&count)) {
             return Err(AgentError::Invalid(format!("parallel-connections is 1 to {STREAMS_MAX}")));
@@ -380,9 +391,41 @@ impl Jobs {
     }
 }
 
+/// Beyond what is known here, whatever the clock says: it may have been set back by years.
+fn generation_after(known: u64, clock_seconds: i64) -> u64 {
+    u64::try_from(clock_seconds).unwrap_or_default().max(known.saturating_add(1))
+}
+
+/// What is done when a migration has ended: its VM may be moved again, and is no longer said to be leaving.
+fn ending(host: &Arc<Host>, vm: &Arc<Vm>) -> impl FnOnce() + Send + use<> {
+    use sterna_engine::handoff::{Journal as _, Step};
+    let (host, vm) = (host.clone(), vm.clone());
+    move || {
+        let record = host.journal().load(&vm.name());
+        if record.is_ok_and(|record| record.is_none_or(|record| record.step != Step::Released)) {
+            host.registry().stayed(&vm);
+        }
+        vm.free();
+    }
+}
+
 fn random() -> Result<[u8; 16], AgentError> {
     let mut bytes = [0; 16];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
     read.map_err(|why| AgentError::Failed(format!("no random numbers: {why}")))?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::generation_after;
+
+    #[test]
+    fn a_clock_that_jumps_by_years_never_makes_a_new_vm_older_than_an_old_record() {
+        let today = 1_800_000_000;
+        let first = generation_after(0, today);
+        for clock in [today - 900_000_000, -1, 0, today, today + 900_000_000] {
+            assert!(generation_after(first, clock) > first, "the clock says {clock}");
+        }
+    }
 }

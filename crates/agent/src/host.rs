@@ -192,8 +192,10 @@ fn alone_in(folder: &Path) -> Result<File, String> {
             ));
         }
     }
-    let told = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-    told.map_err(cannot)?;
+    // Only told to people: where the disk is full, the lock holds all the same.
+    if let Err(why) = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())) {
+        tracing::warn!(folder = %folder.display(), %why, "the agent's process id cannot be written down; make room there");
+    }
     Ok(file)
 }
 
@@ -222,7 +224,7 @@ pub(crate) fn fingerprint_of(lines: &[String]) -> Fingerprint {
     }
 }
 
-fn pids() -> impl Iterator<Item = i32> {
+pub(crate) fn pids() -> impl Iterator<Item = i32> {
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }

@@ -1,7 +1,8 @@
 //! The journal: one small file per VM, preallocated, so that the commit costs one overwrite and one `fdatasync`.
 //!
 //! A file holds two slots of 512 bytes (a disk sector is written whole or not at all). A store writes the slot that is
-//! not the latest, with the next sequence number and a digest; a torn write leaves the other slot as it was.
+//! not the latest, with the next sequence number and a digest. A slot that is neither empty nor whole makes the file
+//! *damaged*: the slot beside it may be older than what was lost, and an older record must not decide who owns a VM.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -14,6 +15,37 @@ const DIGEST_BYTES: usize = 16;
 /// Longest name of a VM or host, so that a record fits its slot.
 const NAME_BYTES_MAX: usize = 128;
 
+/// How the name of a file ends that is being made.
+const UNFINISHED: &str = ".unfinished";
+
+/// What is on disk about a VM.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Found {
+    /// No migration of it was ever written down, or the file is gone.
+    Nothing,
+    Whole(Record),
+    Damaged(Damage),
+}
+
+/// A file that is not what was written to it.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Damage {
+    /// What is wrong, with the file's name.
+    pub(crate) why: String,
+    /// What can be read. It may be older than what cannot.
+    pub(crate) survivor: Option<Record>,
+}
+
+enum Slot {
+    /// Never written.
+    Empty,
+    Whole {
+        sequence: u64,
+        record: Record,
+    },
+    Damaged,
+}
+
 /// The records of one host.
 #[derive(Debug)]
 pub(crate) struct FileJournal {
@@ -23,6 +55,7 @@ pub(crate) struct FileJournal {
 impl FileJournal {
     pub(crate) fn open(folder: PathBuf) -> std::io::Result<Self> {
         std::fs::create_dir_all(&folder)?;
+        crate::registry::remove_unfinished(&folder, UNFINISHED);
         File::open(&folder)?.sync_all()?;
         Ok(Self { folder })
     }
@@ -39,16 +72,40 @@ impl FileJournal {
         names
     }
 
-    /// Makes the VM's file, so that a later store finds it allocated and its name on disk.
+    /// Makes the VM's file, so that a later store finds it allocated and its name on disk. It appears with its slots: a
+    /// file that is shorter was cut.
     pub(crate) fn prepare(&self, vm: &str) -> std::io::Result<()> {
         let path = self.path(vm);
         if path.exists() {
             return Ok(());
         }
-        let file = OpenOptions::new().write(true).create(true).truncate(false).mode(0o600).open(&path)?;
+        let fresh = self.folder.join(format!("{vm}{UNFINISHED}"));
+        let file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
         file.write_all_at(&[0; 2 * SLOT_BYTES], 0)?;
         file.sync_all()?;
+        std::fs::rename(fresh, path)?;
         File::open(&self.folder)?.sync_all()
+    }
+
+    /// What is on disk about a VM, also when it is not as it should be.
+    pub(crate) fn look(&self, vm: &str) -> Found {
+        let path = self.path(vm);
+        let damaged = |why: String, survivor| {
+            Found::Damaged(Damage { why: format!("{}: {why}", path.display()), survivor })
+        };
+        let slots = match File::open(&path).map(|file| read_slots(&file)) {
+            Ok(Ok(slots)) => slots,
+            Err(why) if why.kind() == std::io::ErrorKind::NotFound => return Found::Nothing,
+            Ok(Err(why)) | Err(why) => return damaged(why.to_string(), None),
+        };
+        match newest(&slots).map(|(.., record)| record.clone()) {
+            Some(record) if record.vm != vm => damaged(format!("it is the record of VM {}", record.vm), None),
+            survivor if slots.iter().any(|slot| matches!(slot, Slot::Damaged)) => {
+                damaged("a part of it is not what was written".into(), survivor)
+            }
+            Some(record) => Found::Whole(record),
+            None => Found::Nothing,
+        }
     }
 
     fn path(&self, vm: &str) -> PathBuf {
@@ -58,12 +115,14 @@ impl FileJournal {
     fn write(&self, record: &Record) -> std::io::Result<()> {
         self.prepare(&record.vm)?;
         let file = OpenOptions::new().read(true).write(true).open(self.path(&record.vm))?;
-        let (sequence, slot) = match latest(&file)? {
-            Some((sequence, slot, _)) => (sequence + 1, 1 - slot),
-            None => (1, 0),
-        };
+        let slots = read_slots(&file)?;
+        let (sequence, slot) = newest(&slots).map_or((1, 0), |(sequence, slot, _)| (sequence + 1, 1 - slot));
         let text = encode(record, sequence).ok_or_else(|| std::io::Error::other("the names are too long"))?;
         file.write_all_at(&text, (slot * SLOT_BYTES) as u64)?;
+        if newest(&slots).is_none() && !matches!(slots[1], Slot::Empty) {
+            // Nothing that can be read is lost, and the file is whole again.
+            file.write_all_at(&[0; SLOT_BYTES], SLOT_BYTES as u64)?;
+        }
         if record.step.must_be_durable() { file.sync_data() } else { Ok(()) }
     }
 }
@@ -74,14 +133,11 @@ impl Journal for FileJournal {
     }
 
     fn load(&self, vm: &str) -> Result<Option<Record>, JournalError> {
-        let path = self.path(vm);
-        let read = match File::open(&path) {
-            Ok(file) => latest(&file),
-            Err(why) if why.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-            Err(why) => Err(why),
-        };
-        let found = read.map_err(|why| failed(vm, "read", &path, &why))?;
-        Ok(found.map(|(_, _, record)| record).filter(|record| record.vm == vm))
+        match self.look(vm) {
+            Found::Nothing => Ok(None),
+            Found::Whole(record) => Ok(Some(record)),
+            Found::Damaged(Damage { why, .. }) => Err(JournalError { vm: vm.into(), what: "read", why }),
+        }
     }
 }
 
@@ -89,23 +145,28 @@ fn failed(vm: &str, what: &'static str, path: &Path, why: &std::io::Error) -> Jo
     JournalError { vm: vm.into(), what, why: format!("{}: {why}", path.display()) }
 }
 
-/// The valid slot with the highest sequence number: (sequence, slot, record).
-fn latest(file: &File) -> std::io::Result<Option<(u64, usize, Record)>> {
-    let mut found: Option<(u64, usize, Record)> = None;
-    for slot in 0..2 {
+fn read_slots(file: &File) -> std::io::Result<[Slot; 2]> {
+    let read = |slot: usize| {
         let mut raw = [0; SLOT_BYTES];
         match file.read_exact_at(&mut raw, (slot * SLOT_BYTES) as u64) {
-            Ok(()) => {}
-            Err(why) if why.kind() == std::io::ErrorKind::UnexpectedEof => continue,
-            Err(why) => return Err(why),
+            Ok(()) if raw == [0; SLOT_BYTES] => Ok(Slot::Empty),
+            Ok(()) => {
+                Ok(decode(&raw).map_or(Slot::Damaged, |(sequence, record)| Slot::Whole { sequence, record }))
+            }
+            Err(why) if why.kind() == std::io::ErrorKind::UnexpectedEof => Ok(Slot::Damaged),
+            Err(why) => Err(why),
         }
-        if let Some((sequence, record)) = decode(&raw)
-            && found.as_ref().is_none_or(|(best, ..)| sequence > *best)
-        {
-            found = Some((sequence, slot, record));
-        }
-    }
-    Ok(found)
+    };
+    Ok([read(0)?, read(1)?])
+}
+
+/// The whole slot with the highest sequence number: (sequence, slot, record).
+fn newest(slots: &[Slot; 2]) -> Option<(u64, usize, &Record)> {
+    let whole = slots.iter().enumerate().filter_map(|(at, slot)| match slot {
+        Slot::Whole { sequence, record } => Some((*sequence, at, record)),
+        _ => None,
+    });
+    whole.max_by_key(|(sequence, ..)| *sequence)
 }
 
 fn encode(record: &Record, sequence: u64) -> Option<[u8; SLOT_BYTES]> {
@@ -166,19 +227,47 @@ mod tests {
         assert_eq!(journal.names(), ["db"]);
     }
 
+    /// A damaged file was read as the older of its two records: a source whose `released` was torn read `sending`, which
+    /// says that the VM may be resumed.
     #[test]
-    fn a_torn_write_leaves_the_record_before_it() {
+    fn an_older_record_does_not_stand_in_for_a_damaged_one() {
         let folder = tempfile::tempdir().unwrap();
         let mut journal = FileJournal::open(folder.path().into()).unwrap();
-        journal.store(&record(1, Step::Incoming)).unwrap();
-        journal.store(&record(1, Step::Committed)).unwrap();
-        let file = OpenOptions::new().write(true).open(folder.path().join("db.record")).unwrap();
-        file.write_all_at(b"torn", SLOT_BYTES as u64 + 100).unwrap();
-        assert_eq!(journal.load("db").unwrap(), Some(record(1, Step::Incoming)));
-        file.set_len(700).unwrap();
-        assert_eq!(journal.load("db").unwrap(), Some(record(1, Step::Incoming)));
-        file.set_len(0).unwrap();
-        assert_eq!(journal.load("db").unwrap(), None);
+        let path = folder.path().join("db.record");
+        let damage: [(&str, fn(&File)); 6] = [
+            ("the newer slot is torn", |file| file.write_all_at(b"torn", SLOT_BYTES as u64 + 100).unwrap()),
+            ("the older slot is torn", |file| file.write_all_at(b"torn", 100).unwrap()),
+            ("both are torn", |file| {
+                file.write_all_at(b"torn", 100).unwrap();
+                file.write_all_at(b"torn", SLOT_BYTES as u64 + 100).unwrap();
+            }),
+            ("the file is cut", |file| file.set_len(700).unwrap()),
+            ("the file is empty", |file| file.set_len(0).unwrap()),
+            ("the record is another VM's", |file| {
+                let other = Record { vm: "web".into(), ..record(9, Step::Running) };
+                file.write_all_at(&encode(&other, 9).unwrap(), 0).unwrap();
+            }),
+        ];
+        for (what, damage) in damage {
+            drop(std::fs::remove_file(&path));
+            journal.store(&record(1, Step::Sending)).unwrap();
+            journal.store(&record(1, Step::Released)).unwrap();
+            damage(&OpenOptions::new().write(true).open(&path).unwrap());
+            let why = journal.load("db").expect_err(what).to_string();
+            assert!(why.contains("db.record"), "{what}: {why}");
+            // The next store is a whole record again.
+            journal.store(&record(2, Step::Kept)).unwrap();
+            assert_eq!(journal.load("db").unwrap(), Some(record(2, Step::Kept)), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_folder_in_the_place_of_a_record_is_damage() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut journal = FileJournal::open(folder.path().into()).unwrap();
+        std::fs::create_dir(folder.path().join("db.record")).unwrap();
+        assert!(matches!(journal.look("db"), Found::Damaged(Damage { survivor: None, .. })));
+        assert!(journal.store(&record(1, Step::Sending)).is_err());
     }
 
     #[test]

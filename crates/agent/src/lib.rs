@@ -14,6 +14,7 @@ mod agent;
 pub mod api;
 pub mod config;
 mod control;
+mod doubt;
 mod fit;
 mod host;
 mod incoming;

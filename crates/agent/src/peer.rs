@@ -57,11 +57,15 @@ fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer 
     if !is_usable(&query.vm) {
         return Ownership::Unknown.into();
     }
+    let found = host.registry().find(&query.vm);
+    if found.as_ref().is_some_and(|vm| vm.doubtful().is_some()) {
+        return Ownership::Unknown.into();
+    }
     let record = host.journal().load(&query.vm).ok().flatten();
     if record.as_ref().is_some_and(|record| record.id == id && record.peer != peer) {
         return Ownership::Unknown.into();
     }
-    let lives = host.registry().find(&query.vm).is_some_and(|vm| vm.is_alive());
+    let lives = found.is_some_and(|vm| vm.is_alive());
     if record.as_ref().is_some_and(|record| record.id == id && record.step == Step::Incoming && !lives) {
         // Nobody works on it and nothing waits for it: an agent's death left it half done, and recovery has run.
         return Ownership::Undecided.into();

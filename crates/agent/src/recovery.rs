@@ -1,10 +1,13 @@
 //! What a restarted agent does with the VMs and records that an earlier life of it left.
 //!
 //! No guest noticed the agent's death: each QEMU runs in its own scope. The records say who owns what
-//! ([`at_source`], [`at_target`]); what they leave open is asked of the other host.
+//! ([`at_source`], [`at_target`]); what they leave open is asked of the other host. What happens when a record or a VM's
+//! file is lost, damaged or another one than it should be is in [`crate::doubt`].
 
 use crate::control::explain;
+use crate::doubt;
 use crate::host::Host;
+use crate::journal::Found;
 use crate::registry::{Vm, VmRecord};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +19,7 @@ use sterna_vmm::qemu::Qemu;
 use sterna_vmm::{RunState, Vmm, VmmError};
 
 /// How long a QEMU that was found may take to answer.
-const ATTACH_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const ATTACH_WITHIN: Duration = Duration::from_secs(10);
 /// How long a QEMU that is to end may take.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -37,45 +40,65 @@ pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
     for record in written {
         open.extend(recover_vm(host, record));
     }
+    doubt::show_strays(host);
     open
 }
 
 /// An incoming migration whose QEMU was started and not written down yet.
 fn settle_without_vm(host: &Arc<Host>, name: &str) {
-    let found = host.journal().load(name);
-    let Ok(Some(record)) = found else { return };
-    if record.step == Step::Incoming {
-        match host.end_stray(name) {
-            Ok(()) => {
-                host.remove_run_dir(name);
-                store(host, &record, Step::Dead);
-            }
-            Err(why) => {
-                tracing::error!(vm = name, why, "a QEMU of a migration that never ended is in the way")
-            }
+    let record = match host.journal().look(name) {
+        Found::Whole(record) if record.step == Step::Incoming => record,
+        Found::Damaged(damage) => return doubt::tell_damage(name, &damage),
+        _ => return,
+    };
+    if doubt::strays(host).iter().any(|stray| stray.name == name && stray.runs()) {
+        // What its record says it must not do: the record is not its.
+        return;
+    }
+    match host.end_stray(name) {
+        Ok(()) => {
+            host.remove_run_dir(name);
+            store(host, &record, Step::Dead);
+        }
+        Err(why) => {
+            tracing::error!(vm = name, why, "a QEMU of a migration that never ended is in the way")
         }
     }
 }
 
 fn recover_vm(host: &Arc<Host>, written: VmRecord) -> Option<(Arc<Vm>, Record)> {
-    let name = written.name.clone();
-    let found = host.journal().load(&name);
-    let record =
-        found.inspect_err(|why| tracing::error!(vm = name, %why, "its record cannot be read")).ok().flatten();
-    let relevant = record.filter(|record| record.generation.0 == written.generation || written.incoming);
-    let Some(record) = relevant else {
-        list(host, written);
-        return None;
-    };
-    match record.step.role() {
-        Role::Target => recover_target(host, written, &record),
-        Role::Source => return recover_source(host, written, record),
+    let found = host.journal().look(&written.name);
+    if let Found::Damaged(damage) = &found {
+        doubt::tell_damage(&written.name, damage);
     }
-    None
+    match found {
+        Found::Whole(record) if speaks_of(&record, &written) => match record.step.role() {
+            Role::Target => {
+                recover_target(host, written, &record);
+                None
+            }
+            Role::Source => recover_source(host, written, record),
+        },
+        found => doubt::recover(host, written, &found),
+    }
+}
+
+/// Whether this is the record of the VM's latest migration, as its own file knows it.
+fn speaks_of(record: &Record, written: &VmRecord) -> bool {
+    let leaving = written.leaving.as_ref().is_none_or(|leaving| leaving.id == record.id.to_string());
+    let side = match record.step {
+        Step::Incoming | Step::Dead => written.incoming,
+        step => step.role() == Role::Target || !written.incoming,
+    };
+    record.generation.0 == written.generation && leaving && side
 }
 
 fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
     match at_target(record.step) {
+        // What waits for a VM does not run: this record is older than what happened.
+        TargetRecovery::Kill if doubt::runs(&written) => {
+            drop(doubt::recover(host, written, &Found::Whole(record.clone())));
+        }
         TargetRecovery::Kill => {
             if kill(&written) {
                 host.registry().forget(&written);
@@ -155,7 +178,7 @@ fn go_on(qemu: &mut Qemu, activity: Activity) -> Result<(), VmmError> {
 }
 
 /// Lists a VM, with its QEMU if it lives and answers.
-fn list(host: &Host, written: VmRecord) -> Arc<Vm> {
+pub(crate) fn list(host: &Host, written: VmRecord) -> Arc<Vm> {
     let socket = written.run_dir.join("qmp.sock");
     let qemu = Qemu::attach(written.process, &socket, Some(written.log.clone()), ATTACH_WITHIN);
     let (name, notice) = (written.name.clone(), qemu.as_ref().err().map(|why| explain(why)));
@@ -165,7 +188,9 @@ fn list(host: &Host, written: VmRecord) -> Arc<Vm> {
         vm.notify(Some(format!("its QEMU lives and does not answer: {why}")));
     }
     if let Err(why) = host.registry().insert(&vm) {
-        tracing::error!(vm = name, %why, "it cannot be written down");
+        // It is written down already, as it was: a full disk hides no VM.
+        tracing::error!(vm = name, %why, "it cannot be written down again; make room in state-dir");
+        host.registry().show(&vm);
     }
     vm
 }
@@ -182,7 +207,7 @@ fn kill(written: &VmRecord) -> bool {
 }
 
 /// Stores what was settled. It is tried until it works: as long as it is not written, the other host is told to ask again.
-fn store(host: &Arc<Host>, record: &Record, step: Step) {
+pub(crate) fn store(host: &Arc<Host>, record: &Record, step: Step) {
     let record = Record { step, ..record.clone() };
     let Err(why) = host.journal().store(&record) else { return };
     tracing::error!(vm = record.vm, %why, "its record cannot be stored; trying again");

@@ -10,6 +10,8 @@ use sterna_vmm::{Process, ProcessId, Vmm};
 
 /// Longest name of a VM: it becomes part of the names of files, units and cgroups.
 const NAME_CHARS_MAX: usize = 64;
+/// How the name of a file ends that is being written.
+const UNFINISHED: &str = ".new";
 /// What a VM may be called, for people.
 pub(crate) const NAME_RULE: &str = "up to 64 letters, digits, and _ . - in between";
 
@@ -41,7 +43,31 @@ pub(crate) struct VmRecord {
     pub(crate) since: jiff::Timestamp,
     /// True until the hand-off makes it ours.
     pub(crate) incoming: bool,
+    /// The try to move it away that began last, until it is known how it ended: a second witness, beside the record.
+    #[serde(default)]
+    pub(crate) leaving: Option<Leaving>,
 }
+
+/// A try to move a VM away.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Leaving {
+    /// The migration's identity.
+    pub(crate) id: String,
+    /// The host it goes to.
+    pub(crate) to: String,
+}
+
+/// A VM's file: also in which boot of the host it was written. Pids and start times begin anew in the next one.
+#[derive(Serialize, Deserialize)]
+struct Written<Record> {
+    #[serde(default)]
+    boot: String,
+    #[serde(flatten)]
+    record: Record,
+}
+
+/// Names no process: that of an earlier boot is gone for sure.
+const NO_PROCESS: ProcessId = ProcessId { pid: 0, start_time: 0 };
 
 /// A VM of this host.
 pub(crate) struct Vm {
@@ -50,6 +76,7 @@ pub(crate) struct Vm {
     migration: Mutex<Option<String>>,
     notice: Mutex<Option<String>>,
     released: Mutex<bool>,
+    doubtful: Mutex<bool>,
     held: Option<Process>,
 }
 
@@ -62,6 +89,7 @@ impl Vm {
             migration: Mutex::default(),
             notice: Mutex::default(),
             released: Mutex::default(),
+            doubtful: Mutex::default(),
             held,
         })
     }
@@ -114,6 +142,17 @@ impl Vm {
         *lock(&self.notice) = notice;
     }
 
+    /// Nobody can tell whether it is ours: it is left as it is, and people are told.
+    pub(crate) fn doubt(&self, notice: String) {
+        *lock(&self.doubtful) = true;
+        self.notify(Some(notice));
+    }
+
+    /// Why this VM is left as it is, if nobody can tell whether it is ours.
+    pub(crate) fn doubtful(&self) -> Option<String> {
+        lock(&self.doubtful).then(|| lock(&self.notice).clone().unwrap_or_default())
+    }
+
     /// Handed out, or ours again.
     pub(crate) fn set_released(&self, released: bool) {
         *lock(&self.released) = released;
@@ -159,7 +198,7 @@ pub(crate) struct Registry {
 impl Registry {
     pub(crate) fn open(folder: PathBuf) -> std::io::Result<Self> {
         std::fs::create_dir_all(&folder)?;
-        remove_unfinished(&folder)?;
+        remove_unfinished(&folder, UNFINISHED);
         Ok(Self { folder, vms: Mutex::default(), coming: Mutex::default() })
     }
 
@@ -198,6 +237,20 @@ impl Registry {
         Ok(())
     }
 
+    /// Lists a VM of which nothing is written down.
+    pub(crate) fn show(&self, vm: &Arc<Vm>) {
+        lock(&self.vms).insert(vm.name(), vm.clone());
+    }
+
+    /// Notes that the last try to move a VM away has ended, and the VM is here.
+    pub(crate) fn stayed(&self, vm: &Arc<Vm>) {
+        let listed = self.find(&vm.name()).is_some_and(|found| Arc::ptr_eq(&found, vm));
+        if listed && let Err(why) = self.update(vm, |record| record.leaving = None) {
+            // The record tells the same: this only spares a question after a crash that damages it.
+            tracing::warn!(vm = vm.name(), %why, "it cannot be written down");
+        }
+    }
+
     /// Changes what is written down about a VM.
     pub(crate) fn update(&self, vm: &Vm, change: impl FnOnce(&mut VmRecord)) -> std::io::Result<()> {
         let mut record = lock(&vm.record);
@@ -230,8 +283,9 @@ impl Registry {
     }
 
     fn write(&self, record: &VmRecord) -> std::io::Result<()> {
-        let text = serde_json::to_vec_pretty(record)?;
-        let (path, fresh) = (self.path(&record.name), self.folder.join(format!("{}.new", record.name)));
+        let text = serde_json::to_vec_pretty(&Written { boot: boot_id(), record })?;
+        let (path, fresh) =
+            (self.path(&record.name), self.folder.join(format!("{}{UNFINISHED}", record.name)));
         std::fs::write(&fresh, text)?;
         std::fs::File::open(&fresh)?.sync_data()?;
         std::fs::rename(fresh, path)
@@ -239,15 +293,43 @@ impl Registry {
 }
 
 /// Removes what an agent that died while it wrote has left.
-fn remove_unfinished(folder: &Path) -> std::io::Result<()> {
-    let entries = std::fs::read_dir(folder)?.flatten().map(|entry| entry.path());
-    entries.filter(|path| path.extension().is_some_and(|e| e == "new")).try_for_each(std::fs::remove_file)
+pub(crate) fn remove_unfinished(folder: &Path, suffix: &str) {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path());
+    for path in entries.filter(|path| path.to_string_lossy().ends_with(suffix)) {
+        if let Err(why) = std::fs::remove_file(&path) {
+            tracing::warn!(file = %path.display(), %why, "an unfinished file cannot be removed");
+        }
+    }
 }
 
 fn read(path: &Path) -> Option<VmRecord> {
     let read = std::fs::read(path).map_err(|why| why.to_string());
-    let record = read.and_then(|text| serde_json::from_slice(&text).map_err(|why| why.to_string()));
-    record.inspect_err(|why| tracing::error!(file = %path.display(), %why, "a VM's file cannot be read")).ok()
+    let written = read
+        .and_then(|text| serde_json::from_slice::<Written<VmRecord>>(&text).map_err(|why| why.to_string()));
+    let Written { boot, mut record } = written
+        .inspect_err(|why| {
+            tracing::error!(
+                file = %path.display(),
+                why,
+                "a VM's file cannot be read and is left alone; if its QEMU runs, `sterna ps` shows it; else remove the file"
+            );
+        })
+        .ok()?;
+    if !boot.is_empty() && boot != boot_id() {
+        record.process = NO_PROCESS;
+    }
+    let named = path.file_stem().is_some_and(|stem| stem == record.name.as_str());
+    if !named || !is_usable(&record.name) {
+        tracing::error!(file = %path.display(), vm = record.name, "a VM's file has another VM's name and is left alone");
+        return None;
+    }
+    Some(record)
+}
+
+/// Which boot of the host this is; empty where the kernel does not tell.
+fn boot_id() -> String {
+    let read = std::fs::read_to_string("/proc/sys/kernel/random/boot_id");
+    read.map(|id| id.trim().to_owned()).unwrap_or_default()
 }
 
 /// A name that is taken until this is dropped.

@@ -25,6 +25,9 @@ const REFRESH: Duration = Duration::from_millis(200);
 /// How long a killed QEMU may take to end: freeing hundreds of gigabytes takes seconds.
 const DEATH_WITHIN: Duration = Duration::from_secs(60);
 
+/// How long a QEMU whose memory cannot be written any more may take to be seen dead.
+const DYING: Duration = Duration::from_millis(500);
+
 /// What arrives at the thread.
 pub(crate) enum Event {
     Input(TargetInput),
@@ -112,8 +115,13 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
             reasons.push(reason(
                 "stale",
                 format!(
-                    "try {} of VM {} is older than what this host knows of it",
-                    offer.generation, offer.vm
+                    "try {} of VM {} is older than try {}, the last that host {} knows of. If that was another VM of this name \
+                     that is gone for good, or a host's clock was years ahead when it was started, move {1}.record away \
+                     from {3}'s state-dir/records while its agent does not run",
+                    offer.generation,
+                    offer.vm,
+                    record.generation.0,
+                    host.name()
                 ),
             ));
         }
@@ -201,7 +209,19 @@ impl Arriving<'_> {
             // Once the last round is in, the streams have done their work.
             Event::Received(Received::Lost(_)) if self.receivers.is_empty() => None,
             Event::Received(Received::Lost(why)) => Some(TargetInput::Disconnected(why)),
-            Event::Received(Received::Failed(why)) => Some(TargetInput::Failed(why)),
+            Event::Received(Received::Failed(why)) => Some(TargetInput::Failed(self.explain_failure(why))),
+        }
+    }
+
+    /// A QEMU that is dead explains every other failure.
+    fn explain_failure(&self, why: String) -> String {
+        let ended = self.vm.as_ref().is_some_and(|vm| vm.held().is_some_and(|held| held.wait_exit(DYING)));
+        match ended {
+            true => format!(
+                "its QEMU at {} was killed or ended by itself ({why}): if that host's memory ran out, its kernel log says so",
+                self.host.name()
+            ),
+            false => why,
         }
     }
 
@@ -308,6 +328,7 @@ impl Arriving<'_> {
                 generation: self.offer.generation,
                 since: jiff::Timestamp::now(),
                 incoming: true,
+                leaving: None,
             },
             None,
         );

@@ -154,19 +154,17 @@ fn a_vm_that_its_user_paused_moves_and_stays_paused_on_the_newer_qemu() {
 /// next try.
 #[test]
 fn a_paused_vm_that_is_refused_late_is_as_it_was_and_moves_at_the_next_try() {
-    let mut world = World::new("7.2");
-    support::obey_mode_at_b(&mut world);
-    let scene = Scene::boot(world, &[]);
+    let scene = Scene::boot(World::with_wrapped_qemu_at_b("7.2"), &[]);
     let Scene { world, a, b } = &scene;
     scene.tell("a", "stop");
     for _ in 0..2 {
         // Without the configuration section expected, QEMU finds an unknown section: it refuses the device state.
-        support::set_mode(world, "EXTRA='-global migration.send-configuration=off'\n");
+        world.set_wrapper("EXTRA='-global migration.send-configuration=off'\n");
         assert_stayed(&migrate(a, request("vm", "b")), "state");
         scene.assert_state(a, "paused");
         scene.assert_locked();
     }
-    support::set_mode(world, "EXTRA=\n");
+    world.set_wrapper("EXTRA=\n");
     assert_moved(&migrate(a, request("vm", "b")));
     scene.assert_state(b, "paused");
     scene.tell("b", "cont");

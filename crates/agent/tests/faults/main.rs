@@ -7,6 +7,7 @@ mod support;
 
 mod cancel;
 mod crash;
+mod files;
 mod handoff;
 mod link;
 mod refusal;

@@ -1,17 +1,11 @@
 //! Targets whose QEMU is not what it should be.
 
 use super::fails_without_a_trace;
+use crate::support::World;
 use crate::support::scene::{Scene, to_the_other};
-use crate::support::{World, obey_mode_at_b, set_mode};
-
-fn world(version: &str) -> World {
-    let mut world = World::new(version);
-    obey_mode_at_b(&mut world);
-    world
-}
 
 fn fails_with(scene: &Scene, mode: &str) -> String {
-    set_mode(&scene.world, mode);
+    scene.world.set_wrapper(mode);
     let view = fails_without_a_trace(scene, "a", |scene| {
         let id = scene.a.migrate(&to_the_other("a")).unwrap();
         scene.a.wait(&id)
@@ -22,7 +16,7 @@ fn fails_with(scene: &Scene, mode: &str) -> String {
 }
 
 fn refuses(version: &str) {
-    let scene = Scene::boot(world(version));
+    let scene = Scene::boot(World::with_wrapped_qemu_at_b(version));
     // Without the configuration section expected, QEMU finds an unknown section: it refuses the device state.
     let why = fails_with(&scene, "EXTRA='-global migration.send-configuration=off'\n");
     assert!(why.contains("device state") || why.contains("load"), "{why}");
@@ -34,7 +28,7 @@ fn refuses(version: &str) {
     assert_eq!(code, 5, "{told}");
     assert!(told.lines().any(|line| line.contains("virtio-rng")), "{told}");
     assert_eq!(scene.settle(), "a");
-    set_mode(&scene.world, "EXTRA=\n");
+    scene.world.set_wrapper("EXTRA=\n");
     scene.move_verified("a");
 }
 

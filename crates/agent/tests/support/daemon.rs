@@ -61,6 +61,24 @@ impl Daemon {
         }
     }
 
+    /// Starts it where it must end by itself; returns what it says.
+    pub(crate) fn fails_to_launch(&self) -> String {
+        let mut command = Command::new("timeout");
+        command
+            .arg(ANSWER.as_secs().to_string())
+            .arg(sterna())
+            .arg("agent")
+            .arg("--config")
+            .arg(&self.config);
+        let output = command.output().unwrap();
+        assert!(!output.status.success(), "the agent of {} started", self.name);
+        String::from_utf8_lossy(&output.stderr).into_owned()
+    }
+
+    pub(crate) fn pid(&self) -> i32 {
+        i32::try_from(self.child.as_ref().expect("it runs").id()).unwrap()
+    }
+
     /// SIGKILL, waited for.
     pub(crate) fn kill(&mut self) {
         let mut child = self.child.take().expect("it runs");

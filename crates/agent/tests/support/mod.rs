@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod daemon;
+pub(crate) mod holdings;
 pub(crate) mod proxy;
 pub(crate) mod scene;
 
@@ -91,6 +92,27 @@ impl World {
             without: Vec::new(),
             ports: [free_port(), free_port()],
         }
+    }
+
+    /// A world whose host `b` has a QEMU of the same file name, which adds to its command line what
+    /// [`World::set_wrapper`] says.
+    pub(crate) fn with_wrapped_qemu_at_b(version: &str) -> Self {
+        let mut world = Self::new(version);
+        let (real, folder) = (world.parts.qemu(version), world.path("wrapped"));
+        std::fs::create_dir(&folder).unwrap();
+        let wrapper = folder.join(real.file_name().unwrap());
+        let mode = world.path("mode");
+        let script = format!("#!/bin/sh\n. {}\nexec {} \"$@\" $EXTRA\n", mode.display(), real.display());
+        std::fs::write(&wrapper, script).unwrap();
+        std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        world.set_wrapper("EXTRA=\n");
+        world.qemu_at_b = Some(wrapper);
+        world
+    }
+
+    /// Shell lines that the wrapper runs before QEMU; they set `EXTRA`.
+    pub(crate) fn set_wrapper(&self, lines: &str) {
+        std::fs::write(self.path("mode"), lines).unwrap();
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -252,24 +274,6 @@ pub(crate) fn pids_naming(word: &str) -> Vec<i32> {
         String::from_utf8_lossy(&line).contains(word)
     };
     pids.filter(names).collect()
-}
-
-/// Gives host `b` a QEMU of the same file name that adds to its command line what [`set_mode`] says.
-pub(crate) fn obey_mode_at_b(world: &mut World) {
-    let (real, folder) = (world.parts.qemu(&world.version), world.path("wrapped"));
-    std::fs::create_dir(&folder).unwrap();
-    let wrapper: PathBuf = folder.join(real.file_name().unwrap());
-    let mode = world.path("mode");
-    let script = format!("#!/bin/sh\n. {}\nexec {} \"$@\" $EXTRA\n", mode.display(), real.display());
-    std::fs::write(&wrapper, script).unwrap();
-    std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    set_mode(world, "EXTRA=\n");
-    world.qemu_at_b = Some(wrapper);
-}
-
-/// A piece of shell that is run before the QEMU of `b` starts: it may set `EXTRA`, or end it.
-pub(crate) fn set_mode(world: &World, mode: &str) {
-    std::fs::write(world.path("mode"), mode).unwrap();
 }
 
 /// Memory that is filled and left alone.

@@ -194,7 +194,7 @@ pub(crate) fn left_in_qemu(before: &Footprint, after: &Footprint) -> Vec<String>
 }
 
 /// Descriptors by kind: the numbers of sockets and pipes change with each connection.
-fn kinds(of: &Footprint) -> BTreeMap<String, usize> {
+pub(crate) fn kinds(of: &Footprint) -> BTreeMap<String, usize> {
     let mut kinds = BTreeMap::new();
     for target in of.descriptors.values() {
         let kind = target.split(":[").next().unwrap_or_default().to_owned();
