@@ -10,6 +10,8 @@ use crate::packages::Ready;
 
 /// Packages whose programs the tests, the demo and the benchmarks run.
 const PROGRAMS: &[&str] = &["sterna", "sterna-memory", "sterna-lab"];
+/// Where tests hold an agent: the tests' program alone has it, and the build of the tests asks for the same.
+const HOLDS: &str = "sterna-agent/holds";
 /// Tests that run at once. Most start an emulated machine or two, which want a core each; more only miss their deadlines.
 const TESTS_AT_ONCE: &str = "2";
 
@@ -82,7 +84,10 @@ pub(crate) fn build(profile: Profile) -> anyhow::Result<PathBuf> {
     let mut command = cargo();
     command.arg("build").args(PROGRAMS.iter().flat_map(|p| ["--package", p]));
     let directory = match profile {
-        Profile::Dev => "debug",
+        Profile::Dev => {
+            command.args(["--features", HOLDS]);
+            "debug"
+        }
         Profile::Release => {
             command.arg("--release");
             "release"

@@ -73,6 +73,8 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Failed`] when the state, the keys or the address cannot be used.
     pub fn start(config: Config) -> Result<Arc<Self>, AgentError> {
+        #[cfg(feature = "holds")]
+        tracing::warn!("{}", crate::hold::ANNOUNCED);
         let listener = Listener::bind(&config.listen).map_err(|why| AgentError::Failed(explain(&why)))?;
         let host = Arc::new(Host::open(config).map_err(AgentError::Failed)?);
         let open = recovery::recover(&host);

@@ -16,6 +16,8 @@ pub mod config;
 mod control;
 mod doubt;
 mod fit;
+#[cfg(feature = "holds")]
+mod hold;
 mod host;
 mod incoming;
 mod journal;

@@ -368,6 +368,8 @@ impl Outgoing {
     /// The one dispatcher: every phase begins and ends here, and is told with its time.
     fn perform(&mut self, action: SourceAction) -> Option<SourceInput> {
         let (phase, began) = (phase(&action), Instant::now());
+        #[cfg(feature = "holds")]
+        crate::hold::before(&self.host.config().run_dir, &crate::hold::of_source(&action));
         let input = self.act(action);
         tracing::debug!(id = %self.id, phase, at = ?self.now(), took = ?began.elapsed(), "source");
         input
@@ -651,7 +653,7 @@ impl Outgoing {
     }
 }
 
-fn phase(action: &SourceAction) -> &'static str {
+pub(crate) fn phase(action: &SourceAction) -> &'static str {
     match action {
         SourceAction::Record(_) => "record",
         SourceAction::Send(_) => "message",

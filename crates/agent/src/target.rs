@@ -245,6 +245,8 @@ impl Arriving<'_> {
     /// The one dispatcher: every phase begins and ends here, and is told with its time.
     fn perform(&mut self, action: TargetAction) -> Option<TargetInput> {
         let (phase, began) = (phase(&action), Instant::now());
+        #[cfg(feature = "holds")]
+        crate::hold::before(&self.host.config().run_dir, &crate::hold::of_target(&action));
         let input = self.act(action);
         tracing::debug!(vm = self.offer.vm, phase, at = ?self.began.elapsed(), took = ?began.elapsed(), "target");
         input
@@ -442,7 +444,7 @@ impl Arriving<'_> {
     }
 }
 
-fn phase(action: &TargetAction) -> &'static str {
+pub(crate) fn phase(action: &TargetAction) -> &'static str {
     match action {
         TargetAction::Send(_) => "message",
         TargetAction::Check(_) => "pre-check",

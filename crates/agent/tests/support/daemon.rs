@@ -75,8 +75,14 @@ impl Daemon {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
+    /// Its process.
     pub(crate) fn pid(&self) -> i32 {
-        i32::try_from(self.child.as_ref().expect("it runs").id()).unwrap()
+        self.child.as_ref().expect("it runs").id().cast_signed()
+    }
+
+    /// Changes a migration that goes on: `{"max-bandwidth": 0}`.
+    pub(crate) fn set(&self, id: &str, change: &Value) -> Result<MigrationView, String> {
+        self.call("PATCH", &format!("/v1/migrations/{id}"), &change.to_string())
     }
 
     /// SIGKILL, waited for.

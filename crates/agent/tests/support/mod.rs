@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
 pub(crate) mod daemon;
+pub(crate) mod hold;
 pub(crate) mod holdings;
 pub(crate) mod proxy;
 pub(crate) mod scene;
@@ -65,6 +66,8 @@ pub(crate) struct World {
     pub(crate) user: Option<String>,
     /// Where `a` looks for `b`, if not where it is.
     pub(crate) b_as_seen_from_a: Option<String>,
+    /// Where `b` looks for `a`, if not where it is.
+    pub(crate) a_as_seen_from_b: Option<String>,
     /// The only QEMU that `b` may start, if it is another one than `a`'s.
     pub(crate) qemu_at_b: Option<PathBuf>,
     pub(crate) version: String,
@@ -87,6 +90,7 @@ impl World {
             folder,
             user: None,
             b_as_seen_from_a: None,
+            a_as_seen_from_b: None,
             qemu_at_b: None,
             version: version.into(),
             without: Vec::new(),
@@ -123,7 +127,8 @@ impl World {
         let (dir, pki) = (self.path(name), self.path("pki"));
         let elsewhere = self.qemu_at_b.clone().filter(|_| name == "b");
         let qemu = elsewhere.unwrap_or_else(|| self.parts.qemu(&self.version));
-        let proxied = self.b_as_seen_from_a.clone().filter(|_| name == "a");
+        let a = self.a_as_seen_from_b.clone().filter(|_| name == "b");
+        let b = self.b_as_seen_from_a.clone().filter(|_| name == "a");
         let user = self.user.as_ref().map(|user| format!("user = {user:?}\n")).unwrap_or_default();
         let lab = LabDir::open().unwrap().join("");
         let listen = self.ports[usize::from(name == "b")];
@@ -131,12 +136,12 @@ impl World {
             "name = {name:?}\nstate-dir = \"{dir}/state\"\nrun-dir = \"{dir}/run\"\nlisten = \"127.0.0.1:{listen}\"\n\
              attach-helper = {helper:?}\n\
              [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
-             [hosts.a]\naddress = \"127.0.0.1:{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
+             [hosts.a]\naddress = \"{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
              [map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
             dir = dir.display(),
             pki = pki.display(),
-            a = self.ports[0],
-            b = proxied.unwrap_or_else(|| self.address("b")),
+            a = a.unwrap_or_else(|| self.address("a")),
+            b = b.unwrap_or_else(|| self.address("b")),
             folder = self.folder.path(),
             helper = helper(),
             map = self.map(name),

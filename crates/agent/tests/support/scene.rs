@@ -50,7 +50,9 @@ impl Scene {
         scene
     }
 
-    fn boot_at_a(&self) {
+    /// Boots it at `a` when it is nowhere.
+    pub(crate) fn boot_at_a(&self) {
+        drop(std::fs::remove_file(self.world.serial("vm")));
         self.a.run("vm", self.world.argv(&guest(&self.world))).unwrap();
         self.world.wait_for("vm", "LOAD t=", BOOT);
     }
@@ -90,7 +92,7 @@ impl Scene {
         }
     }
 
-    fn at_rest(&self) -> Result<&'static str, String> {
+    pub(crate) fn at_rest(&self) -> Result<&'static str, String> {
         let (at_a, at_b) = (self.a.vms()?, self.b.vms()?);
         let host = match (at_a.as_slice(), at_b.as_slice()) {
             ([vm], []) if vm.state == "running" && vm.migration.is_none() => "a",
@@ -114,7 +116,7 @@ impl Scene {
     }
 
     /// What a VM that is not there has left in a host's folders.
-    fn left_at(&self, host: &str) -> Vec<std::path::PathBuf> {
+    pub(crate) fn left_at(&self, host: &str) -> Vec<std::path::PathBuf> {
         let folders = ["run/vms", "state/vms"].map(|folder| self.world.path(host).join(folder));
         let entries = folders.iter().flat_map(|folder| std::fs::read_dir(folder).unwrap().flatten());
         entries.map(|entry| entry.path()).collect()
