@@ -4,13 +4,16 @@ use crate::Config;
 use crate::control::explain;
 use crate::host::{Host, ram_of};
 use crate::incoming::Incoming;
-use crate::model::{HostView, MigrateRequest, MigrationView, ReasonView, RunRequest, SetRequest, VmView};
-use crate::registry::{Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::model::{
+    HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
+    Side, VmView,
+};
+use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::source::{self, Handle, Order};
 use crate::{peer, recovery};
 use std::collections::HashMap;
 use std::io::Read as _;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
@@ -23,6 +26,8 @@ use tokio::sync::watch;
 const HISTORY_MAX: usize = 1000;
 /// Longest downtime limit: QEMU's own, 2000 s.
 const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+/// How long a decision may take: a last question to a host that does not answer, and the end or the resume of a QEMU.
+const RECOVER_WITHIN: Duration = Duration::from_secs(50);
 /// How long a QEMU may take to quit before it is killed.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 
@@ -319,6 +324,37 @@ impl Agent {
         Ok(())
     }
 
+    /// Decides where a VM runs whose owner the other host does not tell.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], [`AgentError::Invalid`] when it is not unresolved, [`AgentError::Conflict`] when the
+    /// other host answers after all and says something else, or the VM cannot be resumed here.
+    pub fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError> {
+        use sterna_engine::handoff::{Choice, Journal as _};
+        let vm = self.find(name)?;
+        let record = self.host.journal().load(name).map_err(|why| AgentError::Failed(why.to_string()))?;
+        let peer = record.map_or_else(String::new, |record| record.peer);
+        let choice = if request.runs == Side::Here { Choice::Here } else { Choice::There };
+        let (reply, answer) = mpsc::channel();
+        match (vm.decisions(), vm.migration().and_then(|id| self.job(&id).ok())) {
+            (Some(decisions), _) => drop(decisions.send(Decision { choice, reply })),
+            (None, Some(job)) if vm.is_released() => job.order(Order::Recover(choice, reply)),
+            _ => return Err(not_unresolved(&vm, &peer)),
+        }
+        match answer.recv_timeout(RECOVER_WITHIN) {
+            Ok(Ok(())) => {}
+            Ok(Err(why)) => return Err(AgentError::Conflict(format!("VM {name}: {why}"))),
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err(not_unresolved(&vm, &peer)),
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let text = format!("VM {name}: it is still being worked on; see sterna ps");
+                return Err(AgentError::Failed(text));
+            }
+        }
+        let runs_at = if choice == Choice::Here { self.name().to_owned() } else { peer };
+        tracing::warn!(vm = name, runs_at, "an operator has decided where the VM runs");
+        Ok(RecoverView { vm: name.into(), runs_at })
+    }
+
     /// Migrations of this agent's life as a source, the newest first.
     pub fn migrations(&self) -> Vec<MigrationView> {
         let jobs = lock(&self.jobs);
@@ -372,6 +408,17 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+fn not_unresolved(vm: &Vm, peer: &str) -> AgentError {
+    let (name, state) = (vm.name(), vm.view().state);
+    if vm.is_released() && !vm.is_alive() {
+        return AgentError::Invalid(format!(
+            "VM {name} was handed to host {peer}, and its QEMU here has ended: there is nothing to resume. See whether it runs \
+             at {peer}; sterna stop {name} forgets it here"
+        ));
+    }
+    AgentError::Invalid(format!("VM {name} is not unresolved, it is {state}: there is nothing to decide"))
 }
 
 impl Jobs {

@@ -12,6 +12,7 @@
 
 mod agent;
 pub mod api;
+mod committed;
 pub mod config;
 mod control;
 mod doubt;

@@ -20,7 +20,7 @@ pub struct VmView {
     /// Its name.
     pub name: String,
     /// `running`, `paused`, `stopped` (its QEMU has ended), `incoming`, `migrating`, `released` (handed out, and the
-    /// target has not said that it runs it), or another of QEMU's words.
+    /// target has not said that it runs it), `unresolved` (the same for long: see the notice), or another of QEMU's words.
     pub state: String,
     /// Process id of its QEMU.
     pub pid: i32,
@@ -41,6 +41,33 @@ pub struct VmView {
     /// What a person should know: why it is where it is, and what to do.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub notice: Option<String>,
+}
+
+/// Decides where a VM runs that is unresolved.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RecoverRequest {
+    /// At this host or at the other one.
+    pub runs: Side,
+}
+
+/// A side of a migration, as seen from the host that is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// It does not run at the other host: this one lets it run.
+    Here,
+    /// It runs at the other host: what is left of it here is ended.
+    There,
+}
+
+/// What was decided.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct RecoverView {
+    /// Name of the VM.
+    pub vm: String,
+    /// The host that it runs at now.
+    #[serde(rename = "runs-at")]
+    pub runs_at: String,
 }
 
 /// A host that this agent may send VMs to and take them from.

@@ -6,7 +6,7 @@ use crate::incoming::Incoming;
 use crate::registry::is_usable;
 use crate::target;
 use std::sync::Arc;
-use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer};
+use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer, answer_to_target};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{Answer, Query, Refused, Text};
 use sterna_transport::{Connection, PeerName};
@@ -30,6 +30,9 @@ pub(crate) fn handle(host: &Arc<Host>, incoming: &Incoming, mut connection: Conn
             Some(id) => incoming.stream(id, &peer, stream.index, connection),
             None => tracing::warn!(peer, "a page stream without an identity was refused"),
         },
+        Ok(Message::Query(query)) if query.by_target => {
+            reply(&mut connection, &Message::Answer(owner_as_source(host, &query, &peer)))
+        }
         Ok(Message::Query(query)) => {
             reply(&mut connection, &Message::Answer(owner(host, incoming, &query, &peer)))
         }
@@ -71,6 +74,25 @@ fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer 
         return Ownership::Undecided.into();
     }
     answer(id, Generation(query.generation), record.as_ref(), lives).into()
+}
+
+/// Whether a target that was restarted may run what it committed to.
+fn owner_as_source(host: &Host, query: &Query, peer: &str) -> Answer {
+    let Some(id) = identity(&query.id).filter(|_| is_usable(&query.vm)) else {
+        return Ownership::Unknown.into();
+    };
+    // Held until it is promised: a fence does not come in between.
+    let journal = host.journal();
+    let Ok(record) = journal.load(&query.vm) else { return Ownership::Undecided.into() };
+    let ours = record.as_ref().filter(|record| record.id != id || record.peer == peer);
+    let ownership = answer_to_target(id, Generation(query.generation), ours);
+    if ownership == Ownership::Target
+        && let Some(vm) = host.registry().find(&query.vm)
+    {
+        vm.promise(id);
+    }
+    tracing::info!(vm = query.vm, peer, %id, ?ownership, "a target asks before it runs a VM");
+    ownership.into()
 }
 
 pub(crate) fn identity(bytes: &[u8]) -> Option<MigrationId> {

@@ -92,6 +92,11 @@ impl View {
         });
     }
 
+    /// Nobody knows whether the target runs the VM.
+    pub(crate) fn unresolved(&self, why: &str) {
+        self.shown.send_modify(|view| view.error_desc = Some(why.to_owned()));
+    }
+
     /// The VM's QEMU here has ended by itself: nobody runs it.
     pub(crate) fn died(&mut self) {
         self.died = true;

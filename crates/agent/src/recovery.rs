@@ -4,6 +4,7 @@
 //! ([`at_source`], [`at_target`]); what they leave open is asked of the other host. What happens when a record or a VM's
 //! file is lost, damaged or another one than it should be is in [`crate::doubt`].
 
+use crate::committed;
 use crate::control::explain;
 use crate::doubt;
 use crate::host::Host;
@@ -90,7 +91,8 @@ fn speaks_of(record: &Record, written: &VmRecord) -> bool {
         Step::Incoming | Step::Dead => written.incoming,
         step => step.role() == Role::Target || !written.incoming,
     };
-    record.generation.0 == written.generation && leaving && side
+    // A higher one is a fence that its agent died of before it had counted it.
+    record.generation.0 >= written.generation && leaving && side
 }
 
 fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
@@ -108,19 +110,7 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
         TargetRecovery::Continue => {
             written.incoming = false;
             let vm = list(host, written);
-            // What was read may never have reached the disk: it does before the VM runs because of it.
-            let resumed = host
-                .journal()
-                .store(record)
-                .map_err(|why| why.to_string())
-                .and_then(|()| host.with_qemu(&vm, |qemu| go_on(qemu, record.activity)));
-            match resumed {
-                Ok(()) => store(host, record, Step::Running),
-                Err(why) => {
-                    tracing::error!(vm = vm.name(), why, "the VM is ours and could not be resumed");
-                    vm.notify(Some(format!("it came from {} and could not be resumed: {why}", record.peer)));
-                }
-            }
+            committed::settle(host, &vm, record);
         }
         TargetRecovery::Nothing if written.incoming && record.step == Step::Dead => {
             host.registry().forget(&written)
@@ -132,7 +122,8 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
     }
 }
 
-fn recover_source(host: &Arc<Host>, written: VmRecord, record: Record) -> Option<(Arc<Vm>, Record)> {
+fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Option<(Arc<Vm>, Record)> {
+    written.generation = record.generation.0;
     match at_source(record.step) {
         SourceRecovery::Resume => {
             let vm = list(host, written);
@@ -170,7 +161,7 @@ fn recover_source(host: &Arc<Host>, written: VmRecord, record: Record) -> Option
 }
 
 /// Makes a VM do what it did before its migration stopped it.
-fn go_on(qemu: &mut Qemu, activity: Activity) -> Result<(), VmmError> {
+pub(crate) fn go_on(qemu: &mut Qemu, activity: Activity) -> Result<(), VmmError> {
     match activity {
         Activity::Running => qemu.resume(),
         Activity::Paused => qemu.take_disks(),
@@ -196,7 +187,7 @@ pub(crate) fn list(host: &Host, written: VmRecord) -> Arc<Vm> {
 }
 
 /// True when the VM's QEMU is dead, waited for.
-fn kill(written: &VmRecord) -> bool {
+pub(crate) fn kill(written: &VmRecord) -> bool {
     let Ok(process) = Process::open_as(written.process.pid, written.process.start_time) else { return true };
     let killed = process.kill();
     let dead = process.wait_exit(QUIT_WITHIN);

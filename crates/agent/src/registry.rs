@@ -4,7 +4,8 @@ use crate::model::VmView;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use sterna_engine::handoff::{Choice, MigrationId};
 use sterna_vmm::qemu::Qemu;
 use sterna_vmm::{Process, ProcessId, Vmm};
 
@@ -77,7 +78,18 @@ pub(crate) struct Vm {
     notice: Mutex<Option<String>>,
     released: Mutex<bool>,
     doubtful: Mutex<bool>,
+    unresolved: Mutex<bool>,
+    /// The migration that its target was told to run the VM by, after it had asked.
+    promise: Mutex<Option<MigrationId>>,
+    /// Takes an operator's decision about a VM that came here and has not run yet.
+    decisions: Mutex<Option<mpsc::Sender<Decision>>>,
     held: Option<Process>,
+}
+
+/// What an operator decides, and where to say what became of it.
+pub(crate) struct Decision {
+    pub(crate) choice: Choice,
+    pub(crate) reply: mpsc::Sender<Result<(), String>>,
 }
 
 impl Vm {
@@ -90,6 +102,9 @@ impl Vm {
             notice: Mutex::default(),
             released: Mutex::default(),
             doubtful: Mutex::default(),
+            unresolved: Mutex::default(),
+            promise: Mutex::default(),
+            decisions: Mutex::default(),
             held,
         })
     }
@@ -156,6 +171,40 @@ impl Vm {
     /// Handed out, or ours again.
     pub(crate) fn set_released(&self, released: bool) {
         *lock(&self.released) = released;
+        *lock(&self.unresolved) &= released;
+    }
+
+    pub(crate) fn is_released(&self) -> bool {
+        *lock(&self.released)
+    }
+
+    /// Its owner is not known, and a person should know that.
+    pub(crate) fn set_unresolved(&self, notice: String) {
+        *lock(&self.unresolved) = true;
+        self.notify(Some(notice));
+    }
+
+    pub(crate) fn set_resolved(&self) {
+        *lock(&self.unresolved) = false;
+        self.notify(None);
+    }
+
+    /// Tells the target of this migration that the VM is its own. The caller holds the journal, as a fence does.
+    pub(crate) fn promise(&self, id: MigrationId) {
+        *lock(&self.promise) = Some(id);
+    }
+
+    /// Whether that was promised. It stands in the way once: an operator who has read it may insist.
+    pub(crate) fn take_promise(&self, id: MigrationId) -> bool {
+        lock(&self.promise).take_if(|promised| *promised == id).is_some()
+    }
+
+    pub(crate) fn take_decisions(&self, to: Option<mpsc::Sender<Decision>>) {
+        *lock(&self.decisions) = to;
+    }
+
+    pub(crate) fn decisions(&self) -> Option<mpsc::Sender<Decision>> {
+        lock(&self.decisions).clone()
     }
 
     pub(crate) fn view(&self) -> VmView {
@@ -165,6 +214,8 @@ impl Vm {
             "stopped".to_owned()
         } else if record.incoming {
             "incoming".to_owned()
+        } else if *lock(&self.unresolved) {
+            "unresolved".to_owned()
         } else if released {
             "released".to_owned()
         } else {

@@ -13,7 +13,7 @@ use crate::registry::Vm;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
-use sterna_engine::handoff::{Activity, Journal, MigrationId, Record};
+use sterna_engine::handoff::{Activity, Choice, Journal, MigrationId, Record};
 use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
@@ -42,6 +42,7 @@ const LAST_WORDS_STOPPED: Duration = Duration::from_millis(300);
 pub(crate) enum Order {
     Cancel,
     DowntimeLimit(Duration),
+    Recover(Choice, mpsc::Sender<Result<(), String>>),
 }
 
 /// What arrives at the thread.
@@ -96,6 +97,10 @@ struct Outgoing {
     broken: Option<(String, Instant)>,
     updated: Instant,
     lap: Instant,
+    /// Why the target's last answer did not come.
+    no_answer: String,
+    /// The operator who waits for what becomes of a decision.
+    operator: Option<mpsc::Sender<Result<(), String>>>,
 }
 
 /// Begins a migration of `vm` to `peer` and returns at once.
@@ -207,6 +212,8 @@ impl Outgoing {
             broken: None,
             updated: Instant::now(),
             lap: Instant::now(),
+            no_answer: String::new(),
+            operator: None,
         }
     }
 
@@ -284,7 +291,12 @@ impl Outgoing {
                     self.show(&machine);
                     return self.over(&outcome);
                 }
+                let asked = action == SourceAction::Ask;
                 if let Some(input) = self.perform(action) {
+                    if asked {
+                        // What the target said meanwhile counts before the lack of an answer does.
+                        self.catch_up(&mut machine, events);
+                    }
                     self.feed(&mut machine, input);
                 }
             }
@@ -308,6 +320,16 @@ impl Outgoing {
     fn wait_for_last_words(&mut self, why: String) {
         let wait = if self.view.is_stopped() { LAST_WORDS_STOPPED } else { LAST_WORDS };
         self.broken.get_or_insert((why, Instant::now() + wait));
+    }
+
+    fn catch_up(&mut self, machine: &mut Source, events: &mpsc::Receiver<Event>) {
+        while let Ok(event) = events.try_recv() {
+            match event {
+                Event::Input(input) => self.feed(machine, input),
+                Event::Order(order) => self.obey(machine, order),
+                Event::Broken(why) => self.wait_for_last_words(why),
+            }
+        }
     }
 
     fn now(&self) -> Duration {
@@ -342,6 +364,13 @@ impl Outgoing {
             Order::DowntimeLimit(limit) => {
                 self.view.set_downtime_limit(limit);
                 machine.handle(SourceInput::DowntimeLimit(limit), self.now());
+            }
+            Order::Recover(_, operator) if self.operator.is_some() => {
+                drop(operator.send(Err("somebody else is deciding about the VM at this moment".into())));
+            }
+            Order::Recover(choice, operator) => {
+                self.operator = Some(operator);
+                machine.handle(SourceInput::Recover(choice), self.now());
             }
         }
     }
@@ -398,16 +427,47 @@ impl Outgoing {
             }
             SourceAction::Ask => Some(self.ask()),
             SourceAction::End => Some(settle(self.end(), |()| SourceInput::Ended)),
+            SourceAction::Reply(result) => {
+                // An operator who went away learns it from the VM's state.
+                self.operator.take().into_iter().for_each(|operator| drop(operator.send(result.clone())));
+                None
+            }
             SourceAction::Over(_) => None,
         }
     }
 
     fn record(&mut self, record: &Record) -> SourceInput {
-        self.vm.set_released(record.step == Step::Released);
-        match self.host.journal().store(record) {
-            Ok(()) => SourceInput::Recorded,
-            Err(why) => SourceInput::RecordFailed(why.to_string()),
+        match self.store(record) {
+            Ok(()) => {
+                self.vm.set_released(record.step == Step::Released);
+                SourceInput::Recorded
+            }
+            Err(why) => SourceInput::RecordFailed(why),
         }
+    }
+
+    /// A fence changes the VM's generation, and its failure changes it back. The lower number is never the only one that
+    /// is written: a restarted agent believes a record of the VM's generation or a higher one.
+    fn store(&self, record: &Record) -> Result<(), String> {
+        let (known, generation) = (self.vm.record().generation, record.generation.0);
+        let count = || {
+            let updated = self.host.registry().update(&self.vm, |vm| vm.generation = generation);
+            updated.map_err(|why| format!("VM {} cannot be written down: {why}", record.vm))
+        };
+        if generation < known {
+            count()?;
+        }
+        let mut journal = self.host.journal();
+        if record.step == Step::Fenced && self.vm.take_promise(record.id) {
+            let peer = &self.peer;
+            return Err(format!(
+                "host {peer} came back and was told that the VM is its own; see whether it runs there (sterna ps on {peer}), \
+                 and repeat this if it does not and {peer} is dead"
+            ));
+        }
+        journal.store(record).map_err(|why| why.to_string())?;
+        drop(journal);
+        if generation > known { count() } else { Ok(()) }
     }
 
     fn message(&mut self, message: &Message) -> Option<SourceInput> {
@@ -576,8 +636,17 @@ impl Outgoing {
 
     fn ask(&mut self) -> SourceInput {
         let generation = self.vm.record().generation;
-        let query = Query { id: self.id.0.to_vec(), vm: self.vm.name(), generation };
-        match control::ask(self.host.endpoint(), &self.address, &self.peer, &Message::Query(query)) {
+        let query = Query { id: self.id.0.to_vec(), vm: self.vm.name(), generation, by_target: false };
+        self.no_answer.clear();
+        let answer = self.ask_peer(&Message::Query(query));
+        if let SourceInput::AskFailed(why) = &answer {
+            self.no_answer = format!(" ({why})");
+        }
+        answer
+    }
+
+    fn ask_peer(&self, query: &Message) -> SourceInput {
+        match control::ask(self.host.endpoint(), &self.address, &self.peer, query) {
             Ok(Message::Answer(answer)) => SourceInput::Answered(answer.into()),
             Ok(_) => SourceInput::AskFailed("the target answered something else".into()),
             Err(why) => SourceInput::AskFailed(why),
@@ -618,10 +687,13 @@ impl Outgoing {
         self.view.set_run_state(self.activity.word());
         self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
         if machine.needs_attention(self.now()) {
-            self.vm.notify(Some(format!(
-                "it was handed to host {} and is kept stopped here until that host says whether it runs it",
-                self.peer
-            )));
+            let (name, peer, why) = (self.vm.name(), &self.peer, &self.no_answer);
+            let notice = format!(
+                "it was handed to host {peer}, which does not say whether it runs it{why}; it is kept stopped here. Start the \
+                 agent of {peer} or mend the link: that settles it. If {peer} is lost for good: sterna recover {name} --here"
+            );
+            self.view.unresolved(&notice);
+            self.vm.set_unresolved(notice);
         }
     }
 
@@ -668,6 +740,7 @@ pub(crate) fn phase(action: &SourceAction) -> &'static str {
         SourceAction::Release => "release",
         SourceAction::Ask => "ask",
         SourceAction::End => "end",
+        SourceAction::Reply(_) => "reply",
         SourceAction::Over(_) => "over",
     }
 }

@@ -7,8 +7,15 @@ use std::path::{Path, PathBuf};
 use sterna_agent::Config;
 
 /// Documents whose links are followed.
-const DOCUMENTS: [&str; 6] =
-    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "PROTOCOL.md", "docs/guide.md"];
+const DOCUMENTS: [&str; 7] = [
+    "README.md",
+    "ARCHITECTURE.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "PROTOCOL.md",
+    "docs/guide.md",
+    "docs/reliability.md",
+];
 /// The guide has all that an operator looks up.
 const GUIDE: &str = "docs/guide.md";
 const EXAMPLE: &str = "docs/agent.example.toml";

@@ -85,6 +85,13 @@ pub(crate) enum Command {
     /// End a VM: its QEMU quits, the guest is not asked
     #[command(after_help = "Example:\n  sterna stop web")]
     Stop(Stop),
+    /// Decide where an unresolved VM runs: its target does not say whether it runs it
+    ///
+    /// The other host is asked once more, and its word goes before yours: what contradicts it is refused. Where it has
+    /// none, --here lets the VM run at the host whose agent is asked, and what the other host knows of that migration
+    /// counts no more; --there ends what is left of it here. A VM that runs twice destroys its disks: be sure.
+    #[command(after_help = "Example:\n  sterna recover web --here")]
+    Recover(Recover),
     /// Write completions for a shell to stdout
     #[command(after_help = "Example:\n  sterna completion bash > /etc/bash_completion.d/sterna")]
     Completion {
@@ -225,6 +232,21 @@ pub(crate) struct Set {
 pub(crate) struct Stop {
     /// Name of the VM
     pub(crate) name: String,
+}
+
+#[derive(ClapArgs)]
+#[command(group = clap::ArgGroup::new("side").required(true).args(["here", "there"]))]
+pub(crate) struct Recover {
+    /// Name of the VM
+    pub(crate) vm: String,
+    /// It does not run at the other host, and never will by this migration
+    #[arg(long)]
+    pub(crate) here: bool,
+    /// It runs at the other host
+    #[arg(long)]
+    pub(crate) there: bool,
+    #[command(flatten)]
+    pub(crate) output: Output,
 }
 
 #[derive(ClapArgs, Clone, Copy)]

@@ -230,6 +230,30 @@ fn a_restarted_agent_is_asked_again() {
     );
 }
 
+#[test]
+fn a_decision_ends_with_what_became_of_the_vm() {
+    let server = Server::start();
+    let run = ["run", "web", "--", "qemu-system-x86_64"];
+    ends(&sterna(&server, &run), 0);
+    let state = |state: &str| {
+        server.fake.vms.lock().unwrap().get_mut("web").unwrap().state = state.to_owned();
+    };
+    ends(&sterna(&server, &["recover", "web"]), 2);
+    ends(&sterna(&server, &["recover", "web", "--here", "--there"]), 2);
+    ends(&sterna(&server, &["recover", "nobody", "--here"]), 2);
+    let refused = sterna(&server, &["recover", "web", "--here"]);
+    ends(&refused, 2);
+    assert!(err(&refused).contains("is not unresolved"), "{}", err(&refused));
+    state("unresolved");
+    let done = sterna(&server, &["recover", "web", "--here"]);
+    ends(&done, 0);
+    assert_eq!(out(&done), "web: runs at hosta\n");
+    assert_eq!(json(&sterna(&server, &["recover", "web", "--here", "-o", "json"]))["runs-at"], "hosta");
+    ends(&sterna(&server, &["recover", "web", "--there"]), 4);
+    state("released");
+    ends(&sterna(&server, &["recover", "web", "--here"]), 4);
+}
+
 /// An agent that died in the middle keeps no record of a migration that had released nothing: the VM is at the source,
 /// and saying so is the whole point of asking.
 #[test]

@@ -9,6 +9,13 @@
 //!
 //! Both ends keep one [`Record`] per VM. After a crash the owner is found from these records alone: [`at_source`] and
 //! [`at_target`] say what a restarted agent does, [`answer`] what a target says when it is asked.
+//!
+//! Where the target does not answer, for good, an operator decides ([`Choice`]). The source then *fences* the old try: it
+//! stores a record of a higher generation before it resumes the VM, so that nothing of the old try counts any more. The
+//! target may have committed to that try and not have run it yet. So a restarted target never runs a VM on its commit
+//! alone: it asks the source first ([`answer_to_target`], [`may_continue`]), and waits for an answer as long as it takes.
+//! A source that has let the target run does not fence after it. A target that *ran* the VM asks nobody: there the
+//! operator was wrong, and only the lock of the image, which the source's QEMU must take first, stands in the way.
 
 use thiserror::Error;
 
@@ -76,6 +83,8 @@ pub enum Step {
     Gone,
     /// Source: the migration is over and the VM is ours.
     Kept,
+    /// Source: an operator has decided that the VM is ours, and nothing of the try before counts any more.
+    Fenced,
     /// Target: a QEMU waits for the VM and must not run it.
     Incoming,
     /// Target: the VM is ours; its QEMU may not have been told yet.
@@ -94,6 +103,7 @@ impl Step {
             Self::Released => "released",
             Self::Gone => "gone",
             Self::Kept => "kept",
+            Self::Fenced => "fenced",
             Self::Incoming => "incoming",
             Self::Committed => "committed",
             Self::Running => "running",
@@ -104,7 +114,7 @@ impl Step {
     /// The step with this word.
     pub fn from_word(word: &str) -> Option<Self> {
         use Step::*;
-        [Sending, Released, Gone, Kept, Incoming, Committed, Running, Dead]
+        [Sending, Released, Gone, Kept, Fenced, Incoming, Committed, Running, Dead]
             .into_iter()
             .find(|step| step.word() == word)
     }
@@ -112,15 +122,16 @@ impl Step {
     /// Which end writes this step.
     pub fn role(self) -> Role {
         match self {
-            Self::Sending | Self::Released | Self::Gone | Self::Kept => Role::Source,
+            Self::Sending | Self::Released | Self::Gone | Self::Kept | Self::Fenced => Role::Source,
             Self::Incoming | Self::Committed | Self::Running | Self::Dead => Role::Target,
         }
     }
 
-    /// Whether the record must have reached the disk before the migration goes on. Only the target's are: a source
-    /// that loses its host loses its QEMU with it, and cannot resume anything by mistake.
+    /// Whether the record must have reached the disk before the migration goes on. In a migration only the target's are:
+    /// a source that loses its host loses its QEMU with it, and cannot resume anything by mistake. A fence must outlive
+    /// its host: the target that asks later must not run the VM as it was before it went on at the source.
     pub fn must_be_durable(self) -> bool {
-        matches!(self, Self::Incoming | Self::Committed | Self::Dead)
+        matches!(self, Self::Fenced | Self::Incoming | Self::Committed | Self::Dead)
     }
 }
 
@@ -209,7 +220,7 @@ pub enum SourceRecovery {
 /// Reads a source's record after a crash of its agent.
 pub fn at_source(step: Step) -> SourceRecovery {
     match step {
-        Step::Sending => SourceRecovery::Resume,
+        Step::Sending | Step::Fenced => SourceRecovery::Resume,
         Step::Released => SourceRecovery::Ask,
         Step::Gone => SourceRecovery::End,
         _ => SourceRecovery::Nothing,
@@ -221,10 +232,10 @@ pub fn at_source(step: Step) -> SourceRecovery {
 pub enum TargetRecovery {
     /// End the QEMU that waits, wait for its death, then store [`Step::Dead`].
     Kill,
-    /// Store the record again, then let the QEMU run (again; or, if the VM is paused, take its disks), then store
-    /// [`Step::Running`]. What a restarted agent reads
-    /// may be in the page cache only, if the crash came before the sync: running on it, and losing the host, would
-    /// leave a record that gives the VM back although it has run here.
+    /// Ask the source ([`may_continue`]) unless the QEMU runs already. Then store the record again, let the QEMU run (or, if
+    /// the VM is paused, take its disks), and store [`Step::Running`]. What a restarted agent reads may be in the page cache
+    /// only, if the crash came before the sync: running on it, and losing the host, would leave a record that gives the VM
+    /// back although it has run here.
     Continue,
     /// Nothing: the VM is ours like any other, or not at all.
     Nothing,
@@ -279,5 +290,51 @@ pub fn answer(
         Step::Committed => Ownership::Unknown,
         Step::Dead => Ownership::Source,
         _ => Ownership::Undecided,
+    }
+}
+
+/// What an operator decides about a VM whose owner the other host does not tell. Seen from the host that is asked to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// It does not run at the other host and never will: this host takes it.
+    Here,
+    /// It runs at the other host, or is to: what is left of it here is ended.
+    There,
+}
+
+/// Answers a target that was restarted between its commit and the first sight of the VM running, and asks whether
+/// migration `id` of generation `generation` is still what counts. `record` is the source's record of that VM.
+///
+/// Whoever gives [`Ownership::Target`] must not fence that try any more: the two exclude each other under one lock.
+pub fn answer_to_target(id: MigrationId, generation: Generation, record: Option<&Record>) -> Ownership {
+    let Some(record) = record else { return Ownership::Unknown };
+    if record.generation > generation {
+        // A commit that was never seen running has no successors but a fence, and what came after it.
+        return Ownership::Source;
+    }
+    // Without a fence the commit counts. An earlier step, or an older try, says only that this host lost its records of
+    // later ones, and its QEMU with them.
+    if record.id == id { Ownership::Target } else { Ownership::Unknown }
+}
+
+/// What a restarted target does about a VM that it committed to and has not seen running.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continuation {
+    /// Let it run.
+    Run,
+    /// The source has it back: end the QEMU, wait for its death, then store [`Step::Dead`].
+    Kill,
+    /// Keep it stopped, ask again, and tell an operator.
+    Ask,
+}
+
+/// Reads the source's answer; `None` when there is none.
+///
+/// A source without any record of the try has not taken the VM back either: that leaves a record.
+pub fn may_continue(answer: Option<Ownership>) -> Continuation {
+    match answer {
+        Some(Ownership::Target | Ownership::Unknown) => Continuation::Run,
+        Some(Ownership::Source) => Continuation::Kill,
+        Some(Ownership::Undecided) | None => Continuation::Ask,
     }
 }

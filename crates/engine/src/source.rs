@@ -7,12 +7,14 @@
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
 //!                                               |
 //!                                           Released -> (Asking) -> Ending -> Done     the VM is not ours to resume
+//!                                                           |
+//!                                                        Fencing -> Reclaiming         an operator has decided
 //! ```
 //!
 //! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
 //! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
 
-use crate::handoff::{Activity, Generation, Ownership, Record, Step};
+use crate::handoff::{Activity, Choice, Generation, Ownership, Record, Step};
 use crate::policy::{Convergence, Observation, Verdict};
 use crate::progress::{Progress, Status};
 use crate::units::{Bytes, Pages, Rate};
@@ -22,6 +24,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 mod interface;
+mod recover;
 
 pub use interface::{Outcome, SourceAction, SourceInput, SourceParameters};
 
@@ -69,6 +72,8 @@ enum State {
     Releasing,
     Released,
     Asking { pause: Duration },
+    Fencing,
+    Reclaiming,
     Ending,
     Undoing(Outcome),
     Over,
@@ -90,6 +95,7 @@ pub struct Source {
     connected: bool,
     last_sent: Bytes,
     cancelling: bool,
+    choice: Option<Choice>,
     ended: Status,
     unsettled: Pages,
 }
@@ -138,6 +144,7 @@ impl Source {
             connected: false,
             last_sent: Bytes(0),
             cancelling: false,
+            choice: None,
             ended: Status::Completed,
             unsettled: Pages(0),
         }
@@ -160,10 +167,13 @@ impl Source {
 
     /// True while the VM can still be kept: after the release a cancellation comes too late.
     pub fn can_cancel(&self) -> bool {
-        !matches!(
-            self.state,
-            State::Released | State::Asking { .. } | State::Ending | State::Over | State::Undoing(_)
-        )
+        !self.is_settled_or_out() && !matches!(self.state, State::Undoing(_))
+    }
+
+    /// The VM is not ours to resume, or the migration is over.
+    fn is_settled_or_out(&self) -> bool {
+        use State::{Asking, Ending, Fencing, Over, Reclaiming, Released};
+        matches!(self.state, Released | Asking { .. } | Fencing | Reclaiming | Ending | Over)
     }
 
     /// QEMU's word for where the migration is.
@@ -196,7 +206,7 @@ impl Source {
             SourceInput::Message(message) => self.on_message(message, now),
             SourceInput::Disconnected(why) => self.on_disconnected(why, now),
             SourceInput::Recorded => self.on_recorded(now),
-            SourceInput::RecordFailed(why) => self.on_record_failed(why),
+            SourceInput::RecordFailed(why) => self.on_record_failed(why, now),
             SourceInput::Opened if self.state == State::Opening => {
                 self.touched = true;
                 self.enter(State::Arming, SourceAction::Track, now, LOCAL_WAIT);
@@ -211,12 +221,17 @@ impl Source {
             }
             SourceInput::Stopped(pages) if self.state == State::Stopping => self.on_stopped(pages, now),
             SourceInput::Finished(pages) => self.on_finished(pages, now),
+            SourceInput::Resumed if self.state == State::Reclaiming => self.on_reclaimed(),
             SourceInput::Resumed => self.over(),
+            SourceInput::ResumeFailed(why) if self.state == State::Reclaiming => self.unfence(&why, now),
             SourceInput::ResumeFailed(why) => self.on_resume_failed(why),
             SourceInput::Answered(ownership) => self.on_answer(ownership, now),
+            SourceInput::AskFailed(_) if self.is_asked_to_decide() => self.decide(),
             SourceInput::AskFailed(_) => self.ask_later(now),
+            SourceInput::Recover(choice) => self.on_recover(choice, now),
             SourceInput::Ended if self.state == State::Ending => {
                 self.state = State::Over;
+                self.reply(Ok(()));
                 self.actions.push_back(SourceAction::Release);
                 self.actions.push_back(SourceAction::Over(Outcome::Completed));
             }
@@ -266,7 +281,7 @@ impl Source {
                 self.on_answer(Ownership::Target, now);
             }
             (Message::NotCommitted(text), State::Released | State::Asking { .. }) => {
-                self.take_back(Outcome::Failed(text.text));
+                self.given_back(text.text);
             }
             (Message::Abort(text), _) => self.on_disconnected(text.text, now),
             (other, _) => self.on_disconnected(format!("the target sent {} out of turn", other.name()), now),
@@ -277,7 +292,6 @@ impl Source {
         self.connected = false;
         match self.state {
             State::Released => self.ask(now),
-            State::Asking { .. } | State::Ending | State::Undoing(_) | State::Over => {}
             _ => self.fail(Outcome::Failed(why)),
         }
     }
@@ -298,14 +312,17 @@ impl Source {
                 let release = Release { generation: self.parameters.offer.generation };
                 self.enter(State::Released, SourceAction::Send(Message::Release(release)), now, COMMIT_WAIT);
             }
+            State::Fencing => {
+                self.state = State::Reclaiming;
+                self.actions.push_back(SourceAction::Resume);
+            }
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}
         }
     }
 
-    fn on_record_failed(&mut self, why: String) {
+    fn on_record_failed(&mut self, why: String, now: Duration) {
         match self.state {
-            State::Recording | State::Scanning { .. } | State::Releasing => self.fail(Outcome::Failed(why)),
             // The target's record decides; ours only saves a question after a crash.
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}
@@ -439,18 +456,32 @@ impl Source {
         if !matches!(self.state, State::Released | State::Asking { .. }) {
             return;
         }
+        let peer = self.parameters.peer.clone();
         match ownership {
             Ownership::Target => {
+                self.contradict(
+                    Choice::Here,
+                    format!("host {peer} answers that it runs the VM: it is ended here"),
+                );
                 self.progress.downtime = self.stopped_at.map(|at| now.saturating_sub(at));
-                self.state = State::Ending;
-                self.record(Step::Gone);
-                self.deadline = None;
+                self.end();
             }
             Ownership::Source => {
-                self.take_back(Outcome::Failed("the target's QEMU died before it owned the VM".into()));
+                self.given_back("the target's QEMU died before it owned the VM".into());
             }
-            Ownership::Undecided | Ownership::Unknown => self.ask_later(now),
+            Ownership::Unknown if self.choice.is_some() => self.decide(),
+            Ownership::Undecided | Ownership::Unknown => {
+                self.reply(Err(format!("host {peer} answers, and is still at work on the VM: wait for it")));
+                self.ask_later(now);
+            }
         }
+    }
+
+    /// What is left of the VM here goes.
+    fn end(&mut self) {
+        self.state = State::Ending;
+        self.record(Step::Gone);
+        self.deadline = None;
     }
 
     fn ask(&mut self, now: Duration) {
@@ -487,10 +518,7 @@ impl Source {
 
     /// Before the release: the VM stays ours, whatever the target does.
     fn fail(&mut self, outcome: Outcome) {
-        if !matches!(
-            self.state,
-            State::Released | State::Asking { .. } | State::Ending | State::Undoing(_) | State::Over
-        ) {
+        if self.can_cancel() {
             self.take_back(outcome);
         }
     }
@@ -524,7 +552,9 @@ impl Source {
                 Outcome::Failed(before) => before.clone(),
                 _ => "the migration was cancelled".into(),
             };
-            *outcome = Outcome::Stranded(format!("{before}; and the VM could not be resumed here: {why}"));
+            let text = format!("{before}; and the VM could not be resumed here: {why}");
+            *outcome = Outcome::Stranded(text.clone());
+            self.reply(Err(text));
             self.over();
         }
     }
@@ -532,6 +562,7 @@ impl Source {
     fn over(&mut self) {
         if let State::Undoing(outcome) = &self.state {
             let outcome = outcome.clone();
+            self.reply(Ok(()));
             if !matches!(outcome, Outcome::Stranded(_)) {
                 self.record(Step::Kept);
             }

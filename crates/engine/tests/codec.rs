@@ -21,11 +21,9 @@ fn any_message() -> impl Strategy<Value = Message> {
             Message::Offer(Offer { vm, generation, argv, blocks, ..Offer::default() })
         }),
         ".{0,60}".prop_map(|text| Message::Abort(Text { text })),
-        (bytes(), any::<u64>()).prop_map(|(id, generation)| Message::Query(Query {
-            id,
-            vm: "a".into(),
-            generation
-        })),
+        (bytes(), any::<u64>(), any::<bool>()).prop_map(|(id, generation, by_target)| {
+            Message::Query(Query { id, vm: "a".into(), generation, by_target })
+        }),
         (any::<u64>(), any::<u32>()).prop_map(|(bytes, last_round)| Message::StateEnd(StateEnd {
             bytes,
             last_round,

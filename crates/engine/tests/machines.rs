@@ -191,6 +191,7 @@ impl SourceDriver {
                 self.honest.push_back(In::Resumed);
             }
             SourceAction::Release => {}
+            SourceAction::Reply(_) => panic!("nobody has asked"),
             SourceAction::Ask => self.honest.push_back(In::Answered(Ownership::Undecided)),
             SourceAction::End => {
                 assert!(self.released && self.owned_by_target, "ended a VM that nobody else owns");

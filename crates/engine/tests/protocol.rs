@@ -61,7 +61,11 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ("Committed", Message::Committed(Committed { generation, record_us: 8, resume_us: 9 }), GOLDEN[9]),
         ("NotCommitted", Message::NotCommitted(text()), GOLDEN[10]),
         ("Abort", Message::Abort(text()), GOLDEN[11]),
-        ("Query", Message::Query(Query { id: id.clone(), vm: "db".into(), generation }), GOLDEN[12]),
+        (
+            "Query",
+            Message::Query(Query { id: id.clone(), vm: "db".into(), generation, by_target: true }),
+            GOLDEN[12],
+        ),
         ("Answer", Message::Answer(Answer { owner: 2 }), GOLDEN[13]),
         ("Stream", Message::Stream(Stream { id, index: 1 }), GOLDEN[14]),
         ("Check", Message::Check(offer()), GOLDEN[15]),
@@ -110,7 +114,7 @@ const GOLDEN: [&str; 16] = [
     "08000000010000005206080710081809",
     "07000000010000005a050a03776879",
     "070000000100000062050a03776879",
-    "0c000000010000006a0a0a02abab120264621807",
+    "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
     "08000000010000007a060a02abab1001",
     "36000000010000008201330a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
@@ -361,5 +365,5 @@ fn the_recovery_table_is_the_code() {
         };
         assert_eq!(nothing, row[2].starts_with("nothing"), "{row:?}");
     }
-    assert_eq!(table("the agent").len(), 8);
+    assert_eq!(table("the agent").len(), 9);
 }

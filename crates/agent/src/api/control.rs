@@ -1,6 +1,8 @@
 //! What the API needs of an agent. A trait, so that the API and the command can be tested without a host.
 
-use crate::model::{HostView, MigrateRequest, MigrationView, RunRequest, SetRequest, VmView};
+use crate::model::{
+    HostView, MigrateRequest, MigrationView, RecoverRequest, RecoverView, RunRequest, SetRequest, VmView,
+};
 use crate::{Agent, AgentError};
 use std::sync::Arc;
 use tokio::sync::watch;
@@ -17,6 +19,8 @@ pub trait Control: Send + Sync + 'static {
     fn vm(&self, name: &str) -> Result<VmView, AgentError>;
     /// Ends a VM and forgets it.
     fn stop(&self, name: &str) -> Result<(), AgentError>;
+    /// Decides where an unresolved VM runs.
+    fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError>;
     /// Hosts.
     fn hosts(&self) -> Vec<HostView>;
     /// Begins a migration; a repeated `key` returns the first one's.
@@ -50,6 +54,9 @@ impl Control for Agent {
     }
     fn stop(&self, name: &str) -> Result<(), AgentError> {
         self.stop(name)
+    }
+    fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError> {
+        self.recover(name, request)
     }
     fn hosts(&self) -> Vec<HostView> {
         self.hosts()

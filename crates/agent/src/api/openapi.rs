@@ -16,6 +16,7 @@ use utoipa::OpenApi;
         routes::run,
         routes::vm,
         routes::stop,
+        routes::recover,
         routes::hosts,
         routes::migrations,
         routes::migrate,

@@ -4,11 +4,14 @@ use super::problem::Failure;
 use super::request::{JsonBody, idempotency_key};
 use super::{Context, Control, events, metrics, openapi};
 use crate::AgentError;
-use crate::model::{HostView, MigrateRequest, MigrationView, Problem, RunRequest, SetRequest, VmView};
+use crate::model::{
+    HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView, RunRequest, SetRequest,
+    VmView,
+};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use std::sync::Arc;
 
@@ -19,6 +22,7 @@ pub(crate) fn router(context: Context) -> Router {
     Router::new()
         .route("/v1/vms", get(vms).post(run))
         .route("/v1/vms/{name}", get(vm).delete(stop))
+        .route("/v1/vms/{name}/recover", post(recover))
         .route("/v1/hosts", get(hosts))
         .route("/v1/migrations", get(migrations).post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(cancel).patch(set))
@@ -80,6 +84,19 @@ pub(crate) async fn vm(State(context): State<Context>, Path(name): Path<String>)
 /// Ends a VM: its QEMU quits, the guest is not asked.
 pub(crate) async fn stop(State(context): State<Context>, Path(name): Path<String>) -> Answer<StatusCode> {
     blocking(context, move |agent| agent.stop(&name)).await.map(|()| StatusCode::NO_CONTENT)
+}
+
+#[utoipa::path(post, path = "/v1/vms/{name}/recover", params(("name" = String, Path,)), request_body = RecoverRequest,
+    responses(
+        (status = 200, body = RecoverView),
+        (status = "default", body = Problem, content_type = "application/problem+json")))]
+/// Decides where an unresolved VM runs. The other host is asked once more; its word goes before this one.
+pub(crate) async fn recover(
+    State(context): State<Context>,
+    Path(name): Path<String>,
+    JsonBody(request): JsonBody<RecoverRequest>,
+) -> Answer<Json<RecoverView>> {
+    blocking(context, move |agent| agent.recover(&name, request)).await.map(Json)
 }
 
 #[utoipa::path(get, path = "/v1/hosts", responses((status = 200, body = Vec<HostView>)))]

@@ -214,6 +214,17 @@ impl Control for Fake {
         self.vms.lock().unwrap().remove(name);
         Ok(())
     }
+    fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError> {
+        let vm = self.vm(name)?;
+        match (vm.state.as_str(), request.runs) {
+            ("running", _) => Err(AgentError::Invalid(format!("VM {name} is not unresolved"))),
+            ("released", _) => Err(AgentError::Conflict(format!("VM {name} could not be taken back"))),
+            (_, Side::There) => {
+                Err(AgentError::Conflict("host hostb answers that its QEMU is dead".to_owned()))
+            }
+            (_, Side::Here) => Ok(RecoverView { vm: name.to_owned(), runs_at: "hosta".to_owned() }),
+        }
+    }
     fn hosts(&self) -> Vec<HostView> {
         let host =
             |name: &str, local| HostView { name: name.into(), address: "192.0.2.1:7000".into(), local };

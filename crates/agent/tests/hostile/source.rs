@@ -211,7 +211,12 @@ fn names(bad: &mut Bad<'_>) {
         let why = bad.refused(|offer| offer.vm = name.to_owned());
         assert!(why.contains("name"), "{why}");
         let mut peer = Peer::connect(bad.world);
-        peer.send(&Message::Query(Query { id: vec![1; 16], vm: name.into(), generation: 1 }));
+        peer.send(&Message::Query(Query {
+            id: vec![1; 16],
+            vm: name.into(),
+            generation: 1,
+            by_target: false,
+        }));
         let Some(Message::Answer(answer)) = peer.receive() else { panic!("no answer") };
         assert_eq!(answer.owner, 4, "nobody knows {name:?}");
     }

@@ -48,7 +48,7 @@ fn another_authority(world: &World) {
 /// Signed by our authority, and no host that `b` knows: whatever it says, it is told just that, and the connection ends.
 fn not_in_the_list(world: &World) {
     pki::issue(&world.path("pki"), "mallory", &[]).unwrap();
-    let query = Message::Query(Query { id: vec![1; 16], vm: "vm".into(), generation: 1 });
+    let query = Message::Query(Query { id: vec![1; 16], vm: "vm".into(), generation: 1, by_target: false });
     for message in [hello([1; 16]), query] {
         let connection = endpoint(world, "mallory").connect(&world.address("b"), "b", STEP).unwrap();
         let mut peer = Peer { connection };

@@ -4,6 +4,7 @@ mod agent;
 mod jobs;
 mod migrate;
 mod pki;
+mod recover;
 mod shell;
 mod vms;
 
@@ -42,6 +43,7 @@ async fn ask(client: &Client, command: Command) -> Result<Exit, Failure> {
         Command::Status(args) => jobs::status(client, &args).await,
         Command::Abort(args) => jobs::abort(client, &args.which).await,
         Command::Set(args) => jobs::set(client, &args).await,
+        Command::Recover(args) => recover::run(client, &args).await,
         // These ask no agent: `run` has taken them.
         Command::Agent(_) | Command::Pki(_) | Command::Completion { .. } | Command::Man { .. } => {
             Ok(Exit::Usage)

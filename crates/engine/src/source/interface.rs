@@ -1,6 +1,6 @@
 //! What goes into the source's state machine, and what comes out of it.
 
-use crate::handoff::{Activity, MigrationId, Ownership, Record};
+use crate::handoff::{Activity, Choice, MigrationId, Ownership, Record};
 use crate::units::{Bytes, Pages};
 use crate::wire::Message;
 use crate::wire::message::{Offer, Reason};
@@ -70,6 +70,8 @@ pub enum SourceInput {
     Cancel,
     /// The user changes the downtime limit.
     DowntimeLimit(Duration),
+    /// An operator decides who owns a VM that was released; answered by [`SourceAction::Reply`].
+    Recover(Choice),
     /// Time has passed.
     Tick,
 }
@@ -104,6 +106,8 @@ pub enum SourceAction {
     Ask,
     /// End the VM's QEMU here and wait for its death.
     End,
+    /// Tell the operator what became of the decision.
+    Reply(Result<(), String>),
     /// The migration is over.
     Over(Outcome),
 }

@@ -283,9 +283,13 @@ pub struct Query {
     /// The try's place in the VM's life.
     #[prost(uint64, tag = "3")]
     pub generation: u64,
+    /// The target asks the source, which it does before it runs a VM that it committed to in an earlier life. Absent: the
+    /// source asks the target.
+    #[prost(bool, tag = "4")]
+    pub by_target: bool,
 }
 
-/// Who owns the VM, as far as the target can prove it.
+/// Who owns the VM, as far as who is asked can prove it.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Answer {
     /// 1 the target, 2 the source, 3 undecided, 4 unknown. Others count as unknown.

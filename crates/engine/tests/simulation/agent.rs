@@ -184,6 +184,10 @@ impl World {
     fn recover_by_continuing(&mut self, host: usize, record: Record) {
         let Some(id) = self.qemu_on(host) else { return };
         self.hosts[host].recovering = true;
+        // An agent asks the source first. Whatever records that host has lost, without an operator it says go on.
+        let source = self.hosts[1 - host].disk.read();
+        let said = handoff::answer_to_target(record.id, record.generation, source);
+        assert_eq!(handoff::may_continue(Some(said)), handoff::Continuation::Run, "{record:?} {source:?}");
         if self.mutation == Some(Mutation::RecoveryTrustsPageCache) {
             return self.recover_by_running(host, id, record);
         }

@@ -217,6 +217,7 @@ impl World {
             SourceAction::Resume => self.source_op(host, move |world| world.resume(host)),
             SourceAction::Release => self.close_source(host),
             SourceAction::Ask => self.ask(host),
+            SourceAction::Reply(result) => self.note(|| format!("host {host} tells its operator {result:?}")),
             SourceAction::End => {
                 let (qemu, serial) = (self.qemu_on(host), self.begin_source_op(host));
                 self.kill(host, qemu, move |world| world.end_source_op(host, serial, SourceInput::Ended));
@@ -400,7 +401,7 @@ impl World {
                 return world.source_input(host, SourceInput::AskFailed("no connection".into()));
             };
             world.hosts[host].source.as_mut().expect("just seen").asking = Some(connection);
-            let query = Query { id, vm: "vm".into(), generation };
+            let query = Query { id, vm: "vm".into(), generation, by_target: false };
             world.transmit(connection, host, pack(&Message::Query(query)));
             world.later(host, ASK_WAIT, move |world| world.give_up_asking(host, serial, connection));
         });
