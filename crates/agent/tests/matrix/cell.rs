@@ -2,8 +2,9 @@
 
 use sterna_agent::model::MigrateRequest;
 
+use crate::support::MOVE;
 use crate::support::hold::Hold;
-use crate::support::scene::{AT_REST, Scene, other, to_the_other, until};
+use crate::support::scene::{Scene, other, to_the_other, until};
 
 /// Bytes per second that keep the first round going for seconds.
 const SLOW: u64 = 20_000_000;
@@ -91,13 +92,12 @@ impl Phase {
     /// Begins a migration and brings it to this point. It goes on when the hold is dropped.
     pub(crate) fn reach(self, scene: &Scene, from: &str, proof: Proof) -> (String, Option<Hold>) {
         let source = scene.host(from);
-        let hold =
-            self.point(from).map(|(host, point)| Hold::arm(&scene.world, scene.host(host), point));
+        let hold = self.point(from).map(|(host, point)| Hold::arm(&scene.world, scene.host(host), point));
         let before = finished(scene, from);
         let id = source.migrate(&self.request(from, proof)).unwrap();
         match &hold {
             Some(hold) => hold.reached(),
-            None => until("pages move", AT_REST, || {
+            None => until("pages move", MOVE, || {
                 let view = source.migration(&id).unwrap();
                 assert!(view.error_desc.is_none(), "{view:?}");
                 (view.ram.transferred > UNDER_WAY).then_some(())
@@ -105,7 +105,7 @@ impl Phase {
         }
         if self == Self::Load {
             // The source looks at its QEMU for a last time while the target receives.
-            until("the source has sent all", AT_REST, || (finished(scene, from) > before).then_some(()));
+            until("the source has sent all", MOVE, || (finished(scene, from) > before).then_some(()));
         }
         (id, hold)
     }
@@ -146,4 +146,3 @@ impl Fate {
         }
     }
 }
-

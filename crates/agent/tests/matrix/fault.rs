@@ -2,10 +2,7 @@
 
 use std::time::Duration;
 
-use sterna_memory::Process;
-
 use crate::cell::Phase;
-use crate::support::MOVE;
 use crate::support::hold::Frozen;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{Scene, other};
@@ -94,9 +91,15 @@ impl Fault {
             Self::SourceAgent => restart(scene, &[from], let_go),
             Self::TargetAgent => restart(scene, &[to], let_go),
             Self::BothAgents => restart(scene, &[from, to], let_go),
-            Self::SourceQemu => kill_qemu(scene, from, let_go),
-            Self::TargetQemu => kill_qemu(scene, to, let_go),
-            Self::Cut => interrupt(links, Proxy::cut, let_go),
+            Self::SourceQemu => {
+                scene.kill_qemu(from);
+                let_go();
+            }
+            Self::TargetQemu => {
+                scene.kill_qemu(to);
+                let_go();
+            }
+            Self::Cut => cut_while(links, let_go),
             Self::Silence => interrupt(links, Proxy::silence, let_go),
             Self::SourceFreezes => freeze(scene, from, SHORT_FREEZE, let_go),
             Self::TargetFreezes => freeze(scene, to, SHORT_FREEZE, let_go),
@@ -111,13 +114,9 @@ fn restart(scene: &mut Scene, hosts: &[&str], let_go: impl FnOnce()) {
     hosts.iter().for_each(|host| scene.host_mut(host).launch());
 }
 
-fn kill_qemu(scene: &Scene, host: &str, let_go: impl FnOnce()) {
-    let pids = scene.qemus(host);
-    assert_eq!(pids.len(), 1, "host {host} has QEMUs {pids:?}");
-    let process = Process::open(pids[0]).unwrap();
-    process.kill().unwrap();
-    assert!(process.wait_exit(MOVE));
-    let_go();
+/// Takes the link away for a while, in which `let_go` happens.
+pub(crate) fn cut_while(links: &Links, let_go: impl FnOnce()) {
+    interrupt(links, Proxy::cut, let_go);
 }
 
 fn interrupt(links: &Links, how: impl Fn(&Proxy), let_go: impl FnOnce()) {

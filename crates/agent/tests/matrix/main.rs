@@ -10,6 +10,7 @@ mod support;
 
 mod cell;
 mod fault;
+mod recover;
 mod row;
 mod table;
 

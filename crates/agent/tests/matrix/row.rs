@@ -77,7 +77,10 @@ fn fate(scene: &Scene, from: &str) -> Option<Fate> {
 fn is_dead(scene: &Scene) -> bool {
     let vms = ["a", "b"].map(|host| scene.host(host).vms().unwrap_or_default()).concat();
     let [vm] = vms.as_slice() else { return false };
-    vm.state == "stopped" && vm.migration.is_none() && scene.qemus("a").is_empty() && scene.qemus("b").is_empty()
+    vm.state == "stopped"
+        && vm.migration.is_none()
+        && scene.qemus("a").is_empty()
+        && scene.qemus("b").is_empty()
 }
 
 /// The target of a try whose link fell silent waits on; the next try ends it at once, and succeeds.

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::World;
 use super::daemon::Daemon;
-use super::scene::{AT_REST, until};
+use super::scene::until;
+use super::{MOVE, World};
 
 /// What an agent that can be held says when it starts.
 const CAN_BE_HELD: &str = "this program is built for tests";
@@ -32,7 +32,7 @@ impl Hold {
     /// Waits until the agent is there.
     pub(crate) fn reached(&self) {
         let reached = self.reached_file();
-        until(&format!("{} is reached", self.file.display()), AT_REST, || reached.exists().then_some(()));
+        until(&format!("{} is reached", self.file.display()), MOVE, || reached.exists().then_some(()));
     }
 
     fn reached_file(&self) -> PathBuf {

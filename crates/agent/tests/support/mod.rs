@@ -25,6 +25,9 @@ pub(crate) const BOOT: Duration = Duration::from_secs(120);
 /// How long a migration of a test may take.
 pub(crate) const MOVE: Duration = Duration::from_secs(120);
 
+/// Bytes of a disk that nobody reads.
+const IMAGE_BYTES: u64 = 1 << 20;
+
 /// How often something is done: `short` in every run, `long` when `STERNA_LONG=1` asks for it (`cargo xtask test --long`).
 pub(crate) fn count(short: u32, long: u32) -> u32 {
     match std::env::var("STERNA_LONG") {
@@ -66,6 +69,8 @@ pub(crate) struct World {
     pub(crate) user: Option<String>,
     /// Where `a` looks for `b`, if not where it is.
     pub(crate) b_as_seen_from_a: Option<String>,
+    /// The image of the scene's guest's disk, if it has one.
+    pub(crate) image: Option<PathBuf>,
     /// Where `b` looks for `a`, if not where it is.
     pub(crate) a_as_seen_from_b: Option<String>,
     /// The only QEMU that `b` may start, if it is another one than `a`'s.
@@ -90,6 +95,7 @@ impl World {
             folder,
             user: None,
             b_as_seen_from_a: None,
+            image: None,
             a_as_seen_from_b: None,
             qemu_at_b: None,
             version: version.into(),
@@ -117,6 +123,13 @@ impl World {
     /// Shell lines that the wrapper runs before QEMU; they set `EXTRA`.
     pub(crate) fn set_wrapper(&self, lines: &str) {
         std::fs::write(self.path("mode"), lines).unwrap();
+    }
+
+    /// Gives the scene's guest a disk. Nobody reads it: its lock counts, which the QEMU that runs the guest has.
+    pub(crate) fn add_disk(&mut self) {
+        let image = self.path("disk.raw");
+        std::fs::File::create(&image).unwrap().set_len(IMAGE_BYTES).unwrap();
+        self.image = Some(image);
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

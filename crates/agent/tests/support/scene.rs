@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use sterna_agent::model::{MigrateRequest, MigrationView};
-use sterna_lab::guest::{GuestSpec, Program};
+use sterna_lab::guest::{Disk, GuestSpec, Program};
 use sterna_lab::qmp::Qmp;
 use sterna_memory::{Footprint, Process, footprint};
 
@@ -115,6 +115,15 @@ impl Scene {
         pids_naming(&format!("{}/run/vms/", self.world.path(host).display()))
     }
 
+    /// SIGKILLs the only QEMU of a host.
+    pub(crate) fn kill_qemu(&self, host: &str) {
+        let pids = self.qemus(host);
+        assert_eq!(pids.len(), 1, "host {host} has QEMUs {pids:?}");
+        let process = Process::open(pids[0]).unwrap();
+        process.kill().unwrap();
+        assert!(process.wait_exit(AT_REST), "QEMU {pids:?} does not end");
+    }
+
     /// What a VM that is not there has left in a host's folders.
     pub(crate) fn left_at(&self, host: &str) -> Vec<std::path::PathBuf> {
         let folders = ["run/vms", "state/vms"].map(|folder| self.world.path(host).join(folder));
@@ -162,7 +171,8 @@ impl Scene {
 /// A small guest that writes all the time and checks each page.
 pub(crate) fn guest(world: &World) -> GuestSpec {
     let load = ["--fill=32", "--dirty=8", "--rate=10", "--check"].map(str::to_owned).to_vec();
-    GuestSpec { programs: vec![Program::Load(load)], ..world.parts.guest("vm") }
+    let disk = world.image.clone().map(|path| Disk { path, format: "raw".into() });
+    GuestSpec { programs: vec![Program::Load(load)], disk, ..world.parts.guest("vm") }
 }
 
 pub(crate) fn other(host: &str) -> &'static str {
