@@ -13,16 +13,20 @@ use crate::registry::Vm;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
-use sterna_engine::handoff::{Activity, Choice, Journal, MigrationId, Record};
+use sterna_engine::handoff::{Activity, Choice, MigrationId, Record};
 use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{BlockDigest, Query, StateEnd, Stream};
+use sterna_engine::wire::message::{BlockDigest, StateEnd, Stream};
 use sterna_engine::{Source, Step};
 use sterna_memory::Process;
 use sterna_transport::{Connection, Counters, Pacer};
 use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
+
+mod unresolved;
+
+pub(crate) use unresolved::resolve;
 
 /// How often figures are refreshed while nothing else happens.
 const REFRESH: Duration = Duration::from_millis(100);
@@ -125,48 +129,6 @@ pub(crate) fn start(
                 outgoing.drive(machine, &events);
             }
         }
-        done();
-    });
-    handle
-}
-
-/// Finds the owner of a VM that an earlier life of this agent has released.
-pub(crate) fn resolve(
-    host: &Arc<Host>,
-    vm: &Arc<Vm>,
-    record: &Record,
-    done: impl FnOnce() + Send + 'static,
-) -> Handle {
-    let pacer = Arc::new(Pacer::new(None));
-    let (tell, events) = mpsc::channel();
-    let request = MigrateRequest {
-        vm: record.vm.clone(),
-        host: record.peer.clone(),
-        max_bandwidth: None,
-        downtime_limit: 0,
-        timeout: None,
-        verify: false,
-        parallel_connections: None,
-    };
-    let (view, watch) = View::new(host.name(), vm, &request, record.id);
-    let handle = Handle { view: watch, pacer: pacer.clone(), orders: tell.clone() };
-    let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
-    std::thread::spawn(move || {
-        let machine = Source::recover(&record, Duration::ZERO);
-        let mut view = view;
-        // Released is not ours: it is stopped here, and may run there.
-        view.stopping();
-        let process = match host.process_of(&vm) {
-            Ok(process) => process,
-            Err(why) => {
-                view.finish(&Outcome::Stranded(why));
-                return done();
-            }
-        };
-        let address = host.address_of(&record.peer).unwrap_or_default();
-        let mut outgoing =
-            Outgoing::new(host, vm, record.peer.clone(), address, record.id, pacer, tell, view, process);
-        outgoing.drive(machine, &events);
         done();
     });
     handle
@@ -446,30 +408,6 @@ impl Outgoing {
         }
     }
 
-    /// A fence changes the VM's generation, and its failure changes it back. The lower number is never the only one that
-    /// is written: a restarted agent believes a record of the VM's generation or a higher one.
-    fn store(&self, record: &Record) -> Result<(), String> {
-        let (known, generation) = (self.vm.record().generation, record.generation.0);
-        let count = || {
-            let updated = self.host.registry().update(&self.vm, |vm| vm.generation = generation);
-            updated.map_err(|why| format!("VM {} cannot be written down: {why}", record.vm))
-        };
-        if generation < known {
-            count()?;
-        }
-        let mut journal = self.host.journal();
-        if record.step == Step::Fenced && self.vm.take_promise(record.id) {
-            let peer = &self.peer;
-            return Err(format!(
-                "host {peer} came back and was told that the VM is its own; see whether it runs there (sterna ps on {peer}), \
-                 and repeat this if it does not and {peer} is dead"
-            ));
-        }
-        journal.store(record).map_err(|why| why.to_string())?;
-        drop(journal);
-        if generation > known { count() } else { Ok(()) }
-    }
-
     fn message(&mut self, message: &Message) -> Option<SourceInput> {
         let control = self.control.as_mut()?;
         let lost = |why| SourceInput::Disconnected(format!("the connection to the target is lost: {why}"));
@@ -634,25 +572,6 @@ impl Outgoing {
         }
     }
 
-    fn ask(&mut self) -> SourceInput {
-        let generation = self.vm.record().generation;
-        let query = Query { id: self.id.0.to_vec(), vm: self.vm.name(), generation, by_target: false };
-        self.no_answer.clear();
-        let answer = self.ask_peer(&Message::Query(query));
-        if let SourceInput::AskFailed(why) = &answer {
-            self.no_answer = format!(" ({why})");
-        }
-        answer
-    }
-
-    fn ask_peer(&self, query: &Message) -> SourceInput {
-        match control::ask(self.host.endpoint(), &self.address, &self.peer, query) {
-            Ok(Message::Answer(answer)) => SourceInput::Answered(answer.into()),
-            Ok(_) => SourceInput::AskFailed("the target answered something else".into()),
-            Err(why) => SourceInput::AskFailed(why),
-        }
-    }
-
     fn end(&mut self) -> Result<(), String> {
         if let Some(mut qemu) = self.vm.qemu().take()
             && self.vm.is_alive()
@@ -687,13 +606,7 @@ impl Outgoing {
         self.view.set_run_state(self.activity.word());
         self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
         if machine.needs_attention(self.now()) {
-            let (name, peer, why) = (self.vm.name(), &self.peer, &self.no_answer);
-            let notice = format!(
-                "it was handed to host {peer}, which does not say whether it runs it{why}; it is kept stopped here. Start the \
-                 agent of {peer} or mend the link: that settles it. If {peer} is lost for good: sterna recover {name} --here"
-            );
-            self.view.unresolved(&notice);
-            self.vm.set_unresolved(notice);
+            self.tell_unresolved();
         }
     }
 
