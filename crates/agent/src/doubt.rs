@@ -12,7 +12,7 @@ use crate::recovery::{ATTACH_WITHIN, list, store};
 use crate::registry::{Vm, VmRecord, is_usable};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use sterna_engine::handoff::{Generation, Record, Role, Step};
+use sterna_engine::handoff::{Activity, Generation, Record, Role, Step};
 use sterna_memory::Process;
 use sterna_vmm::qemu::Qemu;
 use sterna_vmm::{ProcessId, RunState, Vmm};
@@ -49,7 +49,9 @@ pub(crate) fn recover(host: &Arc<Host>, written: VmRecord, found: &Found) -> Opt
     tracing::warn!(vm = name, peer, what, "the VM is kept stopped until host {peer} says whose it is");
     vm.set_released(true);
     vm.notify(Some(format!("{what}: it is kept stopped until {peer} says whether it runs it")));
-    Some((vm, Record { id, generation, vm: name, peer, step: Step::Released }))
+    // What it did before it was stopped is lost with the record; hardly any VM is moved paused.
+    let activity = Activity::Running;
+    Some((vm, Record { id, generation, vm: name, peer, step: Step::Released, activity }))
 }
 
 /// A VM that was on its way here.

@@ -127,13 +127,7 @@ fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Op
     match at_source(record.step) {
         SourceRecovery::Resume => {
             let vm = list(host, written);
-            let resumed = host.with_qemu(&vm, |qemu| match qemu.status()? {
-                // The record says that it ran, so it was stopped by the migration that died with us. Whatever else it is now,
-                // it came to by itself.
-                RunState::Paused => go_on(qemu, record.activity),
-                state if state.stands() => qemu.take_disks(),
-                _ => Ok(()),
-            });
+            let resumed = host.with_qemu(&vm, |qemu| undo_stop(qemu, record.activity));
             match resumed {
                 Ok(()) => store(host, &record, Step::Kept),
                 Err(why) => {
@@ -157,6 +151,16 @@ fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Op
             list(host, written);
             None
         }
+    }
+}
+
+/// Undoes the stop of a migration that an earlier life of this agent began. Where the record says that the VM ran and it is
+/// paused, it was stopped by that migration; whatever else it is now, it came to by itself.
+pub(crate) fn undo_stop(qemu: &mut Qemu, activity: Activity) -> Result<(), VmmError> {
+    match qemu.status()? {
+        RunState::Paused => go_on(qemu, activity),
+        state if state.stands() => qemu.take_disks(),
+        _ => Ok(()),
     }
 }
 

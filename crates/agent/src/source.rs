@@ -9,6 +9,7 @@ use crate::model::{MigrateRequest, MigrationView};
 use crate::offer::{self, activity_of};
 use crate::pages::{Collector, Haste, Job, Part, SendCounters, Senders, SourceBlock, Writers};
 use crate::progress::View;
+use crate::recovery::undo_stop;
 use crate::registry::Vm;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
@@ -90,6 +91,8 @@ struct Outgoing {
     collector: Option<Collector>,
     writers: Writers,
     activity: Activity,
+    /// Whether it was this life of the agent that stopped the VM: then QEMU's side knows how to undo it.
+    stop_tried: bool,
     process: Process,
     blocks: Arc<Vec<SourceBlock>>,
     shape: Option<Shape>,
@@ -164,6 +167,7 @@ impl Outgoing {
             collector: None,
             writers: Writers::Processors,
             activity: Activity::Running,
+            stop_tried: false,
             process,
             blocks: Arc::default(),
             shape: None,
@@ -493,6 +497,7 @@ impl Outgoing {
         self.check_shape()?;
         self.view.stopping();
         self.lap = Instant::now();
+        self.stop_tried = true;
         let found = self.qemu(|qemu| qemu.pause())?;
         if activity_of(&found) != Some(self.activity) {
             return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
@@ -554,7 +559,8 @@ impl Outgoing {
     }
 
     fn resume(&mut self) -> Result<(), String> {
-        self.qemu(|qemu| qemu.restore())
+        let (here, activity) = (self.stop_tried, self.activity);
+        self.qemu(|qemu| if here { qemu.restore() } else { undo_stop(qemu, activity) })
     }
 
     /// Ends everything of this migration but the VM: threads first, so that nothing reads it any more.

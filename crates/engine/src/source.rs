@@ -323,6 +323,8 @@ impl Source {
 
     fn on_record_failed(&mut self, why: String, now: Duration) {
         match self.state {
+            State::Fencing => self.unfence(&why, now),
+            State::Recording | State::Scanning { .. } | State::Releasing => self.fail(Outcome::Failed(why)),
             // The target's record decides; ours only saves a question after a crash.
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}

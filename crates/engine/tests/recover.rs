@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::time::Duration;
-use sterna_engine::handoff::{Activity, 
-    Choice, Continuation, Generation, MigrationId, Ownership, Record, Step, answer, answer_to_target,
-    may_continue,
+use sterna_engine::handoff::{
+    Activity, Choice, Continuation, Generation, MigrationId, Ownership, Record, Step, answer,
+    answer_to_target, may_continue,
 };
 use sterna_engine::source::{Outcome, Source, SourceAction, SourceInput};
 use sterna_engine::wire::Message;
@@ -16,7 +16,14 @@ const GENERATION: u64 = 7;
 const NOW: Duration = Duration::from_secs(60);
 
 fn record(generation: u64, step: Step) -> Record {
-    Record { id: ID, generation: Generation(generation), vm: "db".into(), peer: "b".into(), step, activity: Activity::Running }
+    Record {
+        id: ID,
+        generation: Generation(generation),
+        vm: "db".into(),
+        peer: "b".into(),
+        step,
+        activity: Activity::Running,
+    }
 }
 
 /// A source that asks in vain; its first question is taken out.

@@ -51,6 +51,7 @@ pub(crate) fn resolve(
         let address = host.address_of(&record.peer).unwrap_or_default();
         let mut outgoing =
             Outgoing::new(host, vm, record.peer.clone(), address, record.id, pacer, tell, view, process);
+        outgoing.activity = record.activity;
         outgoing.drive(machine, &events);
         done();
     });

@@ -133,7 +133,7 @@ fn whatever_goes_wrong_the_vm_has_one_owner() {
     let sum = std::thread::scope(|scope| {
         let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
         let share =
-            |of: u64| (of..count).step_by(cores as usize).map(|seed| Plan { seed, random: true, ..CALM });
+            move |of: u64| (of..count).step_by(cores as usize).map(|seed| Plan { seed, random: true, ..CALM });
         let threads = (0..cores).map(|of| scope.spawn(move || share(of).map(lived_through).sum::<Report>()));
         let threads: Vec<_> = threads.collect();
         threads
