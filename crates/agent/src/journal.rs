@@ -227,6 +227,9 @@ mod tests {
         assert_eq!(journal.names(), ["db"]);
     }
 
+    /// What is done to a file, in words and in deed.
+    type Damaging = (&'static str, fn(&File));
+
     /// A damaged file was read as the older of its two records: a source whose `released` was torn read `sending`, which
     /// says that the VM may be resumed.
     #[test]
@@ -234,7 +237,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut journal = FileJournal::open(folder.path().into()).unwrap();
         let path = folder.path().join("db.record");
-        let damage: [(&str, fn(&File)); 6] = [
+        let damage: [Damaging; 6] = [
             ("the newer slot is torn", |file| file.write_all_at(b"torn", SLOT_BYTES as u64 + 100).unwrap()),
             ("the older slot is torn", |file| file.write_all_at(b"torn", 100).unwrap()),
             ("both are torn", |file| {

@@ -18,6 +18,9 @@ const SLOT_BYTES: usize = 512;
 /// Identity of a migration that the tests make up.
 const ID: &str = "0123456789abcdef0123456789abcdef";
 
+/// What happens to the files of a VM, in words and in deed.
+type Harm = (&'static str, fn(&Files));
+
 /// The files that a host keeps about a VM.
 struct Files {
     record: PathBuf,
@@ -85,7 +88,7 @@ fn a_stopped_vm_whose_record_is_lost_is_resumed_only_when_the_target_proves_a_de
     a_vm_without_its_file_is_shown_and_kept(&mut scene);
     scene.world.qmp("a", "vm").execute("stop", json!({})).unwrap();
     scene.b.kill();
-    let lost: [(&str, fn(&Files)); 5] = [
+    let lost: [Harm; 5] = [
         ("released is torn", |files| files.write_record([Some("sending"), None])),
         ("both are torn", |files| files.write_record([None, None])),
         ("the file is empty", |files| std::fs::write(&files.record, "").unwrap()),
@@ -130,7 +133,7 @@ fn the_targets_proof_ends_it(scene: &mut Scene) {
 }
 
 fn a_vm_that_runs_is_ours(scene: &mut Scene) {
-    let damage: [(&str, fn(&Files)); 4] = [
+    let damage: [Harm; 4] = [
         ("torn", |files| files.write_record([Some("kept"), None])),
         ("cut", |files| std::fs::write(&files.record, [7; 700]).unwrap()),
         ("of another VM", |files| {
@@ -209,7 +212,7 @@ fn strangers_are_left_alone(scene: &mut Scene) {
 /// Its QEMU was killed at the start if its record said `incoming`, and nobody saw it otherwise.
 fn a_vm_without_its_file_is_shown_and_kept(scene: &mut Scene) {
     let (pid, kept) = (scene.a.vm("vm").unwrap().pid, scene.world.path("kept.json"));
-    let lose: [(&str, fn(&Files)); 3] = [
+    let lose: [Harm; 3] = [
         ("the file is gone", |files| std::fs::remove_file(&files.vm).unwrap()),
         ("the file is empty", |files| std::fs::write(&files.vm, "").unwrap()),
         ("the file is of an earlier QEMU, from a backup", |files| {
