@@ -198,7 +198,7 @@ fn decode(raw: &[u8; SLOT_BYTES]) -> Option<(u64, Record)> {
     let generation = Generation(lines.next()?.parse().ok()?);
     let step = Step::from_word(lines.next()?)?;
     let (vm, peer) = (lines.next()?.to_owned(), lines.next()?.to_owned());
-    let activity = Activity::from_word(lines.next()?)?;
+    let activity = lines.next().and_then(Activity::from_word).unwrap_or_default();
     Some((sequence, Record { id, generation, vm, peer, step, activity }))
 }
 

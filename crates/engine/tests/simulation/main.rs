@@ -130,16 +130,15 @@ fn plans_of_handoff(crash: Crash, plan: Plan) -> impl Iterator<Item = Plan> {
 fn whatever_goes_wrong_the_vm_has_one_owner() {
     let wanted = std::env::var("STERNA_SIMULATIONS").ok();
     let count = wanted.map_or(SIMULATIONS, |text| text.parse().expect("STERNA_SIMULATIONS is a number"));
+    let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
+    let share = |of: u64| {
+        let seeds = (of..count).step_by(cores as usize);
+        seeds.map(|seed| lived_through(Plan { seed, random: true, ..CALM })).sum::<Report>()
+    };
     let sum = std::thread::scope(|scope| {
-        let cores = std::thread::available_parallelism().map_or(1, |cores| cores.get() as u64);
-        let share =
-            move |of: u64| (of..count).step_by(cores as usize).map(|seed| Plan { seed, random: true, ..CALM });
-        let threads = (0..cores).map(|of| scope.spawn(move || share(of).map(lived_through).sum::<Report>()));
-        let threads: Vec<_> = threads.collect();
-        threads
-            .into_iter()
-            .map(|thread| thread.join().unwrap_or_else(|why| std::panic::resume_unwind(why)))
-            .sum::<Report>()
+        let threads: Vec<_> = (0..cores).map(|of| scope.spawn(move || share(of))).collect();
+        let ends = threads.into_iter().map(|thread| thread.join());
+        ends.map(|end| end.unwrap_or_else(|why| std::panic::resume_unwind(why))).sum::<Report>()
     });
     println!("{count} schedules: {sum:?}");
     if count >= SIMULATIONS {
