@@ -233,8 +233,6 @@ fn a_restarted_agent_is_asked_again() {
 #[test]
 fn a_decision_ends_with_what_became_of_the_vm() {
     let server = Server::start();
-    let run = ["run", "web", "--", "qemu-system-x86_64"];
-    ends(&sterna(&server, &run), 0);
     let state = |state: &str| {
         server.fake.vms.lock().unwrap().get_mut("web").unwrap().state = state.to_owned();
     };
