@@ -36,17 +36,18 @@ pub struct Config {
     /// What a peer's names of taps and files are called here.
     #[serde(default)]
     pub map: HostMap,
-    /// What this agent does without, so that a test can show what it is good for. No configuration file can say it.
-    #[doc(hidden)]
+    /// What is switched off; no file can say so.
     #[serde(skip)]
-    pub without: Vec<Mechanism>,
+    pub(crate) without: Vec<Mechanism>,
 }
 
-/// A mechanism that can be left out in a test, which must fail then.
+/// Something that keeps a move exact, and that a test switches off to see that it is needed.
 #[doc(hidden)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mechanism {
-    /// Sending once more what hardware may have written unseen.
+    /// Pages that the guest gave back after they were sent are dropped at the target.
+    Discards,
+    /// Pages that hardware may have written unseen are looked at once more.
     DirectIo,
 }
 
@@ -104,7 +105,14 @@ impl Config {
         toml::from_str(&text).map_err(|why| format!("the configuration {}: {why}", path.display()))
     }
 
-    /// Whether this agent has this mechanism.
+    /// The same, with a mechanism switched off.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn without(mut self, mechanism: Mechanism) -> Self {
+        self.without.push(mechanism);
+        self
+    }
+
     pub(crate) fn has(&self, mechanism: Mechanism) -> bool {
         !self.without.contains(&mechanism)
     }

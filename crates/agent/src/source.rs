@@ -3,6 +3,7 @@
 //! The machine decides, this file acts: each [`SourceAction`] is one method here, and each outcome goes back as an input.
 //! Messages, failures of senders and the user's requests arrive through one channel.
 
+use crate::config::Mechanism;
 use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
@@ -434,6 +435,9 @@ impl Outgoing {
         let (blocks, attach) = (self.blocks.clone(), self.host.attach());
         let process = self.process.try_clone().map_err(|why| explain(&why))?;
         let mut collector = Collector::arm(process, blocks, &attach, self.writers)?;
+        if !self.host.config().has(Mechanism::Discards) {
+            collector.ignore_discards();
+        }
         if self.writers == Writers::Disks {
             self.qemu(|qemu| qemu.drain())?;
         }
@@ -455,7 +459,7 @@ impl Outgoing {
     /// Gives the send-set to the senders, and begins an empty one.
     fn send(&mut self, round: u32, part: Part) {
         if let (Some(senders), Some(collector)) = (&self.senders, &mut self.collector) {
-            let set = Arc::new(collector.take());
+            let set = collector.take();
             let haste = if self.view.is_stopped() { Haste::Urgent } else { Haste::Polite };
             senders.send(&Job { round, set, part, haste });
         }
@@ -488,6 +492,16 @@ impl Outgoing {
         let collector = self.collector()?;
         collector.settle();
         Ok(Pages(collector.page_count()))
+    }
+
+    /// What the target may hold of a block. While the VM is being stopped the senders are still at work: what they were given
+    /// counts, for they may come to it after this.
+    fn sent(&self, block: usize) -> Vec<PageRun> {
+        if !self.host.config().has(Mechanism::Discards) {
+            return Vec::new();
+        }
+        let sending = self.sending.pages.get(block).map_or(&[][..], Vec::as_slice);
+        merge(&self.blocks[block].sent.runs(), sending)
     }
 
     /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last

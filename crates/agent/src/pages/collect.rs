@@ -25,6 +25,14 @@ pub(crate) enum Writers {
     Disks,
 }
 
+/// Whether what the guest gives back is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Discards {
+    Followed,
+    /// In a test, which must fail then.
+    Ignored,
+}
+
 /// The tracking of one VM, and what it has found.
 pub(crate) struct Collector {
     process: Process,
@@ -32,6 +40,9 @@ pub(crate) struct Collector {
     tracker: Box<dyn Tracker>,
     writers: Writers,
     set: SendSet,
+    /// What the senders were given last and may not have sent yet.
+    sending: Arc<SendSet>,
+    discards: Discards,
     /// One list a block; empty where only processors write.
     at_risk: Vec<Vec<PageRun>>,
 }
@@ -49,7 +60,13 @@ impl Collector {
             .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
         let set = SendSet::new(blocks.len());
         let at_risk = vec![Vec::new(); blocks.len()];
-        Ok(Self { process, blocks, tracker: Box::new(tracker), writers, set, at_risk })
+        let (tracker, sending, discards) = (Box::new(tracker), Arc::default(), Discards::Followed);
+        Ok(Self { process, blocks, tracker, writers, set, sending, discards, at_risk })
+    }
+
+    /// Leaves pages that the guest gave back at the target: a test sees then that they must not be.
+    pub(crate) fn ignore_discards(&mut self) {
+        self.discards = Discards::Ignored;
     }
 
     /// Starts with every page that may not be zero. I/O that was in flight when the tracking began must be over by now.
@@ -82,13 +99,23 @@ impl Collector {
             false => self.tracker.collect(at, &mut pages),
         };
         scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
-        let sent = block.sent.runs();
-        if block.anonymous {
+        let (sent, anonymous) = (self.sent(at), block.anonymous);
+        if anonymous {
             return Ok((pages, intersect(&holes, &sent)));
         }
         // A discard in a file is not reported as a write: what was sent and is not there any more is a hole.
         let there = self.populated(at)?;
         Ok((intersect(&pages, &there), subtract(&sent, &there)))
+    }
+
+    /// What the target may hold of a block. While the VM is being stopped the senders are still at work: what they were given
+    /// counts, for they may come to it after this.
+    fn sent(&self, block: usize) -> Vec<PageRun> {
+        if self.discards == Discards::Ignored {
+            return Vec::new();
+        }
+        let sending = self.sending.pages.get(block).map_or(&[][..], Vec::as_slice);
+        merge(&self.blocks[block].sent.runs(), sending)
     }
 
     fn populated(&self, block: usize) -> Result<Vec<PageRun>, String> {
@@ -121,9 +148,10 @@ impl Collector {
         self.set.page_count()
     }
 
-    /// Takes the send-set, and begins an empty one.
-    pub(crate) fn take(&mut self) -> SendSet {
-        std::mem::replace(&mut self.set, SendSet::new(self.blocks.len()))
+    /// Takes the send-set for the senders, and begins an empty one.
+    pub(crate) fn take(&mut self) -> Arc<SendSet> {
+        self.sending = Arc::new(std::mem::replace(&mut self.set, SendSet::new(self.blocks.len())));
+        self.sending.clone()
     }
 
     /// How many pages were written since the last scan.

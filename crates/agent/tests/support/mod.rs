@@ -185,8 +185,8 @@ impl World {
     pub(crate) fn agent(&self, name: &str) -> Arc<Agent> {
         let path = self.path(&format!("{name}.toml"));
         std::fs::write(&path, self.config(name)).unwrap();
-        let config = Config { without: self.without.clone(), ..Config::load(&path).unwrap() };
-        Agent::start(config).unwrap()
+        let config = Config::load(&path).unwrap();
+        Agent::start(self.without.iter().fold(config, |config, &mechanism| config.without(mechanism))).unwrap()
     }
 
     pub(crate) fn serial(&self, name: &str) -> PathBuf {
