@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod bare;
 pub mod client;
 pub mod error;
 pub mod guest;
