@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::packages::Kernel;
 use crate::place::{LabDir, replace, workspace};
 use crate::{LabError, Packages, run};
 use cpio::Archive;
@@ -22,17 +23,56 @@ const BUILD: Duration = Duration::from_secs(600);
 /// Modules whose devices the lab's guests may have; what these need is found.
 const MODULES: &[&str] =
     &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon", "pvpanic-mmio"];
-/// What `init.sh` calls, and what a person at the console misses first.
+/// The same for guests with every kind of device, whose kernel has drivers for them.
+const EVERY_MODULE: &[&str] = &[
+    "virtio_pci",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_balloon",
+    "virtio_scsi",
+    "sd_mod",
+    "virtio_console",
+    "virtio_rng",
+    "virtio_gpu",
+    "xhci_pci",
+    "usbhid",
+    "hid_generic",
+    "evdev",
+    "e1000e",
+    "ahci",
+];
+/// What `init.sh` and `use.sh` call, and what a person at the console misses first.
 const APPLETS: &[&str] = &[
     "sh", "mount", "cat", "cut", "echo", "free", "grep", "insmod", "ip", "ls", "nc", "poweroff", "printf",
     "ps", "reboot", "sleep", "tr", "usleep", "dd", "md5sum", "ping", "kill", "dmesg", "mkdir", "sync",
-    "true", "test", "head", "tail",
+    "true", "test", "head", "tail", "blockdev", "cmp", "seq",
 ];
 /// The first process.
 const INIT: &str = include_str!("init.sh");
+/// Uses all devices.
+const USE: &str = include_str!("use.sh");
 
 /// Builds the guest programs and the image, and returns the image's path. Does nothing anew when nothing changed.
 pub fn build(dir: &LabDir, packages: &Packages) -> Result<PathBuf, LabError> {
+    build_as(dir, packages, "initramfs.cpio", &packages.modules, MODULES)
+}
+
+/// The same for a kernel with drivers for every device.
+pub fn build_with_every_driver(
+    dir: &LabDir,
+    packages: &Packages,
+    kernel: &Kernel,
+) -> Result<PathBuf, LabError> {
+    build_as(dir, packages, "initramfs-full.cpio", &kernel.modules, EVERY_MODULE)
+}
+
+fn build_as(
+    dir: &LabDir,
+    packages: &Packages,
+    name: &str,
+    tree: &Path,
+    wanted: &[&str],
+) -> Result<PathBuf, LabError> {
     let _one_at_a_time = dir.lock()?;
     let programs = guest_programs()?;
     let mut archive = Archive::default();
@@ -40,14 +80,15 @@ pub fn build(dir: &LabDir, packages: &Packages) -> Result<PathBuf, LabError> {
         archive.directory(directory);
     }
     archive.file("init", 0o755, INIT.as_bytes());
+    archive.file("bin/use", 0o755, USE.as_bytes());
     archive.file("bin/busybox", 0o755, &read(&packages.busybox)?);
     APPLETS.iter().for_each(|a| archive.link(&format!("bin/{a}"), "busybox"));
     for program in PROGRAMS {
         archive.file(&format!("bin/{program}"), 0o755, &read(&programs.join(program))?);
     }
     add_with_libraries(&mut archive, "bin/redis-server", &packages.redis_server)?;
-    add_modules(&mut archive, packages)?;
-    let image = dir.join("initramfs.cpio");
+    add_modules(&mut archive, tree, wanted)?;
+    let image = dir.join(name);
     replace(&image, &archive.finish(), 0o644)?;
     Ok(image)
 }
@@ -78,9 +119,9 @@ pub fn guest_programs() -> Result<PathBuf, LabError> {
     Ok(into.join(TARGET).join("release"))
 }
 
-fn add_modules(archive: &mut Archive, packages: &Packages) -> Result<(), LabError> {
+fn add_modules(archive: &mut Archive, tree: &Path, wanted: &[&str]) -> Result<(), LabError> {
     let mut order = String::new();
-    for module in modules::in_order(&packages.modules, MODULES)? {
+    for module in modules::in_order(tree, wanted)? {
         let name = format!("{}.ko", module.name);
         archive.file(&format!("modules/{name}"), 0o644, &module.content);
         order += &name;

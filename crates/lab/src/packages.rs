@@ -52,7 +52,7 @@ pub fn ensure(dir: &LabDir) -> Result<Packages, LabError> {
     let stock = Sources::of_the_machine(dir);
     let old = qemu(dir, &stock, "7.2", "1:7.2")?;
     let new = qemu(dir, &Sources::backports(dir), "10.0", "1:10.0")?;
-    let kernel = kernel(dir, &stock)?;
+    let kernel = kernel(dir, &stock, "kernel", "linux-image-cloud-amd64")?;
     let ovmf = dir.once("ovmf", RECIPE, |to| stock.unpack(&["ovmf".into()], to))?;
     install(&stock, &[&old, &new])?;
     let packages = Packages {
@@ -67,6 +67,25 @@ pub fn ensure(dir: &LabDir) -> Result<Packages, LabError> {
     };
     packages.check()?;
     Ok(packages)
+}
+
+/// A kernel and its modules.
+#[derive(Debug, Clone)]
+pub struct Kernel {
+    /// The image.
+    pub image: PathBuf,
+    /// A directory below which `kernel/drivers/...` lies.
+    pub modules: PathBuf,
+}
+
+/// Debian's kernel for any machine, for guests with devices that the one for clouds has no drivers for. It boots slower.
+pub fn every_driver(dir: &LabDir) -> Result<Kernel, LabError> {
+    let _one_at_a_time = dir.lock()?;
+    let root = kernel(dir, &Sources::of_the_machine(dir), "kernel-full", "linux-image-amd64")?;
+    Ok(Kernel {
+        image: only_entry(&root.join("boot"), "vmlinuz-")?,
+        modules: only_entry(&root.join("lib/modules"), "")?,
+    })
 }
 
 impl Packages {
@@ -101,10 +120,10 @@ fn qemu(dir: &LabDir, sources: &Sources, version: &str, prefix: &str) -> Result<
     })
 }
 
-fn kernel(dir: &LabDir, sources: &Sources) -> Result<PathBuf, LabError> {
-    dir.once("kernel", RECIPE, |to| {
+fn kernel(dir: &LabDir, sources: &Sources, name: &str, package: &str) -> Result<PathBuf, LabError> {
+    dir.once(name, RECIPE, |to| {
         sources.refresh()?;
-        let image = sources.dependency("linux-image-cloud-amd64", "linux-image-")?;
+        let image = sources.dependency(package, "linux-image-")?;
         sources.unpack(&[image], to)
     })
 }

@@ -1,11 +1,13 @@
 //! A memory load that watches itself.
 //!
-//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check`
+//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check --churn=MIB`
 //!
 //! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
 //! can; `--dirty=0`: not at all), and says once a second how it goes:
 //! `LOAD t=12 pages=61440 mbps=240.0 loops=3021 bad=0`. `mbps` counts whole pages written, in Mbit/s. Lost, stale, torn
-//! and misplaced pages are reported as `BAD page=N what`.
+//! and misplaced pages are reported as `BAD page=N what`. `--churn` takes so much more memory, fills and checks it, gives it
+//! back, rests, and begins anew, so that the kernel always has pages to give away that were written before; each time is told
+//! as `CHURN n`. More than 32 MiB is given back to the kernel for certain; the C library may keep less.
 
 #![forbid(unsafe_code)]
 
@@ -28,7 +30,10 @@ const BAD_SHOWN_MAX: u64 = 20;
 /// In `hot` mode, nine of ten writes go to this part of the working set.
 const HOT_PART: usize = 8;
 
-const KNOWN: &[&str] = &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for"];
+/// How long memory stays given back: free pages are reported to the host two seconds after they were freed.
+const CHURN_REST: Duration = Duration::from_secs(6);
+
+const KNOWN: &[&str] = &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for", "churn"];
 
 fn main() {
     let run = Options::parse(std::env::args().skip(1), KNOWN).and_then(|o| Load::new(&o));
@@ -82,6 +87,10 @@ impl Load {
             other => return Err(format!("--write={other}: sparse or dense")),
         };
         let seconds = options.number("for", 0)?;
+        let churned = mib(options.number("churn", 0)?)?;
+        if churned > 0 {
+            std::thread::spawn(move || churn(churned, !seed));
+        }
         Ok(Load {
             working_set: mib(options.number("dirty", 16)?)?.min(fill),
             bytes_per_second: options.number("rate", 20)?.saturating_mul(1_000_000),
@@ -195,6 +204,21 @@ impl Load {
             self.written,
             self.bad
         );
+    }
+}
+
+/// Takes and gives back memory, for good.
+fn churn(pages: usize, seed: u64) {
+    for n in 1_u64.. {
+        let held = Pages::filled(pages, seed ^ n);
+        (0..pages).filter_map(|page| held.check_whole(page).err()).take(BAD_SHOWN_MAX as usize).for_each(
+            |bad| {
+                println!("BAD churned page={} {}", bad.page, bad.what);
+            },
+        );
+        drop(held);
+        println!("CHURN {n}");
+        std::thread::sleep(CHURN_REST);
     }
 }
 

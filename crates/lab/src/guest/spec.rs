@@ -28,6 +28,8 @@ pub struct GuestSpec {
     pub nic: Option<Nic>,
     /// A virtio disk.
     pub disk: Option<Disk>,
+    /// Further arguments for QEMU, as they are: devices and what belongs to them.
+    pub extra: Vec<String>,
     /// What runs inside.
     pub programs: Vec<Program>,
     /// The kernel image.
@@ -56,6 +58,10 @@ pub enum Ram {
     PrivateMemfd,
     /// A memfd that is mapped shared.
     SharedMemfd,
+    /// A memfd in huge pages of 2 MiB that is mapped copy-on-write.
+    PrivateHuge,
+    /// A memfd in huge pages of 2 MiB that is mapped shared.
+    SharedHuge,
     /// A nameless file on tmpfs that is mapped copy-on-write.
     PrivateFile,
     /// A nameless file on tmpfs that is mapped shared.
@@ -107,6 +113,8 @@ pub enum Program {
     Beacon(SocketAddrV4),
     /// The memory load with its options (`--fill=200`, `--dirty=64`, `--rate=20`, `--check`, ...).
     Load(Vec<String>),
+    /// Uses whatever devices there are, all the time.
+    UseDevices,
 }
 
 impl Program {
@@ -114,6 +122,7 @@ impl Program {
         match self {
             Program::Redis => "redis".to_owned(),
             Program::Beacon(to) => format!("beacon:{to}"),
+            Program::UseDevices => "use".to_owned(),
             Program::Load(options) => format!("load:{}", options.join("+")),
         }
     }
@@ -178,6 +187,7 @@ impl GuestSpec {
             vga: Vga::Absent,
             nic: None,
             disk: None,
+            extra: Vec::new(),
             programs: Vec::new(),
             kernel: kernel.to_owned(),
             initramfs: initramfs.to_owned(),
@@ -198,6 +208,7 @@ impl GuestSpec {
         }
         self.add_nic(&mut line, side);
         self.add_disk(&mut line);
+        line.0.extend(self.extra.iter().cloned());
         line.add("-kernel", &path(&self.kernel))
             .add("-initrd", &path(&self.initramfs))
             .add("-append", &self.kernel_line());
@@ -239,6 +250,8 @@ impl GuestSpec {
             }
             Ram::PrivateMemfd => "memory-backend-memfd,share=off",
             Ram::SharedMemfd => "memory-backend-memfd,share=on",
+            Ram::PrivateHuge => "memory-backend-memfd,share=off,hugetlb=on,hugetlbsize=2M",
+            Ram::SharedHuge => "memory-backend-memfd,share=on,hugetlb=on,hugetlbsize=2M",
             // Given a directory, QEMU makes a file in it and removes its name at once.
             Ram::PrivateFile => "memory-backend-file,share=off,mem-path=/dev/shm",
             Ram::SharedFile => "memory-backend-file,share=on,mem-path=/dev/shm",
