@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ struct Link {
     /// Connections stay, and nothing moves on them.
     silent: AtomicBool,
     over: AtomicBool,
+    made: AtomicUsize,
     sockets: Mutex<Vec<TcpStream>>,
 }
 
@@ -43,6 +44,18 @@ impl Proxy {
     pub(crate) fn cut(&self) {
         self.link.cut.store(true, Ordering::SeqCst);
         self.link.end_all();
+    }
+
+    /// Ends the connection that was made last, and no other.
+    pub(crate) fn cut_last(&self) {
+        for socket in self.link.sockets.lock().unwrap().iter().rev().take(2) {
+            drop(socket.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// How many connections were made so far.
+    pub(crate) fn connections(&self) -> usize {
+        self.link.made.load(Ordering::SeqCst)
     }
 
     /// Lets nothing through any more, and tells nobody: the network is gone, the hosts are not.
@@ -84,6 +97,7 @@ fn accept_all(listener: &TcpListener, target: &str, link: &Arc<Link>) {
 
 fn join(near: TcpStream, target: &str, link: &Arc<Link>) {
     let Ok(far) = TcpStream::connect(target) else { return };
+    link.made.fetch_add(1, Ordering::SeqCst);
     near.set_nonblocking(false).unwrap();
     for socket in [&near, &far] {
         socket.set_nodelay(true).unwrap();

@@ -1,0 +1,82 @@
+//! Parallel page streams: any number of them moves a guest that writes, and the loss of one ends the try.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
+mod support;
+
+use std::sync::Arc;
+
+use sterna_agent::Agent;
+use sterna_agent::model::MigrateRequest;
+use sterna_lab::guest::GuestSpec;
+use support::proxy::Proxy;
+use support::scene::until;
+use support::{BOOT, MOVE, World, load, migrate, request, wait};
+
+/// So many streams are the default, fewer where there are fewer processors (docs/guide.md).
+const DEFAULT: usize = 2;
+/// How fast pages travel when a stream is to be lost in the middle of a round.
+const SLOW: u64 = 4_000_000;
+
+fn boot(world: &mut World) -> (Proxy, Arc<Agent>, Arc<Agent>) {
+    let proxy = Proxy::to(world.address("b"));
+    world.b_as_seen_from_a = Some(proxy.address());
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    world.boot(&a, &GuestSpec { programs: vec![load(20)], ..world.parts.guest("vm") });
+    world.wait_for_more("vm", "LOAD", BOOT);
+    (proxy, a, b)
+}
+
+#[test]
+fn one_to_sixty_four_streams_and_the_default() {
+    let mut world = World::new("7.2");
+    let (proxy, a, b) = boot(&mut world);
+    let cores = std::thread::available_parallelism().unwrap().get();
+    for asked in [Some(1), Some(2), Some(3), Some(8), Some(64), None] {
+        let before = proxy.connections();
+        let view = migrate(&a, MigrateRequest { parallel_connections: asked, ..request("vm", "b") });
+        assert_eq!(view.status, "completed", "{asked:?}: {view:?}");
+        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+        // One more carries the messages.
+        let streams = asked.map_or(DEFAULT.min(cores), |asked| asked as usize);
+        assert_eq!(proxy.connections() - before, streams + 1, "{asked:?}");
+        let back = migrate(&b, MigrateRequest { parallel_connections: asked, ..request("vm", "a") });
+        assert_eq!(back.status, "completed", "{asked:?}: {back:?}");
+        world.wait_for_more("vm", "LOAD", BOOT);
+        assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    }
+    for wrong in [0, 65] {
+        let asked = MigrateRequest { parallel_connections: Some(wrong), ..request("vm", "b") };
+        let why = a.migrate(asked, None).err().expect("it began").to_string();
+        assert!(why.contains("1 to 64"), "{why}");
+    }
+    a.stop("vm").unwrap();
+}
+
+#[test]
+fn one_stream_of_three_is_lost() {
+    let mut world = World::new("7.2");
+    let (proxy, a, b) = boot(&mut world);
+    let slowly = MigrateRequest {
+        parallel_connections: Some(3),
+        max_bandwidth: Some(SLOW),
+        timeout: None,
+        ..request("vm", "b")
+    };
+    let id = a.migrate(slowly, None).unwrap().id;
+    let watch = a.watch(&id).unwrap();
+    until("pages travel", MOVE, || (watch.borrow().ram.transferred > 0).then_some(()));
+    proxy.cut_last();
+    let view = wait(&a, &id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{view:?}");
+    let why = view.error_desc.unwrap_or_default();
+    assert!(why.contains("stream"), "{why}");
+    assert_eq!(a.vm("vm").unwrap().state, "running");
+    until("nothing of it is left at the target", MOVE, || b.vms().is_empty().then_some(()));
+    world.wait_for_more("vm", "LOAD", BOOT);
+    let view = migrate(&a, request("vm", "b"));
+    assert_eq!(view.status, "completed", "{view:?}");
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    world.wait_for_more("vm", "LOAD", BOOT);
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    b.stop("vm").unwrap();
+}
