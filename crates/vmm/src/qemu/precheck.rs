@@ -51,7 +51,10 @@ pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
     device_reasons(qemu, &mut reasons)?;
     disk_reasons(qemu, &mut reasons)?;
     match qemu.layout() {
-        Ok(layout) => layout_reasons(&layout, &mut reasons),
+        Ok(layout) => {
+            layout_reasons(&layout, &mut reasons);
+            huge_page_reasons(&layout, &mut reasons);
+        }
         Err(VmmError::Layout { detail }) => reasons.push(Reason::new(Code::Layout, detail)),
         Err(other) => return Err(other),
     }
@@ -192,6 +195,19 @@ fn layout_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
              QEMU 8.2 or later, or one card of a kind",
             block.name,
             block.bytes >> 10
+        );
+        reasons.push(Reason::new(Code::Layout, text));
+    }
+}
+
+/// What the guest gives back of huge pages shows in no table that can be trusted while it runs.
+fn huge_page_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
+    for block in layout.blocks.iter().filter(|block| block.page_bytes > sterna_memory::PAGE) {
+        let text = format!(
+            "RAM block {} is in huge pages of {} KiB (hugetlbfs), which are not moved exactly; use memory without \
+             hugetlb= or a folder of hugetlbfs (transparent huge pages do move)",
+            block.name,
+            block.page_bytes >> 10
         );
         reasons.push(Reason::new(Code::Layout, text));
     }
