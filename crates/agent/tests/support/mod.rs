@@ -189,6 +189,13 @@ impl World {
         Agent::start(self.without.iter().fold(config, |config, &mechanism| config.without(mechanism))).unwrap()
     }
 
+    /// The agent of a host with something switched off.
+    pub(crate) fn agent_without(&self, name: &str, mechanism: Mechanism) -> Arc<Agent> {
+        let path = self.path(&format!("{name}.toml"));
+        std::fs::write(&path, self.config(name)).unwrap();
+        Agent::start(Config::load(&path).unwrap().without(mechanism)).unwrap()
+    }
+
     pub(crate) fn serial(&self, name: &str) -> PathBuf {
         self.path(&format!("{name}.serial"))
     }
@@ -258,6 +265,15 @@ impl World {
                 "no further {word:?} on the console:\n{}",
                 tail(&self.console(name))
             );
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    /// Waits until `look` says yes; shows the console of the guest named `vm` if it never does.
+    pub(crate) fn wait_until(&self, what: &str, mut look: impl FnMut() -> bool) {
+        let end = Instant::now() + BOOT;
+        while !look() {
+            assert!(Instant::now() < end, "not in {BOOT:?}: {what}\n{}", tail(&self.console("vm")));
             std::thread::sleep(Duration::from_millis(20));
         }
     }

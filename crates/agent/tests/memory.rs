@@ -1,0 +1,232 @@
+//! Kinds of memory, and what becomes of memory while it is moved: the guest gives pages back and takes them again.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
+mod support;
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use serde_json::json;
+use sterna_agent::model::{MigrateRequest, MigrationView, SetRequest};
+use sterna_agent::{Agent, Mechanism};
+use sterna_lab::guest::{GuestSpec, Program, Ram};
+use sterna_lab::qmp::Qmp;
+use sterna_memory::{Process, Region, populated};
+use support::scene::until;
+use support::{BOOT, MOVE, World, count, load, migrate, pids_naming, request, wait};
+
+/// How fast pages travel in the first round, and then: so that the guest writes in every round, however little it runs.
+const FIRST: u64 = 60_000_000;
+const SLOW: u64 = 8_000_000;
+/// How much of what the source held, and has sent, the guest must have given back when it is stopped.
+const GIVEN_BACK: u64 = 4 << 20;
+/// What the balloon leaves to a guest of 192 MiB, and what it takes from it in between.
+const INFLATED: u64 = 150 << 20;
+const DEFLATED: u64 = 180 << 20;
+/// Steps in which the balloon takes more, until it finds memory that was written before.
+const STEP: u64 = 4 << 20;
+const INFLATED_MOST: u64 = 110 << 20;
+/// How much more memory the target may hold than the source: zeros that were never sent, where huge pages have them.
+const GROWTH_MAX: u64 = 64 << 20;
+
+/// hugetlbfs, mapped shared and private: what a guest gives back of it cannot be told for certain.
+#[test]
+fn huge_pages_are_refused() {
+    let _pool = Pool::reserve(HUGE_PAGES);
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    for ram in [Ram::SharedHuge, Ram::PrivateHuge] {
+        world.run(&a, &GuestSpec { ram, ..world.parts.guest("vm") });
+        let view = migrate(&a, request("vm", "b"));
+        assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{view:?}");
+        assert!(view.reasons.iter().any(|reason| reason.text.contains("huge pages of 2048 KiB")), "{view:?}");
+        assert!(b.vms().is_empty());
+        a.stop("vm").unwrap();
+    }
+}
+
+/// Two pieces of RAM, all of it locked: at the target no page is absent, and those that were never sent are zero.
+#[test]
+fn locked_memory_of_two_nodes() {
+    let options = "-object memory-backend-ram,id=m0,size=128M -object memory-backend-ram,id=m1,size=64M \
+                   -numa node,memdev=m0 -numa node,memdev=m1 -overcommit mem-lock=on";
+    let extra = options.split_whitespace().map(str::to_owned).collect();
+    moves(|world| GuestSpec { extra, programs: vec![load(20)], ..world.parts.guest("vm") });
+}
+
+/// There and back, with the guest's own check.
+fn moves(guest: impl FnOnce(&World) -> GuestSpec) {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    world.boot(&a, &guest(&world));
+    world.wait_for("vm", "LOAD t=", BOOT);
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        let view = migrate(from, request("vm", to.name()));
+        assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
+        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+        world.wait_for_more("vm", "LOAD", BOOT);
+        assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    }
+    a.stop("vm").unwrap();
+}
+
+/// Huge pages of the machine that are reserved as long as this lives.
+struct Pool(u32);
+
+/// A QEMU with 192 MiB.
+const HUGE_PAGES: u32 = 100;
+/// How many pages of 2 MiB the machine keeps (Documentation/admin-guide/mm/hugetlbpage.rst).
+const POOL: &str = "/proc/sys/vm/nr_hugepages";
+
+impl Pool {
+    fn reserve(pages: u32) -> Self {
+        let before = Self::pages();
+        std::fs::write(POOL, (before + pages).to_string()).unwrap();
+        let pool = Self(pages);
+        let now = Self::pages();
+        assert!(
+            now >= before + pages,
+            "the machine's memory is in pieces: {now} huge pages of {}",
+            before + pages
+        );
+        pool
+    }
+
+    fn pages() -> u32 {
+        std::fs::read_to_string(POOL).unwrap().trim().parse().unwrap()
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        drop(std::fs::write(POOL, Self::pages().saturating_sub(self.0).to_string()));
+    }
+}
+
+/// A balloon gives back pages that were sent; what the target holds of them is not zero. First with the mechanism switched
+/// off: the target's proof finds it, and the guest goes on where it was.
+#[test]
+fn a_balloon_between_rounds() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent_without("a", Mechanism::Discards), world.agent("b"));
+    let load = ["--fill=24", "--dirty=4", "--rate=5", "--check", "--churn=40"].map(str::to_owned);
+    let balloon = "virtio-balloon-pci".to_owned();
+    let programs = vec![Program::Load(load.to_vec())];
+    let guest = GuestSpec { programs, extra: vec!["-device".into(), balloon], ..world.parts.guest("vm") };
+    world.boot(&a, &guest);
+    let view = move_under_discards(&world, &a, 1);
+    let why = view.error_desc.clone().unwrap_or_default();
+    assert!(view.status == "failed" && why.contains("is not what it was at the source"), "{view:?}");
+    world.wait_for_more("vm", "LOAD", BOOT);
+    drop(a);
+    let a = world.agent("a");
+    let held = Held::watch(&world, &a, "b");
+    let view = move_under_discards(&world, &a, count(2, 40));
+    assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    world.wait_for_more("vm", "LOAD", BOOT);
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    held.assert_alike();
+    b.stop("vm").unwrap();
+}
+
+/// Moves the guest slowly from `a`, while it gives memory back and takes it again, a round or more each time.
+fn move_under_discards(world: &World, a: &Arc<Agent>, times: u32) -> MigrationView {
+    let slowly =
+        MigrateRequest { max_bandwidth: Some(FIRST), downtime_limit: 0, timeout: None, ..request("vm", "b") };
+    let id = a.migrate(slowly, None).unwrap().id;
+    a_round_passes(a, &id);
+    a_round_passes(a, &id);
+    a.set(&id, SetRequest { max_bandwidth: Some(SLOW), downtime_limit: None }).unwrap();
+    let mut qmp = world.qmp("a", "vm");
+    for _ in 1..times {
+        for bytes in [INFLATED, DEFLATED] {
+            balloon(&mut qmp, bytes);
+            a_round_passes(a, &id);
+        }
+    }
+    give_back(a, &mut qmp);
+    a.set(&id, SetRequest { max_bandwidth: Some(0), downtime_limit: Some(2000) }).unwrap();
+    wait(a, &id)
+}
+
+/// Waits until the guest has given back what was there, and was sent, a moment ago.
+fn give_back(a: &Agent, qmp: &mut Qmp) {
+    let vm = a.vm("vm").unwrap();
+    let now = || held(vm.pid, vm.ram_bytes).unwrap();
+    let (mut most, mut size) = (now(), INFLATED);
+    until("the guest gives memory back", MOVE, || {
+        balloon(qmp, size);
+        size = (size - STEP).max(INFLATED_MOST);
+        std::thread::sleep(Duration::from_millis(20));
+        most = most.max(now());
+        (now() + GIVEN_BACK <= most).then_some(())
+    });
+}
+
+fn balloon(qmp: &mut Qmp, bytes: u64) {
+    qmp.execute("balloon", json!({ "value": bytes })).unwrap();
+    until("the balloon has its size", MOVE, || {
+        let actual = qmp.execute("query-balloon", json!({})).unwrap()["actual"].as_u64().unwrap();
+        std::thread::sleep(Duration::from_millis(20));
+        (actual == bytes).then_some(())
+    });
+}
+
+/// Waits until the round after this one has begun: what happens now is after a scan and before one.
+fn a_round_passes(a: &Arc<Agent>, id: &str) {
+    let watch = a.watch(id).unwrap();
+    let rounds = || watch.borrow().ram.dirty_sync_count;
+    let before = rounds();
+    until("a round passes", MOVE, || {
+        assert!(watch.borrow().error_desc.is_none(), "{:?}", watch.borrow());
+        (rounds() > before).then_some(())
+    });
+}
+
+/// What both QEMUs hold of their guest's RAM, looked at until the source's ends: the last look is at the hand-off.
+struct Held(JoinHandle<[u64; 2]>);
+
+impl Held {
+    fn watch(world: &World, a: &Agent, b: &str) -> Self {
+        let vm = a.vm("vm").unwrap();
+        let other = format!("{}/run/vms/", world.path(b).display());
+        Self(std::thread::spawn(move || {
+            let mut last = [0, 0];
+            while let Some(here) = held(vm.pid, vm.ram_bytes) {
+                let there = pids_naming(&other).first().and_then(|pid| held(*pid, vm.ram_bytes));
+                last = [here, there.unwrap_or_default()];
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            last
+        }))
+    }
+
+    /// Plain memory is in huge pages, of which zeros that are never sent take their part at the target.
+    fn assert_alike(self) {
+        let [source, target] = self.0.join().unwrap();
+        println!(
+            "held at the hand-off: {} KiB at the source, {} KiB at the target",
+            source >> 10,
+            target >> 10
+        );
+        assert!(source > 0 && target > 0);
+        assert!(target <= source + GROWTH_MAX, "the source held {source} bytes, the target holds {target}");
+    }
+}
+
+/// Bytes of a QEMU's RAM that are there; nothing when it has ended.
+fn held(pid: i32, ram_bytes: u64) -> Option<u64> {
+    let process = Process::open(pid).ok()?;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).ok()?;
+    let regions = maps.lines().filter_map(|line| {
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        let number = |text| u64::from_str_radix(text, 16).ok();
+        Some(Region { base: number(from)?, bytes: number(to)? - number(from)? })
+    });
+    let ram = regions.filter(|region| region.bytes >= ram_bytes).min_by_key(|region| region.bytes)?;
+    let mut runs = Vec::new();
+    populated(&process, &ram, &mut runs).ok()?;
+    Some(runs.iter().map(|run| run.bytes()).sum())
+}
