@@ -494,16 +494,6 @@ impl Outgoing {
         Ok(Pages(collector.page_count()))
     }
 
-    /// What the target may hold of a block. While the VM is being stopped the senders are still at work: what they were given
-    /// counts, for they may come to it after this.
-    fn sent(&self, block: usize) -> Vec<PageRun> {
-        if !self.host.config().has(Mechanism::Discards) {
-            return Vec::new();
-        }
-        let sending = self.sending.pages.get(block).map_or(&[][..], Vec::as_slice);
-        merge(&self.blocks[block].sent.runs(), sending)
-    }
-
     /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last
     /// word, for saving may write RAM: virtio gives back what it has taken from its rings.
     fn stop(&mut self) -> Result<Pages, String> {

@@ -186,7 +186,8 @@ impl World {
         let path = self.path(&format!("{name}.toml"));
         std::fs::write(&path, self.config(name)).unwrap();
         let config = Config::load(&path).unwrap();
-        Agent::start(self.without.iter().fold(config, |config, &mechanism| config.without(mechanism))).unwrap()
+        Agent::start(self.without.iter().fold(config, |config, &mechanism| config.without(mechanism)))
+            .unwrap()
     }
 
     /// The agent of a host with something switched off.
