@@ -115,7 +115,10 @@ fn parse_blocks(text: &str) -> Result<Vec<Block>, VmmError> {
     }
     let lines = text.lines().skip(1).filter(|line| !line.trim().is_empty());
     let blocks: Option<Vec<Block>> = lines.take(BLOCKS_MAX).map(parse_block).collect();
-    let blocks = blocks.ok_or_else(|| VmmError::Layout { detail: "info ramblock has an odd line".into() })?;
+    let mut blocks =
+        blocks.ok_or_else(|| VmmError::Layout { detail: "info ramblock has an odd line".into() })?;
+    // A memory object that no device uses has no name yet: QEMU itself does not take it for the VM's.
+    blocks.retain(|block| !block.name.is_empty());
     let names: BTreeSet<&str> = blocks.iter().map(|block| block.name.as_str()).collect();
     if names.len() == blocks.len() {
         Ok(blocks)
@@ -142,7 +145,7 @@ fn parse_block(line: &str) -> Option<Block> {
         None => None,
     };
     let page_bytes = size.checked_mul(1 << shift)?;
-    (!name.is_empty()).then_some(Block { name, bytes: hex(tail.get(2)?)?, page_bytes, hva })
+    Some(Block { name, bytes: hex(tail.get(2)?)?, page_bytes, hva })
 }
 
 /// A piece of a RAM block in the guest's address space.
@@ -238,13 +241,21 @@ mod tests {
         assert_eq!((new[0].bytes, new[0].hva), (0x20000, Some(0x7f66_41c0_0000)));
     }
 
+    /// A VM with a memory object that nothing used could not be looked at.
+    #[test]
+    fn a_block_without_a_name_is_none_of_the_vms() {
+        let unused =
+            "                      4 KiB  0x0000000010000000 0x0000000008000000 0x0000000008000000\n";
+        assert_eq!(parse_blocks(&format!("{OLD}{unused}")).unwrap(), parse_blocks(OLD).unwrap());
+    }
+
     #[test]
     fn an_unknown_form_is_an_error() {
         for text in [
             "",
             "unknown command: 'info ramblock'",
             "Block Name Used\nnonsense",
-            "Block Name Used\n4 KiB 1 2 3",
+            "Block Name Used\nx 4 KiB 1",
         ] {
             assert!(matches!(parse_blocks(text), Err(VmmError::Layout { .. })), "{text:?}");
         }
