@@ -4,13 +4,14 @@ use crate::config::Mechanism;
 use crate::control::{self, explain};
 use crate::host::Host;
 use crate::pages::{SentHashes, SentPages, SourceBlock, Writers};
-use crate::registry::Vm;
+use crate::registry::{Vm, VmRecord};
 use std::sync::Arc;
 use sterna_engine::handoff::Activity;
 use sterna_engine::source::Outcome;
-use sterna_engine::wire::message::{Block, Offer, Reason};
+use sterna_engine::wire::message::{Block, Image, Offer, Reason};
 use sterna_engine::wire::{Message, batch};
 use sterna_memory::{PAGE, Region, is_anonymous};
+use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, mark_images};
 use sterna_vmm::{RunState, Shape, Vmm};
 
 /// Everything the pre-check found out about a VM.
@@ -20,6 +21,8 @@ pub(crate) struct Checked {
     pub(crate) shape: Shape,
     pub(crate) writers: Writers,
     pub(crate) activity: Activity,
+    /// Shows the target that it sees the same images; kept until it does not matter any more.
+    pub(crate) images: MarkedImages,
 }
 
 /// What a VM in this state does; nothing for one that cannot be moved.
@@ -55,6 +58,10 @@ pub(crate) fn check(
         .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
         .map_err(failed)?;
     let record = vm.record();
+    let images = images(&record).unwrap_or_else(|found| {
+        reasons.extend(found);
+        MarkedImages::default()
+    });
     let travels = |block: &sterna_vmm::Block| block.hva.is_some();
     let offer = Offer {
         vm: record.name,
@@ -71,6 +78,7 @@ pub(crate) fn check(
         streams,
         verify,
         qemu: version,
+        images: images.proofs.iter().map(image_of).collect(),
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
@@ -79,7 +87,10 @@ pub(crate) fn check(
         if let Ok(Message::Refused(more)) =
             control::ask(host.endpoint(), address, peer, &Message::Check(offer))
         {
-            reasons.extend(more.reasons);
+            // What the target says of images that could not be marked here is no news.
+            let told = |code: &str| code == "image" && reasons.iter().any(|reason| reason.code == code);
+            let news: Vec<_> = more.reasons.into_iter().filter(|reason| !told(&reason.code)).collect();
+            reasons.extend(news);
         }
         return Err(Outcome::Refused(reasons));
     }
@@ -102,7 +113,21 @@ pub(crate) fn check(
     });
     let blocks = blocks.collect::<Result<_, _>>()?;
     // One that cannot be moved has a reason against it.
-    Ok(Checked { blocks, offer, shape, writers, activity: activity_of(&state).unwrap_or_default() })
+    let activity = activity_of(&state).unwrap_or_default();
+    Ok(Checked { blocks, offer, shape, writers, activity, images })
+}
+
+/// Marks the VM's images, or tells every reason why that cannot be.
+fn images(record: &VmRecord) -> Result<MarkedImages, Vec<Reason>> {
+    let line = CommandLine::parse(record.argv.clone())
+        .map_err(|why| vec![Reason { code: "command-line".into(), text: explain(&why) }])?;
+    let to_wire = |reason: sterna_vmm::Reason| Reason { code: word(&reason.code), text: reason.text };
+    mark_images(&line, record.process.pid).map_err(|found| found.into_iter().map(to_wire).collect())
+}
+
+fn image_of(proof: &ImageProof) -> Image {
+    let ImageProof { path, mark, held, digest } = proof.clone();
+    Image { path, mark, held, digest }
 }
 
 /// A code of the pre-check as scripts see it.

@@ -23,6 +23,7 @@ use sterna_engine::wire::message::{BlockDigest, StateEnd, Stream};
 use sterna_engine::{Source, Step};
 use sterna_memory::Process;
 use sterna_transport::{Connection, Counters, Pacer};
+use sterna_vmm::qemu::MarkedImages;
 use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
 
@@ -97,6 +98,8 @@ struct Outgoing {
     process: Process,
     blocks: Arc<Vec<SourceBlock>>,
     shape: Option<Shape>,
+    /// Kept locked until the migration is over, so that the target sees them.
+    images: MarkedImages,
     counters: Arc<SendCounters>,
     state: Vec<u8>,
     verify: bool,
@@ -172,6 +175,7 @@ impl Outgoing {
             process,
             blocks: Arc::default(),
             shape: None,
+            images: MarkedImages::default(),
             counters: Arc::default(),
             state: Vec::new(),
             verify: false,
@@ -221,6 +225,7 @@ impl Outgoing {
         outgoing.shape = Some(checked.shape);
         outgoing.writers = checked.writers;
         outgoing.activity = checked.activity;
+        outgoing.images = checked.images;
         outgoing.verify = request.verify;
         outgoing.attach_control(connection);
         let parameters = SourceParameters {

@@ -13,12 +13,12 @@ use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
-use sterna_engine::wire::message::{Hello, Offer, Reason, StateEnd};
+use sterna_engine::wire::message::{Hello, Image, Offer, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
-use sterna_vmm::qemu::{CommandLine, Qemu};
-use sterna_vmm::{RunState, Vmm, difference};
+use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu};
+use sterna_vmm::{Code, RunState, Vmm, difference};
 
 /// How often the clock is looked at while nothing happens.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -131,6 +131,7 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
     if let Err(refusals) = command_line(host, offer) {
         reasons.extend(refusals);
     }
+    reasons.extend(image_reasons(host, offer));
     let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
     let lacking = sterna_vmm::qemu::target_reasons(ram_bytes).into_iter();
     reasons.extend(lacking.map(|found| reason(&crate::offer::word(&found.code), found.text)));
@@ -140,12 +141,32 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
 /// The command line for this host, or everything in it that this host does not allow.
 fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> {
     // Whoever reads it sits at the source.
-    let reason =
-        |text: String| Reason { code: "command-line".into(), text: format!("on {}: {text}", host.name()) };
-    let line = CommandLine::parse(offer.argv.clone()).map_err(|why| vec![reason(explain(&why))])?;
+    let reason = |code, text: String| Reason {
+        code: crate::offer::word(&code),
+        text: format!("on {}: {text}", host.name()),
+    };
+    let line = CommandLine::parse(offer.argv.clone())
+        .map_err(|why| vec![reason(Code::CommandLine, explain(&why))])?;
     let cpu = Some(offer.cpu.as_str()).filter(|cpu| !cpu.is_empty());
     line.for_target(&host.run_dir(&offer.vm), &offer.machine, cpu, &host.config().map, &host.policy())
-        .map_err(|refusals| refusals.iter().map(|refusal| reason(refusal.to_string())).collect())
+        .map_err(|refusals| refusals.iter().map(|refusal| reason(refusal.code, refusal.to_string())).collect())
+}
+
+/// Every reason why the images that would be opened here are not the source's.
+fn image_reasons(host: &Host, offer: &Offer) -> Vec<Reason> {
+    // A line that cannot be read was refused already.
+    let Ok(line) = CommandLine::parse(offer.argv.clone()) else { return Vec::new() };
+    let proof = |image: &Image| {
+        let Image { path, mark, held, digest } = image.clone();
+        ImageProof { path, mark, held, digest }
+    };
+    let proofs: Vec<ImageProof> = offer.images.iter().map(proof).collect();
+    let found = sterna_vmm::qemu::image_reasons(&line, &host.config().map, &host.policy(), &proofs);
+    let reason = |reason: sterna_vmm::Reason| Reason {
+        code: crate::offer::word(&reason.code),
+        text: format!("on {}: {}", host.name(), reason.text),
+    };
+    found.into_iter().map(reason).collect()
 }
 
 impl Arriving<'_> {

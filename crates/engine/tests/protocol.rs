@@ -84,7 +84,12 @@ fn offer() -> Offer {
         streams: 4,
         verify: true,
         qemu: "10.0".into(),
+        images: vec![image()],
     }
+}
+
+fn image() -> Image {
+    Image { path: "/d".into(), mark: 300, held: true, digest: vec![0xef; 2] }
 }
 
 fn block() -> Block {
@@ -103,8 +108,8 @@ fn digest() -> BlockDigest {
 const GOLDEN: [&str; 16] = [
     "0d000000010000000a0b080110021a02abab220173",
     "070000000100000012050801120173",
-    "35000000010000001a330a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
-     802018013a016640044801520431302e30",
+    "44000000010000001a420a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
+     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef",
     "0500000001000000220308ac02",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
@@ -117,8 +122,8 @@ const GOLDEN: [&str; 16] = [
     "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
     "08000000010000007a060a02abab1001",
-    "36000000010000008201330a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
-     10802018013a016640044801520431302e30",
+    "45000000010000008201420a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
+     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef",
 ];
 
 fn hex(bytes: &[u8]) -> String {
@@ -206,15 +211,15 @@ fn the_field_table_is_the_code() {
         let body = fields(&frame[control::HEADER_BYTES..]).remove(0).2;
         let inner = fields(&body);
         let nested = match name {
-            "Offer" => Some(("Block", 6)),
-            "Refused" => Some(("Reason", 1)),
-            "StateEnd" => Some(("BlockDigest", 3)),
-            _ => None,
+            "Offer" => &[("Block", 6), ("Image", 11)][..],
+            "Refused" => &[("Reason", 1)],
+            "StateEnd" => &[("BlockDigest", 3)],
+            _ => &[],
         };
-        if let Some((nested, at)) = nested {
-            let body = &inner.iter().find(|(field, ..)| *field == at).expect("it is set").2;
+        for (nested, at) in nested {
+            let body = &inner.iter().find(|(field, ..)| field == at).expect("it is set").2;
             coded.insert(
-                nested.into(),
+                (*nested).into(),
                 fields(body).into_iter().map(|(field, kind, _)| (field, kind)).collect(),
             );
         }

@@ -162,6 +162,26 @@ pub struct Offer {
     /// Version of the source's QEMU.
     #[prost(string, tag = "10")]
     pub qemu: String,
+    /// The images that the command line names, in its order, each followed by those below it.
+    #[prost(message, repeated, tag = "11")]
+    pub images: Vec<Image>,
+}
+
+/// A disk image, as the source shows it to be the same file at both ends.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Image {
+    /// What it is called at the source.
+    #[prost(string, tag = "1")]
+    pub path: String,
+    /// The byte of it that the source keeps locked.
+    #[prost(uint64, tag = "2")]
+    pub mark: u64,
+    /// Whether the source's QEMU has locked it.
+    #[prost(bool, tag = "3")]
+    pub held: bool,
+    /// Digest of the content, 32 bytes, where an equal copy will do.
+    #[prost(bytes = "vec", tag = "4")]
+    pub digest: Vec<u8>,
 }
 
 /// The target is ready for pages.

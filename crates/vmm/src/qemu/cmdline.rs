@@ -6,11 +6,13 @@
 
 use std::path::Path;
 
+use super::images::{self, Image};
 use super::keyval::Settings;
 use super::launch::QMP_SOCKET;
 use super::options::{NEVER, Rule, Takes, implied_key, known};
-use super::policy::{Host, HostMap, Presence, Refusal, TargetPolicy};
+use super::policy::{Host, HostMap, Presence, Refusal, TargetPolicy, Why};
 use super::rules;
+use crate::types::Code;
 
 /// The most arguments taken: large VMs of libvirt have about 200.
 const ARGS_MAX: usize = 4096;
@@ -119,14 +121,16 @@ impl CommandLine {
         let host = Host { map, policy };
         let mut refusals = Vec::new();
         let program = host.binary(&self.program).unwrap_or_else(|reason| {
-            refusals.push(Refusal { option: self.program.clone(), reason });
+            refusals.push(Refusal { code: Code::CommandLine, option: self.program.clone(), reason });
             String::new()
         });
         let mut argv = vec![program];
         for option in self.with_resolved(machine, cpu, &mut refusals) {
             match translate(&option, host) {
                 Ok(translated) => argv.extend(translated.to_args()),
-                Err(reason) => refusals.push(Refusal { option: option.shown(), reason }),
+                Err(why) => {
+                    refusals.push(Refusal { code: why.code, option: option.shown(), reason: why.text })
+                }
             }
         }
         argv.extend(["-incoming", "defer", "-S"].map(str::to_owned));
@@ -152,6 +156,12 @@ impl CommandLine {
             }
         }
         Ok(total)
+    }
+
+    /// The disk images that it names.
+    pub(super) fn images(&self) -> Vec<Image> {
+        let pairs_of = |name| self.settings_of(name).map(|settings| settings.pairs()).collect::<Vec<_>>();
+        images::images_in(&pairs_of("drive"), &pairs_of("blockdev"))
     }
 
     fn settings_of<'a>(&'a self, name: &'static str) -> impl Iterator<Item = Settings> + 'a {
@@ -198,7 +208,8 @@ impl CommandLine {
         for (what, name) in [("machine", Some(machine)), ("cpu", cpu)] {
             if name.is_some_and(|name| !is_plain_name(name)) {
                 let reason = "what the source says that it resolved is no name".to_owned();
-                refusals.push(Refusal { option: format!("-{what}"), reason });
+                let option = format!("-{what}");
+                refusals.push(Refusal { code: Code::CommandLine, option, reason });
             }
         }
         options
@@ -255,20 +266,18 @@ fn parse_option(arg: String, rest: &mut std::vec::IntoIter<String>) -> Result<Op
 }
 
 /// One option in this host's words.
-fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, String> {
+fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, Why> {
     let value = option.value.as_deref().unwrap_or_default();
     let (_, rule) = match known(&option.name) {
         Some(known) => known,
         None if option.dashes.is_empty() => {
-            return Err(
-                "an image without -drive: QEMU would guess its format; use -drive with format=".to_owned()
-            );
+            return Err("an image without -drive: QEMU would guess its format; use -drive with format=".into());
         }
-        None => return Err("this option is not known to be safe at a target".to_owned()),
+        None => return Err("this option is not known to be safe at a target".into()),
     };
     let translated = match rule {
         Rule::Plain => value.to_owned(),
-        Rule::Refused(reason) => return Err(reason.to_owned()),
+        Rule::Refused(reason) => return Err(reason.into()),
         Rule::Path => rules::without_commas(&host.path(value, Presence::Required)?)?.to_owned(),
         Rule::NewPath => host.path(value, Presence::Created)?,
         Rule::Firmware => rules::firmware(value, host)?,

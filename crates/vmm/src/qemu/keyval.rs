@@ -91,6 +91,17 @@ impl Settings {
         }
     }
 
+    /// Every key with its value, in order; keys that are nested are dotted.
+    pub(super) fn pairs(&self) -> Vec<(String, String)> {
+        let mut found = Vec::new();
+        let seen: Result<(), std::convert::Infallible> = self.clone().rewrite(&mut |key, value| {
+            found.push((key.to_owned(), value.to_owned()));
+            Ok(value.to_owned())
+        });
+        let Ok(()) = seen;
+        found
+    }
+
     /// Writes it out for QEMU.
     pub(super) fn to_text(&self) -> String {
         match self {

@@ -9,6 +9,7 @@ mod cmdline;
 mod devices;
 mod disks;
 mod fingerprint;
+mod images;
 mod keyval;
 mod launch;
 mod layout;
@@ -28,6 +29,7 @@ use serde_json::{Value, json};
 use sterna_memory::Process;
 
 pub use cmdline::{CommandLine, CommandLineError};
+pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use precheck::target_reasons;

@@ -8,6 +8,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::types::Code;
+
 /// What stands for the other hosts' names on this one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -35,6 +37,8 @@ pub struct TargetPolicy {
 /// Something in a command line that this host refuses, with the reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
+    /// The kind of reason.
+    pub code: Code,
     /// The option, as the user wrote it.
     pub option: String,
     /// Why, and what to do.
@@ -44,6 +48,25 @@ pub struct Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.option, self.reason)
+    }
+}
+
+/// Why something is refused, with the kind of reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Why {
+    pub(super) code: Code,
+    pub(super) text: String,
+}
+
+impl From<String> for Why {
+    fn from(text: String) -> Self {
+        Self { code: Code::CommandLine, text }
+    }
+}
+
+impl From<&str> for Why {
+    fn from(text: &str) -> Self {
+        text.to_owned().into()
     }
 }
 
@@ -86,6 +109,22 @@ impl Host<'_> {
         };
         let real =
             real.map_err(|error| format!("{} cannot be used on this host: {error}", mapped.display()))?;
+        self.within_roots(&mapped, &real)
+    }
+
+    /// Whether a file that is not in the command line may be opened, under its own name.
+    pub(super) fn allows(self, path: &Path) -> Result<String, String> {
+        let real = fs::canonicalize(path).map_err(|error| error.to_string())?;
+        self.within_roots(path, &real)
+    }
+
+    /// Whether a file that the command line names is not there.
+    pub(super) fn lacks(self, asked: &str) -> bool {
+        let mapped = self.mapped(asked);
+        mapped.is_absolute() && mapped.try_exists().is_ok_and(|there| !there)
+    }
+
+    fn within_roots(self, mapped: &Path, real: &Path) -> Result<String, String> {
         let roots = self.policy.path_roots.iter().filter_map(|root| fs::canonicalize(root).ok());
         if !roots.into_iter().any(|root| real.starts_with(&root)) {
             return Err(format!(

@@ -4,7 +4,8 @@
 //! program, open a file outside of the allowed folders, or open a socket.
 
 use super::keyval::Settings;
-use super::policy::{Host, Presence};
+use super::policy::{Host, Presence, Why};
+use crate::types::Code;
 
 /// What a setting is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,8 @@ enum Kind {
     Text,
     /// A file that is there.
     Path,
+    /// An image that is there, or nothing.
+    Image,
     /// A file that QEMU makes.
     NewPath,
     /// A program.
@@ -23,7 +26,7 @@ enum Kind {
     Refused(&'static str),
 }
 
-use Kind::{NewPath, Path, Refused, Script, Text, Word};
+use Kind::{Image, NewPath, Path, Refused, Script, Text, Word};
 
 const DESCRIPTOR: &str = "descriptors do not travel between hosts";
 const HELPER: &str = "it runs a program";
@@ -32,7 +35,7 @@ const FILE: &str = "it makes QEMU read or write a file of the host";
 const UNKNOWN: &str = "this setting is not known to be safe at a target";
 
 /// Puts the settings of `option` into this host's words, or says why it refuses.
-pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Result<(), String> {
+pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Result<(), Why> {
     let rule = rule(option, settings)?;
     if option == "chardev" {
         keep_logs(settings, host)?;
@@ -46,11 +49,14 @@ pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Re
             Word => word(value),
             Text => Ok(value.to_owned()),
             Path => host.path(value, Presence::Required),
+            Image if value.is_empty() => Ok(String::new()),
+            Image => host.path(value, Presence::Required),
             NewPath => host.path(value, Presence::Created),
             Script => host.script(value),
             Refused(reason) => Err(reason.to_owned()),
         };
-        done.map_err(|reason| format!("{key}={value}: {reason}"))
+        let code = if rule(key) == Image && host.lacks(value) { Code::Image } else { Code::CommandLine };
+        done.map_err(|reason| Why { code, text: format!("{key}={value}: {reason}") })
     })
 }
 
@@ -62,7 +68,10 @@ fn rule(option: &str, settings: &Settings) -> Result<KindOf, String> {
         "machine" | "M" => Ok(machine),
         "device" => device(&chosen("driver")),
         "object" => object(&chosen("qom-type")),
-        "drive" if settings.value("format").is_none() && settings.value("file").is_some() => {
+        "drive"
+            if settings.value("format").is_none()
+                && settings.value("file").is_some_and(|file| !file.is_empty()) =>
+        {
             Err("without format= QEMU would guess it from what the guest wrote into the image".to_owned())
         }
         "drive" => Ok(drive),
@@ -247,7 +256,7 @@ fn object(kind: &str) -> Result<KindOf, String> {
 
 fn drive(key: &str) -> Kind {
     match key {
-        "file" | "file.filename" => Path,
+        "file" | "file.filename" => Image,
         "file.driver" | "driver" | "format" => Word,
         "snapshot" => Refused("what the guest writes would be in a temporary file of one host"),
         "serial" => Text,
@@ -292,7 +301,7 @@ fn blockdev(key: &str) -> Kind {
     // A graph of nodes: `file.`, `backing.` and the like lead from one to the next.
     let leaf = key.rsplit_once('.').map_or(key, |(_, leaf)| leaf);
     match leaf {
-        "filename" => Path,
+        "filename" => Image,
         "driver"
         | "node-name"
         | "read-only"
