@@ -127,6 +127,7 @@ impl Agent {
         let mut qemu = launched.qemu;
         // Where RAM is can be told best before firmware has hidden parts of it; the addresses are remembered.
         let layout = qemu.layout();
+        let parts = qemu.parts();
         let record = VmRecord {
             name: name.clone(),
             ram_bytes: ram_of(&argv),
@@ -138,6 +139,7 @@ impl Agent {
             since: jiff::Timestamp::now(),
             incoming: false,
             leaving: None,
+            parts: parts.ok(),
         };
         if let Err(why) = layout {
             tracing::warn!(

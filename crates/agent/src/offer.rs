@@ -11,7 +11,7 @@ use sterna_engine::source::Outcome;
 use sterna_engine::wire::message::{Block, Image, Offer, Reason};
 use sterna_engine::wire::{Message, batch};
 use sterna_memory::{PAGE, Region, is_anonymous};
-use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, mark_images};
+use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, changed_parts, mark_images};
 use sterna_vmm::{RunState, Shape, Vmm};
 
 /// Everything the pre-check found out about a VM.
@@ -45,8 +45,7 @@ pub(crate) fn check(
 ) -> Result<Checked, Outcome> {
     let failed = |why: String| Outcome::Failed(why);
     let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
-    let mut reasons: Vec<Reason> =
-        reasons.into_iter().map(|reason| Reason { code: word(&reason.code), text: reason.text }).collect();
+    let mut reasons: Vec<Reason> = reasons.into_iter().map(to_wire).collect();
     let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
     let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
     let (state, direct) =
@@ -58,6 +57,9 @@ pub(crate) fn check(
         .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
         .map_err(failed)?;
     let record = vm.record();
+    let parts = host.with_qemu(vm, |qemu| qemu.parts()).map_err(failed)?;
+    let changed = record.parts.as_ref().map(|launched| changed_parts(launched, &parts)).unwrap_or_default();
+    reasons.extend(changed.into_iter().map(to_wire));
     let images = images(&record).unwrap_or_else(|found| {
         reasons.extend(found);
         MarkedImages::default()
@@ -121,13 +123,16 @@ pub(crate) fn check(
 fn images(record: &VmRecord) -> Result<MarkedImages, Vec<Reason>> {
     let line = CommandLine::parse(record.argv.clone())
         .map_err(|why| vec![Reason { code: "command-line".into(), text: explain(&why) }])?;
-    let to_wire = |reason: sterna_vmm::Reason| Reason { code: word(&reason.code), text: reason.text };
     mark_images(&line, record.process.pid).map_err(|found| found.into_iter().map(to_wire).collect())
 }
 
 fn image_of(proof: &ImageProof) -> Image {
     let ImageProof { path, mark, held, digest } = proof.clone();
     Image { path, mark, held, digest }
+}
+
+fn to_wire(reason: sterna_vmm::Reason) -> Reason {
+    Reason { code: word(&reason.code), text: reason.text }
 }
 
 /// A code of the pre-check as scripts see it.

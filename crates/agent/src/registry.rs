@@ -2,7 +2,7 @@
 
 use crate::model::VmView;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use sterna_engine::handoff::{Choice, MigrationId};
@@ -47,6 +47,9 @@ pub(crate) struct VmRecord {
     /// The try to move it away that began last, until it is known how it ended: a second witness, beside the record.
     #[serde(default)]
     pub(crate) leaving: Option<Leaving>,
+    /// What was plugged in when its QEMU started; unknown where an older version has written this.
+    #[serde(default)]
+    pub(crate) parts: Option<BTreeSet<String>>,
 }
 
 /// A try to move a VM away.

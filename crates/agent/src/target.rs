@@ -17,7 +17,7 @@ use sterna_engine::wire::message::{Hello, Image, Offer, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
-use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu};
+use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, difference};
 
 /// How often the clock is looked at while nothing happens.
@@ -352,6 +352,7 @@ impl Arriving<'_> {
                 since: jiff::Timestamp::now(),
                 incoming: true,
                 leaving: None,
+                parts: None,
             },
             None,
         );
@@ -364,11 +365,26 @@ impl Arriving<'_> {
     /// Compares what was started with what was offered, and gets every block ready to be written.
     fn fit(&mut self) -> Result<Vec<Reason>, String> {
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU was started".into()) };
-        let fingerprint = qemu.fingerprint().map_err(|why| explain(&why))?;
-        let differences = difference(&fingerprint_of(&self.offer.fingerprint), &fingerprint);
+        if let Some(older) = older_qemu(&self.offer.qemu, qemu.version()) {
+            let text = format!("on {}: {}", self.host.name(), older.text);
+            return Ok(vec![Reason { code: crate::offer::word(&older.code), text }]);
+        }
+        let mut fingerprint = qemu.fingerprint().map_err(|why| explain(&why))?;
+        let mut offered = fingerprint_of(&self.offer.fingerprint);
+        if is_upgrade(&self.offer.qemu, qemu.version()) {
+            // Each version brings firmware of its own, which it reads for itself when the guest boots anew.
+            offered.needs_firmware = false;
+            fingerprint.needs_firmware = false;
+        }
+        let differences = difference(&offered, &fingerprint);
         if !differences.is_empty() {
             let reason = |text| Reason { code: "fingerprint".into(), text };
             return Ok(differences.into_iter().map(reason).collect());
+        }
+        let parts = qemu.parts().map_err(|why| explain(&why))?;
+        if let Some(vm) = &self.vm {
+            let written = self.host.registry().update(vm, |record| record.parts = Some(parts));
+            written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let layout = qemu.layout().map_err(|why| explain(&why))?;

@@ -16,7 +16,7 @@ use apt::Sources;
 
 /// Packages that must be installed on the machine itself, beside the libraries that the two QEMUs ask for.
 /// `redis-tools` has the server's program as well; the package `redis-server` would start a server on this machine.
-const INSTALLED: &[&str] = &["busybox-static", "redis-tools", "iproute2", "util-linux"];
+const INSTALLED: &[&str] = &["busybox-static", "redis-tools", "qemu-utils", "iproute2", "util-linux"];
 /// The parts of a QEMU that are unpacked, in the order of `apt-get download`.
 const QEMU_PARTS: &[&str] =
     &["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios", "ipxe-qemu"];

@@ -75,6 +75,8 @@ pub(crate) struct World {
     pub(crate) a_as_seen_from_b: Option<String>,
     /// The only QEMU that `b` may start, if it is another one than `a`'s.
     pub(crate) qemu_at_b: Option<PathBuf>,
+    /// Further entries of `b`'s map of paths.
+    pub(crate) paths_at_b: Vec<(PathBuf, PathBuf)>,
     pub(crate) version: String,
     /// What the agents do without.
     pub(crate) without: Vec<Mechanism>,
@@ -98,6 +100,7 @@ impl World {
             image: None,
             a_as_seen_from_b: None,
             qemu_at_b: None,
+            paths_at_b: Vec::new(),
             version: version.into(),
             without: Vec::new(),
             ports: [free_port(), free_port()],
@@ -150,7 +153,7 @@ impl World {
              attach-helper = {helper:?}\n\
              [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
              [hosts.a]\naddress = \"{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
-             [map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
+             [map.binaries]\n{binaries}\n[map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
             dir = dir.display(),
             pki = pki.display(),
             a = a.unwrap_or_else(|| self.address("a")),
@@ -158,6 +161,7 @@ impl World {
             folder = self.folder.path(),
             helper = helper(),
             map = self.map(name),
+            binaries = self.binaries(name),
         )
     }
 
@@ -171,8 +175,22 @@ impl World {
         std::fs::create_dir_all(self.path("sockets-a")).unwrap();
         std::fs::create_dir_all(self.path("sockets-b")).unwrap();
         match name {
-            "b" => format!("{:?} = {:?}", self.path("sockets-a"), self.path("sockets-b")),
+            "b" => {
+                let sockets = (self.path("sockets-a"), self.path("sockets-b"));
+                let pairs = std::iter::once(&sockets).chain(&self.paths_at_b);
+                pairs.map(|(from, to)| format!("{from:?} = {to:?}\n")).collect()
+            }
             _ => String::new(),
+        }
+    }
+
+    /// A QEMU of another name at `b` stands there for `a`'s, and the other way round.
+    fn binaries(&self, name: &str) -> String {
+        let (at_a, at_b) = (self.parts.qemu(&self.version), self.qemu_at_b.clone());
+        let file = |path: &Path| path.file_name().unwrap().to_owned();
+        match at_b.filter(|at_b| name == "b" && file(at_b) != file(&at_a)) {
+            Some(at_b) => format!("{:?} = {at_b:?}", file(&at_a)),
+            None => String::new(),
         }
     }
 

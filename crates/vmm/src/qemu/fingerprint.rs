@@ -71,6 +71,8 @@ pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
     for (command, args) in questions {
         tickets.push(qemu.qmp.send(command, args, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?);
     }
+    let disks = qemu.qmp.send("query-block", Value::Null, COMMAND_WITHIN);
+    let disks = disks.map_err(|e| qemu.explain(operation, e))?;
     let mut hasher = blake3::Hasher::new();
     for ticket in tickets {
         // A machine without memory devices refuses that question, each time in the same words.
@@ -78,9 +80,11 @@ pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
             Err(QmpError::Refused { desc, .. }) => desc,
             answer => stable(answer.map_err(|e| qemu.explain(operation, e))?).to_string(),
         };
-        hasher.update(&(answer.len() as u64).to_le_bytes());
-        hasher.update(answer.as_bytes());
+        hash_text(&mut hasher, &answer);
     }
+    // The rest of that answer changes all the time.
+    let disks = qemu.qmp.wait(&disks, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    drive_parts(&disks).for_each(|part| hash_text(&mut hasher, &part));
     Ok(Shape(*hasher.finalize().as_bytes()))
 }
 
@@ -91,6 +95,11 @@ fn stable(answer: Value) -> Value {
         None if answer.get("status").is_some() => Value::Null,
         None => answer,
     }
+}
+
+fn hash_text(hasher: &mut blake3::Hasher, text: &str) {
+    hasher.update(&(text.len() as u64).to_le_bytes());
+    hasher.update(text.as_bytes());
 }
 
 /// The processor model, as `-cpu` takes it.
@@ -126,12 +135,16 @@ fn cpu_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmErr
 fn cpu_feature_lines(qemu: &mut Qemu, path: &str, lines: &mut BTreeSet<String>) {
     let operation = "tell its processors";
     for word in qemu.qom(path, "feature-words", operation).ok().iter().filter_map(Value::as_array).flatten() {
+        let features = word["features"].as_u64().unwrap_or_default() & !told_by_topology(word);
+        // A word without features is the same as one that an older QEMU does not know.
+        if features == 0 {
+            continue;
+        }
         lines.insert(format!(
-            "cpu feature word {}.{} {} {:#x}",
+            "cpu feature word {}.{} {} {features:#x}",
             word["cpuid-input-eax"],
             word["cpuid-input-ecx"],
             word["cpuid-register"].as_str().unwrap_or_default(),
-            word["features"].as_u64().unwrap_or_default(),
         ));
     }
     // Not the TSC's frequency: hosts of one model differ a little, and the device state carries it.
@@ -140,6 +153,18 @@ fn cpu_feature_lines(qemu: &mut Qemu, path: &str, lines: &mut BTreeSet<String>) 
         if let Ok(value) = qemu.qom(path, name, operation) {
             lines.insert(format!("cpu {name} {value}"));
         }
+    }
+}
+
+/// The bits that say whether there are several processors: older QEMUs add them when the guest asks, newer ones keep them
+/// with the others (`x86_cpu_expand_features`). The guest sees the same, and `-smp` tells the rest.
+fn told_by_topology(word: &Value) -> u64 {
+    const HYPER_THREADING: u64 = 1 << 28;
+    const CORES_AS_THREADS: u64 = 1 << 1;
+    match (word["cpuid-input-eax"].as_u64(), word["cpuid-register"].as_str()) {
+        (Some(1), Some("EDX")) => HYPER_THREADING,
+        (Some(0x8000_0001), Some("ECX")) => CORES_AS_THREADS,
+        _ => 0,
     }
 }
 
@@ -232,10 +257,49 @@ fn disk_lines(qemu: &mut Qemu, lines: &mut BTreeSet<String>) -> Result<(), VmmEr
         let image = &disk["inserted"]["image"];
         lines.insert(format!(
             "disk {} at {} format {} bytes {}",
-            disk["device"], disk["qdev"], image["format"], image["virtual-size"],
+            disk["device"],
+            place_of(disk),
+            image["format"],
+            image["virtual-size"],
         ));
     }
     Ok(())
+}
+
+/// Where a disk is plugged in. The machine's own devices have numbers, which each version of QEMU gives anew.
+fn place_of(disk: &Value) -> &str {
+    let place = disk["qdev"].as_str().unwrap_or("no device");
+    if place.starts_with(MACHINE_ROOT) { MACHINE_ROOT } else { place }
+}
+
+/// What somebody can add to a running VM, or take away: devices, memory, and what is in its drives. QEMU's command
+/// line tells nothing of it, and a target is started from that.
+pub(super) fn parts(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
+    let mut parts: BTreeSet<String> = BTreeSet::new();
+    for device in devices(qemu)? {
+        let name = device.path.rsplit('/').next().unwrap_or_default();
+        parts.insert(format!("device {name} ({})", device.class));
+    }
+    for (name, class) in children(qemu, "/objects")? {
+        if class.starts_with("memory-backend") {
+            parts.insert(format!("object {name} ({class})"));
+        }
+    }
+    let disks = qemu.ask("query-block", Value::Null, "list its disks")?;
+    parts.extend(drive_parts(&disks));
+    Ok(parts)
+}
+
+/// Each drive with its file: a snapshot or a finished mirror makes QEMU write into another than the command line says.
+fn drive_parts(disks: &Value) -> impl Iterator<Item = String> + '_ {
+    let file = |disk: &Value| disk["inserted"]["file"].as_str().map(str::to_owned);
+    disks.as_array().into_iter().flatten().map(move |disk| {
+        let name = disk["device"].as_str().filter(|name| !name.is_empty()).unwrap_or(place_of(disk));
+        match file(disk) {
+            Some(file) => format!("drive {name} with {file}"),
+            None => format!("drive {name} without a medium"),
+        }
+    })
 }
 
 /// The firmware files behind the blocks that each QEMU makes for itself, with a digest of each file's content.

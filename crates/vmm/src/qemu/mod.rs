@@ -32,7 +32,7 @@ pub use cmdline::{CommandLine, CommandLineError};
 pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use policy::{HostMap, Refusal, TargetPolicy};
-pub use precheck::target_reasons;
+pub use precheck::{changed_parts, is_upgrade, older_qemu, target_reasons};
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};
 
 use crate::Vmm;
@@ -118,6 +118,11 @@ impl Qemu {
     /// The processor model, as `-cpu` takes it.
     pub fn cpu_model(&mut self) -> Result<String, VmmError> {
         fingerprint::cpu_model(self)
+    }
+
+    /// What can be plugged in and out while the VM runs, a line each: to be compared with the same at its start.
+    pub fn parts(&mut self) -> Result<BTreeSet<String>, VmmError> {
+        fingerprint::parts(self)
     }
 
     /// The addresses of RAM blocks as the guest's memory map gives them away: the only way before QEMU 8.2, and a

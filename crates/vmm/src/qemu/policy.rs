@@ -14,6 +14,8 @@ use crate::types::Code;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HostMap {
+    /// The file name of the source's program to the path of ours: another version of QEMU, say.
+    pub binaries: BTreeMap<String, PathBuf>,
     /// The source's tap interface to ours.
     pub taps: BTreeMap<String, String>,
     /// The source's path, or the beginning of one, to ours. The longest that fits counts.
@@ -90,10 +92,14 @@ impl Host<'_> {
     /// The program to start for a peer's `argv[0]`.
     pub(super) fn binary(self, asked: &str) -> Result<String, String> {
         let name = Path::new(asked).file_name();
+        let mapped = name.and_then(|name| self.map.binaries.get(name.to_str()?));
         let fits = |path: &&PathBuf| path.is_absolute() && name.is_some() && path.file_name() == name;
-        let found = self.policy.binaries.iter().find(fits).and_then(|path| path.to_str());
+        let found = mapped.filter(|path| path.is_absolute()).or(self.policy.binaries.iter().find(fits));
+        let found = found.and_then(|path| path.to_str());
         found.map(str::to_owned).ok_or_else(|| {
-            "this program may not be started here; allow it in the target's list of binaries".to_owned()
+            "this program may not be started here; add it to the target's qemu.binaries, or name the one that stands for \
+             it in map.binaries"
+                .to_owned()
         })
     }
 
@@ -208,6 +214,10 @@ mod tests {
                 ("/srv".to_owned(), "/nowhere".to_owned()),
                 ("/srv/images".to_owned(), images.to_str().unwrap().to_owned()),
             ]),
+            binaries: BTreeMap::from([
+                ("qemu-old".to_owned(), "/opt/qemu-new".into()),
+                ("sh".to_owned(), "relative".into()),
+            ]),
             ..HostMap::default()
         };
         let policy = TargetPolicy { binaries: vec!["/opt/qemu-x".into()], path_roots: vec![images] };
@@ -256,6 +266,7 @@ mod tests {
         host_with(|_, host| {
             assert_eq!(host.binary("/tmp/evil/qemu-x").unwrap(), "/opt/qemu-x");
             assert_eq!(host.binary("qemu-x").unwrap(), "/opt/qemu-x");
+            assert_eq!(host.binary("/usr/bin/qemu-old").unwrap(), "/opt/qemu-new");
             for evil in ["sh", "", "/", "..", "/opt/qemu-x/.."] {
                 assert!(host.binary(evil).is_err(), "{evil:?}");
             }

@@ -3,6 +3,7 @@
 //! `xen-save-devices-state` ignores QEMU's migration blockers (and crashes QEMU 7.2 on an NVMe device), so that
 //! asking here is not a courtesy.
 
+use std::collections::BTreeSet;
 use std::fs;
 
 use serde_json::{Value, json};
@@ -88,6 +89,45 @@ pub fn target_reasons(ram_bytes: u64) -> Vec<Reason> {
     reasons
 }
 
+/// Every part that came or went since the VM was started: the target's QEMU is started from the command line.
+pub fn changed_parts(launched: &BTreeSet<String>, now: &BTreeSet<String>) -> Vec<Reason> {
+    let came = now.difference(launched).map(|part| {
+        format!(
+            "{part} was added after the VM was started, and the target's QEMU would lack it; take it away (QMP \
+             device_del, object-del, eject, block-commit), or start the VM with it"
+        )
+    });
+    let went = launched.difference(now).map(|part| {
+        format!(
+            "{part} was taken away after the VM was started, and the target's QEMU would have it; put it back, or \
+             start the VM without it"
+        )
+    });
+    came.chain(went).map(|text| Reason::new(Code::Layout, text)).collect()
+}
+
+/// Why a QEMU must not take a VM from a newer one, when it is older: QEMU promises that a machine type moves to newer
+/// versions, and drops or misreads what an older one does not know.
+pub fn older_qemu(source: &str, target: Version) -> Option<Reason> {
+    let older = (target.major, target.minor) < release(source)?;
+    let text = format!(
+        "its QEMU {target} is older than the source's {source}, and a VM moves to the same or a newer one; install that \
+         on the target, and name it in binaries or map.binaries"
+    );
+    older.then(|| Reason::new(Code::Version, text))
+}
+
+/// Whether the target's QEMU is of a later release than the source's.
+pub fn is_upgrade(source: &str, target: Version) -> bool {
+    release(source).is_some_and(|source| source < (target.major, target.minor))
+}
+
+/// Major and minor number of a version as QEMU tells it.
+fn release(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split('.').map_while(|number| number.parse().ok());
+    Some((numbers.next()?, numbers.next()?))
+}
+
 fn available_bytes() -> Option<u64> {
     let text = fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
@@ -171,7 +211,8 @@ fn disk_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmErr
         let name = [&disk["device"], &disk["qdev"]].iter().find_map(|v| v.as_str().filter(|s| !s.is_empty()));
         let name = name.unwrap_or("without a name");
         let cache = &disk["inserted"]["cache"];
-        if cache["no-flush"] == true {
+        // What is only read cannot be lost.
+        if cache["no-flush"] == true && disk["inserted"]["ro"] != true {
             let text = format!(
                 "disk {name} never flushes (cache=unsafe), so the target may not see what was written; \
                  use cache=writeback"
@@ -283,6 +324,22 @@ mod tests {
         assert!(is_async("pos:\t0\npending:\t0\ntotal:\t0\nAPI:\taa:1e000:1ffff\n"));
         assert!(!is_async("pending:\t1\ntotal:\t1\nAPI:\taa:0:1ffff\n"));
         assert!(!is_async("") && !is_async("API: x"));
+    }
+
+    #[test]
+    fn a_vm_moves_to_newer_qemus_only() {
+        let older = |source, major, minor| older_qemu(source, Version::new(major, minor)).is_some();
+        assert!(older("10.0.8", 7, 2) && older("7.3.0", 7, 2));
+        assert!(!older("7.2.22", 7, 2) && !older("7.2.22", 10, 0) && !older("", 7, 2));
+    }
+
+    #[test]
+    fn what_came_and_went_is_told_by_name() {
+        let set = |parts: &[&str]| parts.iter().map(|part| (*part).to_owned()).collect();
+        let reasons = changed_parts(&set(&["device a (x)", "device b (x)"]), &set(&["device b (x)", "device c (y)"]));
+        let texts: Vec<_> = reasons.iter().map(|reason| reason.text.as_str()).collect();
+        assert!(texts[0].starts_with("device c (y) was added") && texts[1].starts_with("device a (x) was taken"));
+        assert_eq!(reasons.len(), 2);
     }
 
     #[test]
