@@ -19,7 +19,7 @@ use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
 use sterna_transport::{Limits, Listener, ServerHandle};
 use sterna_vmm::Vmm;
-use sterna_vmm::qemu::CommandLine;
+use sterna_vmm::qemu::{CommandLine, expand};
 use tokio::sync::watch;
 
 /// Ended migrations that are remembered, so that `sterna status` can tell of them.
@@ -117,7 +117,10 @@ impl Agent {
         if !is_usable(&name) {
             return Err(AgentError::Invalid(format!("the name {name:?} cannot be used: {NAME_RULE}")));
         }
-        let line = CommandLine::parse(argv.clone()).map_err(|why| AgentError::Invalid(explain(&why)))?;
+        let unusable = |why| AgentError::Invalid(explain(&why));
+        // What was in a configuration file travels, the file does not.
+        let argv = expand(argv, &self.host.run_dir(&name)).map_err(unusable)?;
+        let line = CommandLine::parse(argv.clone()).map_err(unusable)?;
         let claim = self.host.registry().claim(&name);
         let Some(_claim) = claim else {
             return Err(AgentError::Conflict(format!("host {} has a VM named {name} already", self.name())));

@@ -149,7 +149,9 @@ fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> 
         .map_err(|why| vec![reason(Code::CommandLine, explain(&why))])?;
     let cpu = Some(offer.cpu.as_str()).filter(|cpu| !cpu.is_empty());
     line.for_target(&host.run_dir(&offer.vm), &offer.machine, cpu, &host.config().map, &host.policy())
-        .map_err(|refusals| refusals.iter().map(|refusal| reason(refusal.code, refusal.to_string())).collect())
+        .map_err(|refusals| {
+            refusals.iter().map(|refusal| reason(refusal.code, refusal.to_string())).collect()
+        })
 }
 
 /// Every reason why the images that would be opened here are not the source's.

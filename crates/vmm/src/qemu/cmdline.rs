@@ -52,6 +52,14 @@ pub enum CommandLineError {
         /// Why.
         reason: &'static str,
     },
+    /// A configuration file that cannot be made into options.
+    #[error("-readconfig {file} cannot be used: {detail}")]
+    Config {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        detail: String,
+    },
     /// A size that is none.
     #[error("{text:?} is no size of memory")]
     Size {
@@ -271,7 +279,9 @@ fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, Why> {
     let (_, rule) = match known(&option.name) {
         Some(known) => known,
         None if option.dashes.is_empty() => {
-            return Err("an image without -drive: QEMU would guess its format; use -drive with format=".into());
+            return Err(
+                "an image without -drive: QEMU would guess its format; use -drive with format=".into()
+            );
         }
         None => return Err("this option is not known to be safe at a target".into()),
     };

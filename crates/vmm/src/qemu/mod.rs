@@ -17,6 +17,7 @@ mod options;
 mod policy;
 mod precheck;
 mod qmp;
+mod readconfig;
 mod rules;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,6 +35,7 @@ pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scop
 pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use precheck::{changed_parts, is_upgrade, older_qemu, target_reasons};
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};
+pub use readconfig::expand;
 
 use crate::Vmm;
 use crate::process::ProcessId;

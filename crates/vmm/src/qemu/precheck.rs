@@ -336,9 +336,12 @@ mod tests {
     #[test]
     fn what_came_and_went_is_told_by_name() {
         let set = |parts: &[&str]| parts.iter().map(|part| (*part).to_owned()).collect();
-        let reasons = changed_parts(&set(&["device a (x)", "device b (x)"]), &set(&["device b (x)", "device c (y)"]));
+        let reasons =
+            changed_parts(&set(&["device a (x)", "device b (x)"]), &set(&["device b (x)", "device c (y)"]));
         let texts: Vec<_> = reasons.iter().map(|reason| reason.text.as_str()).collect();
-        assert!(texts[0].starts_with("device c (y) was added") && texts[1].starts_with("device a (x) was taken"));
+        assert!(
+            texts[0].starts_with("device c (y) was added") && texts[1].starts_with("device a (x) was taken")
+        );
         assert_eq!(reasons.len(), 2);
     }
 

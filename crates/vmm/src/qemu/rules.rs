@@ -20,15 +20,19 @@ enum Kind {
     Image,
     /// A file that QEMU makes.
     NewPath,
+    /// The kernel's source of random numbers.
+    Random,
     /// A program.
     Script,
     /// Not allowed, with the reason.
     Refused(&'static str),
 }
 
-use Kind::{Image, NewPath, Path, Refused, Script, Text, Word};
+use Kind::{Image, NewPath, Path, Random, Refused, Script, Text, Word};
 
-const DESCRIPTOR: &str = "descriptors do not travel between hosts";
+const DESCRIPTOR: &str =
+    "descriptors do not travel between hosts; name what was opened, with path= or filename=";
+const TAP_DESCRIPTOR: &str = "descriptors do not travel between hosts; use ifname=TAP,script=no,downscript=no, and vhost=on without a descriptor";
 const HELPER: &str = "it runs a program";
 const SOCKET: &str = "it opens a socket of the host";
 const FILE: &str = "it makes QEMU read or write a file of the host";
@@ -43,6 +47,9 @@ pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Re
     if matches!(option, "netdev" | "nic") && settings.value("type").as_deref() == Some("tap") {
         complete_tap(settings, host)?;
     }
+    if option == "object" {
+        not_libvirts_key(settings)?;
+    }
     settings.rewrite(&mut |key, value| {
         check_key(key)?;
         let done = match rule(key) {
@@ -52,6 +59,8 @@ pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Re
             Image if value.is_empty() => Ok(String::new()),
             Image => host.path(value, Presence::Required),
             NewPath => host.path(value, Presence::Created),
+            Random if matches!(value, "/dev/urandom" | "/dev/random") => Ok(value.to_owned()),
+            Random => Err("another source of random numbers; use /dev/urandom, or rng-builtin".to_owned()),
             Script => host.script(value),
             Refused(reason) => Err(reason.to_owned()),
         };
@@ -243,6 +252,7 @@ fn object(kind: &str) -> Result<KindOf, String> {
         // Only the kernel's own: reading from another device can do anything.
         "rng-random" => Ok(|key| match key {
             "qom-type" | "id" => Word,
+            "filename" => Random,
             _ => Refused("another source of random numbers; use rng-builtin"),
         }),
         "secret" => Ok(|key| match key {
@@ -338,7 +348,7 @@ fn network(kind: &str) -> Result<KindOf, String> {
             // Put into this host's words before.
             "ifname" => Word,
             "script" | "downscript" => Script,
-            "fd" | "fds" | "vhostfd" | "vhostfds" => Refused(DESCRIPTOR),
+            "fd" | "fds" | "vhostfd" | "vhostfds" => Refused(TAP_DESCRIPTOR),
             "helper" | "br" => Refused(HELPER),
             _ => Word,
         }),
@@ -364,11 +374,25 @@ fn legacy_network(kind: &str) -> Result<KindOf, String> {
     }
 }
 
+/// libvirt gives each VM a key in a file of one host, for the passwords that it passes on.
+fn not_libvirts_key(settings: &Settings) -> Result<(), String> {
+    let is = |key: &str, value: &str| settings.value(key).as_deref() == Some(value);
+    if is("qom-type", "secret") && is("id", "masterKey0") {
+        return Err(
+            "it is libvirt's own key, in a file of one host; leave it out, and give each secret as -object \
+                    secret,id=ID,file=FILE with a file that both hosts have"
+                .to_owned(),
+        );
+    }
+    Ok(())
+}
+
 /// A tap of this host in the place of the source's, and no script but the map's: without `script=` QEMU would run
 /// its default one.
 fn complete_tap(settings: &mut Settings, host: Host<'_>) -> Result<(), String> {
     let asked = settings.value("ifname");
-    let asked = asked.ok_or("a tap without ifname= cannot be told from another; give it one")?;
+    let asked = asked
+        .ok_or("a tap without ifname= cannot be told from another; give it ifname=TAP, and no descriptor")?;
     settings.set("ifname", &host.tap(&asked)?);
     for key in ["script", "downscript"] {
         if settings.value(key).is_none() {
@@ -499,7 +523,8 @@ pub(super) fn display(value: &str, host: Host<'_>) -> Result<String, String> {
 }
 
 fn vnc_flags(flags: &str) -> Result<String, String> {
-    let allowed = ["password=", "password-secret=", "share=", "lossy=", "non-adaptive=", "power-control="];
+    let allowed =
+        ["password=", "password-secret=", "share=", "audiodev=", "lossy=", "non-adaptive=", "power-control="];
     for flag in flags.split(',') {
         if !allowed.iter().any(|prefix| flag.starts_with(prefix)) {
             return Err(format!("{flag}: {UNKNOWN}"));
