@@ -91,7 +91,7 @@ fn every_configuration_in_the_documents_loads() {
 #[test]
 fn every_key_is_in_the_guide_and_in_the_example() {
     let mut keys = keys("crates/agent/src/config.rs");
-    keys.extend(["taps", "paths", "scripts", "addresses"].map(str::to_owned));
+    keys.extend(["binaries", "taps", "paths", "scripts", "addresses"].map(str::to_owned));
     assert!(keys.len() > 15, "{keys:?}");
     let (guide, example) = (read(GUIDE), read(EXAMPLE));
     for key in &keys {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use common::{Stage, chain, versions};
 use proptest::prelude::*;
 use sterna_vmm::qemu::{CommandLine, CommandLineError, HostMap, Launch, Refusal, TargetPolicy};
-use sterna_vmm::{RunState, Vmm, difference};
+use sterna_vmm::{Code, RunState, Vmm, difference};
 use tempfile::TempDir;
 
 fn parse(args: &[&str]) -> CommandLine {
@@ -40,6 +40,7 @@ impl Target {
             list.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())).collect()
         };
         let map = HostMap {
+            binaries: BTreeMap::new(),
             taps: pairs(&[("tap0", "vm7-tap")]),
             paths: pairs(&[("/srv/vm", images.to_str().unwrap())]),
             scripts: pairs(&[("/etc/up", "/opt/target/up")]),
@@ -358,6 +359,74 @@ fn a_hostile_line_is_refused() {
     assert_eq!(alone.len(), 1, "{alone:?}");
     let sh = CommandLine::parse(vec!["/bin/sh".into()]).unwrap();
     assert!(sh.for_target(Path::new("/x"), "q35", None, &target.map, &target.policy).is_err());
+}
+
+/// What libvirt passes by descriptor or keeps in a file of one host, and the word that tells what to write instead.
+const OF_LIBVIRT: &[(&str, &str, &str)] = &[
+    (
+        "-object",
+        r#"{"qom-type":"secret","id":"masterKey0","format":"raw","file":"/var/lib/libvirt/x.aes"}"#,
+        "leave it out",
+    ),
+    ("-chardev", "socket,id=charmonitor,fd=24,server=on,wait=off", "path="),
+    ("-netdev", r#"{"type":"tap","fd":"29","vhost":true,"vhostfd":"31","id":"n"}"#, "ifname=TAP"),
+    ("-netdev", "tap,fd=29,id=n", "ifname"),
+    ("-add-fd", "set=0,fd=26,opaque=x", "-blockdev"),
+    ("-blockdev", r#"{"driver":"file","filename":"/dev/fdset/0","node-name":"n"}"#, "absolute path"),
+    ("-device", r#"{"driver":"vhost-vsock-pci","id":"v","guest-cid":3,"vhostfd":"25"}"#, "not known to move"),
+    ("-spice", "port=5900", "socket"),
+    ("-drive", "file=/srv/vm/gone.img,format=raw", "No such file"),
+];
+
+#[test]
+fn what_libvirt_keeps_to_one_host_is_refused_with_what_to_write() {
+    let target = Target::new();
+    for (option, value, instead) in OF_LIBVIRT {
+        let refusals = target.option(option, value).expect_err(value);
+        let expected = if value.contains("gone.img") { Code::Image } else { Code::CommandLine };
+        assert!(refusals[0].reason.contains(instead), "{value}: {refusals:?}");
+        assert_eq!(refusals[0].code, expected, "{value}");
+    }
+    let paused = CommandLine::parse(["q", "-S"].map(str::to_owned).to_vec()).unwrap_err();
+    assert!(paused.to_string().contains("Sterna says so itself"), "{paused}");
+}
+
+/// What libvirt 10 writes for a VM with a disk, a CD drive, a network and a serial console, its descriptors replaced.
+#[test]
+fn a_line_of_libvirt_is_passed_on_as_it_is() {
+    let target = Target::new();
+    let line = [
+        ("-name", "guest=web,debug-threads=on"),
+        ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"),
+        ("-uuid", "8f1d1b0e-65d2-4a0e-9a3c-0f0d2a3f7c11"),
+        ("-rtc", "base=utc,driftfix=slew"),
+        ("-global", "kvm-pit.lost_tick_policy=delay"),
+        ("-boot", "strict=on"),
+        ("-msg", "timestamp=on"),
+        ("-overcommit", "mem-lock=off"),
+        ("-m", "size=1048576k"),
+        ("-object", r#"{"qom-type":"memory-backend-ram","id":"pc.ram","size":1073741824}"#),
+        ("-object", r#"{"qom-type":"rng-random","id":"objrng0","filename":"/dev/urandom"}"#),
+        ("-audiodev", r#"{"id":"audio1","driver":"none"}"#),
+        ("-mon", "chardev=charmonitor,id=monitor,mode=control"),
+        ("-smp", "2,sockets=2,cores=1,threads=1"),
+        (
+            "-device",
+            r#"{"driver":"pcie-root-port","port":16,"chassis":1,"id":"pci.1","bus":"pcie.0","addr":"0x2"}"#,
+        ),
+        ("-device", r#"{"driver":"virtio-balloon-pci","id":"balloon0","bus":"pci.1","addr":"0x0"}"#),
+        ("-device", r#"{"driver":"isa-serial","chardev":"charserial0","id":"serial0","index":0}"#),
+        ("-vnc", ":1,audiodev=audio1"),
+    ];
+    for (option, value) in line {
+        let found = target.option(option, value).unwrap_or_else(|refused| panic!("{value}: {refused:?}"));
+        let json = |text: &str| serde_json::from_str::<serde_json::Value>(text).ok();
+        assert!(
+            found == value.replace(":1,", "127.0.0.1:7,")
+                || json(&found).is_some_and(|found| Some(found) == json(value)),
+            "{found}"
+        );
+    }
 }
 
 #[test]
