@@ -372,7 +372,7 @@ const OF_LIBVIRT: &[(&str, &str, &str)] = &[
     ("-netdev", r#"{"type":"tap","fd":"29","vhost":true,"vhostfd":"31","id":"n"}"#, "ifname=TAP"),
     ("-netdev", "tap,fd=29,id=n", "ifname"),
     ("-add-fd", "set=0,fd=26,opaque=x", "-blockdev"),
-    ("-blockdev", r#"{"driver":"file","filename":"/dev/fdset/0","node-name":"n"}"#, "absolute path"),
+    ("-blockdev", r#"{"driver":"file","filename":"/dev/fdset/0","node-name":"n"}"#, "filename="),
     ("-device", r#"{"driver":"vhost-vsock-pci","id":"v","guest-cid":3,"vhostfd":"25"}"#, "not known to move"),
     ("-spice", "port=5900", "socket"),
     ("-drive", "file=/srv/vm/gone.img,format=raw", "No such file"),

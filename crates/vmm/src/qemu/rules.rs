@@ -32,6 +32,8 @@ use Kind::{Image, NewPath, Path, Random, Refused, Script, Text, Word};
 
 const DESCRIPTOR: &str =
     "descriptors do not travel between hosts; name what was opened, with path= or filename=";
+/// How QEMU names what `-add-fd` has passed to it.
+const FDSET: &str = "/dev/fdset/";
 const TAP_DESCRIPTOR: &str = "descriptors do not travel between hosts; use ifname=TAP,script=no,downscript=no, and vhost=on without a descriptor";
 const HELPER: &str = "it runs a program";
 const SOCKET: &str = "it opens a socket of the host";
@@ -57,6 +59,7 @@ pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Re
             Text => Ok(value.to_owned()),
             Path => host.path(value, Presence::Required),
             Image if value.is_empty() => Ok(String::new()),
+            Image if value.starts_with(FDSET) => Err(DESCRIPTOR.to_owned()),
             Image => host.path(value, Presence::Required),
             NewPath => host.path(value, Presence::Created),
             Random if matches!(value, "/dev/urandom" | "/dev/random") => Ok(value.to_owned()),
@@ -64,7 +67,11 @@ pub(super) fn apply(option: &str, settings: &mut Settings, host: Host<'_>) -> Re
             Script => host.script(value),
             Refused(reason) => Err(reason.to_owned()),
         };
-        let code = if rule(key) == Image && host.lacks(value) { Code::Image } else { Code::CommandLine };
+        let code = if rule(key) == Image && !value.starts_with(FDSET) && host.lacks(value) {
+            Code::Image
+        } else {
+            Code::CommandLine
+        };
         done.map_err(|reason| Why { code, text: format!("{key}={value}: {reason}") })
     })
 }
