@@ -133,6 +133,7 @@ impl Stray {
             since: jiff::Timestamp::now(),
             incoming: false,
             leaving: None,
+            parts: None,
         }
     }
 }
