@@ -12,7 +12,7 @@ use sterna_engine::wire::message::{Block, Image, Offer, Reason};
 use sterna_engine::wire::{Message, batch};
 use sterna_memory::{PAGE, Region, is_anonymous};
 use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, changed_parts, mark_images};
-use sterna_vmm::{RunState, Shape, Vmm};
+use sterna_vmm::{Layout, RunState, Shape, Vmm};
 
 /// Everything the pre-check found out about a VM.
 pub(crate) struct Checked {
@@ -86,37 +86,53 @@ pub(crate) fn check(
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
     }
     if !reasons.is_empty() {
-        if let Ok(Message::Refused(more)) =
-            control::ask(host.endpoint(), address, peer, &Message::Check(offer))
-        {
-            // What the target says of images that could not be marked here is no news.
-            let told = |code: &str| code == "image" && reasons.iter().any(|reason| reason.code == code);
-            let news: Vec<_> = more.reasons.into_iter().filter(|reason| !told(&reason.code)).collect();
-            reasons.extend(news);
-        }
-        return Err(Outcome::Refused(reasons));
+        return Err(Outcome::Refused(with_targets_reasons(host, reasons, offer, (peer, address))));
     }
-    let process = host.process_of(vm).map_err(failed)?;
-    let blocks = layout.blocks.iter().enumerate().filter_map(|(index, block)| {
-        let region = Region { base: block.hva?, bytes: block.bytes };
-        let pages = block.bytes.div_ceil(PAGE);
-        let sent = SentPages::new(pages);
-        let hashes = (writers == Writers::Disks).then(|| SentHashes::new(pages));
-        let anonymous = is_anonymous(&process, &region).map_err(|why| failed(explain(&why)));
-        let provable = !block.is_rebuilt();
-        Some(anonymous.map(|anonymous| SourceBlock {
-            index: index as u16,
-            region,
-            anonymous,
-            provable,
-            sent,
-            hashes,
-        }))
-    });
-    let blocks = blocks.collect::<Result<_, _>>()?;
+    let blocks = source_blocks(host, vm, &layout, writers).map_err(failed)?;
     // One that cannot be moved has a reason against it.
     let activity = activity_of(&state).unwrap_or_default();
     Ok(Checked { blocks, offer, shape, writers, activity, images })
+}
+
+/// Adds what the target has against the VM, so that every reason is told at once.
+fn with_targets_reasons(
+    host: &Host,
+    mut reasons: Vec<Reason>,
+    offer: Offer,
+    (peer, address): (&str, &str),
+) -> Vec<Reason> {
+    let asked = control::ask(host.endpoint(), address, peer, &Message::Check(offer));
+    let Ok(Message::Refused(more)) = asked else { return reasons };
+    // What the target says of images that could not be marked here is no news.
+    let told = |code: &str| code == "image" && reasons.iter().any(|reason| reason.code == code);
+    let news: Vec<_> = more.reasons.into_iter().filter(|reason| !told(&reason.code)).collect();
+    reasons.extend(news);
+    reasons
+}
+
+/// The blocks that travel.
+fn source_blocks(
+    host: &Host,
+    vm: &Vm,
+    layout: &Layout,
+    writers: Writers,
+) -> Result<Vec<SourceBlock>, String> {
+    let process = host.process_of(vm)?;
+    let mut blocks = Vec::new();
+    for (index, block) in layout.blocks.iter().enumerate() {
+        let Some(base) = block.hva else { continue };
+        let region = Region { base, bytes: block.bytes };
+        let pages = block.bytes.div_ceil(PAGE);
+        blocks.push(SourceBlock {
+            index: index as u16,
+            region,
+            anonymous: is_anonymous(&process, &region).map_err(|why| explain(&why))?,
+            provable: !block.is_rebuilt(),
+            sent: SentPages::new(pages),
+            hashes: (writers == Writers::Disks).then(|| SentHashes::new(pages)),
+        });
+    }
+    Ok(blocks)
 }
 
 /// Marks the VM's images, or tells every reason why that cannot be.

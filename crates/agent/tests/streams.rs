@@ -46,7 +46,7 @@ fn one_to_sixty_four_streams_and_the_default() {
     }
     for wrong in [0, 65] {
         let asked = MigrateRequest { parallel_connections: Some(wrong), ..request("vm", "b") };
-        let why = a.migrate(asked, None).err().expect("it began").to_string();
+        let why = a.migrate(asked, None).expect_err("it began").to_string();
         assert!(why.contains("1 to 64"), "{why}");
     }
     a.stop("vm").unwrap();
@@ -68,8 +68,9 @@ fn one_stream_of_three_is_lost() {
     proxy.cut_last();
     let view = wait(&a, &id);
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{view:?}");
+    // Whichever end notices first tells it.
     let why = view.error_desc.unwrap_or_default();
-    assert!(why.contains("stream"), "{why}");
+    assert!(why.contains("stream") || why.contains("connection"), "{why}");
     assert_eq!(a.vm("vm").unwrap().state, "running");
     until("nothing of it is left at the target", MOVE, || b.vms().is_empty().then_some(()));
     world.wait_for_more("vm", "LOAD", BOOT);

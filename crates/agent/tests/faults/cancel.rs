@@ -3,11 +3,11 @@
 use std::time::{Duration, Instant};
 
 use super::{fails_without_a_trace, moment, slow, wait_active};
-use crate::support::World;
 use crate::support::scene::{Scene, other, to_the_other};
+use crate::support::{World, count};
 
-/// Moments that are tried over one whole migration.
-const MOMENTS: u32 = 30;
+/// Moments that are tried over one whole migration. In every run, and in a long one: see [`count`].
+const MOMENTS: (u32, u32) = (15, 30);
 
 /// A descriptor stayed in QEMU: what was lent to it for the save was taken back only by the resume after a stop.
 #[test]
@@ -67,10 +67,11 @@ fn a_migration_cancelled_at_any_moment_is_either_done_or_was_never() {
     let view = scene.move_verified("a");
     let whole = Duration::from_secs_f64(view.total_time / 1e3).min(began.elapsed()) * 11 / 10;
     let (mut host, mut done) = ("b", 0);
-    for at in 0..MOMENTS {
+    let moments = count(MOMENTS.0, MOMENTS.1);
+    for at in 0..moments {
         let source = scene.host(host);
         let id = source.migrate(&to_the_other(host)).unwrap();
-        std::thread::sleep(moment(at, MOMENTS, whole));
+        std::thread::sleep(moment(at, moments, whole));
         let refused = source.cancel(&id);
         let view = source.wait(&id);
         let runs_at = scene.settle();
@@ -83,7 +84,7 @@ fn a_migration_cancelled_at_any_moment_is_either_done_or_was_never() {
         done += u32::from(view.status == "completed");
         host = runs_at;
     }
-    println!("{done} of {MOMENTS} were done before they could be cancelled");
+    println!("{done} of {moments} were done before they could be cancelled");
     scene.assert_guest_goes_on();
     scene.move_verified(host);
 }

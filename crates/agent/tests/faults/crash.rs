@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::{assert_left_as_it_was, moment, slow, wait_active};
-use crate::support::World;
 use crate::support::scene::Scene;
+use crate::support::{World, count};
 
 /// Moments of the setup at which the source's agent is killed: it starts with the pre-check and ends when pages move,
-/// with the attach in between.
-const MOMENTS: u32 = 20;
+/// with the attach in between. In every run, and in a long one: see [`count`].
+const MOMENTS: (u32, u32) = (10, 20);
 
 #[test]
 fn an_agent_killed_in_the_first_round() {
@@ -51,9 +51,10 @@ fn a_source_agent_killed_at_any_moment_of_the_setup() {
     let setup = Duration::from_secs_f64(view.setup_time / 1e3) * 12 / 10;
     assert_eq!(scene.settle(), "a");
     let before = scene.footprint("a");
-    for at in 0..MOMENTS {
+    let moments = count(MOMENTS.0, MOMENTS.1);
+    for at in 0..moments {
         scene.a.migrate(&slow("a")).unwrap();
-        std::thread::sleep(moment(at, MOMENTS, setup));
+        std::thread::sleep(moment(at, moments, setup));
         scene.a.kill();
         scene.a.launch();
         assert_eq!(scene.settle(), "a");
@@ -69,9 +70,10 @@ fn a_source_agent_killed_at_any_moment_of_the_setup() {
 fn a_target_agent_killed_at_any_moment_of_the_setup() {
     let mut scene = Scene::boot(World::new("7.2"));
     let setup = Duration::from_millis(400);
-    for at in 0..MOMENTS {
+    let moments = count(MOMENTS.0, MOMENTS.1);
+    for at in 0..moments {
         let id = scene.a.migrate(&slow("a")).unwrap();
-        std::thread::sleep(moment(at, MOMENTS, setup));
+        std::thread::sleep(moment(at, moments, setup));
         scene.b.kill();
         let view = scene.a.wait(&id);
         assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{view:?}");

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use super::{moment, wait_stopping};
-use crate::support::World;
 use crate::support::scene::{Scene, Watcher, other, to_the_other};
+use crate::support::{World, count};
 
-/// Moments that are tried, from the stop of the VM on.
-const MOMENTS: u32 = 20;
+/// Moments that are tried, from the stop of the VM on. In every run, and in a long one: see [`count`].
+const MOMENTS: (u32, u32) = (8, 20);
 /// What they are spread over: the stop-and-copy with its digests, the hand-off, and the end of the source's QEMU.
 const HANDOFF: Duration = Duration::from_millis(240);
 
@@ -45,16 +45,17 @@ fn survives(victim: Victim) {
     let mut scene = Scene::boot(World::new("7.2"));
     let watcher = Watcher::start(&scene.world);
     let (mut host, mut moved) = ("a", 0);
-    for at in 0..MOMENTS {
+    let moments = count(MOMENTS.0, MOMENTS.1);
+    for at in 0..moments {
         // Without digests the stop-and-copy is a tenth as long: every other try looks at it more closely.
         let verify = at % 2 == 0;
         let whole = if verify { HANDOFF } else { HANDOFF / 4 };
-        let now = kill_at(&mut scene, host, victim, moment(at, MOMENTS, whole), verify);
+        let now = kill_at(&mut scene, host, victim, moment(at, moments, whole), verify);
         moved += u32::from(now != host);
         host = now;
         scene.assert_guest_is_well();
     }
-    println!("{moved} of {MOMENTS} moved in spite of it");
+    println!("{moved} of {moments} moved in spite of it");
     scene.assert_guest_goes_on();
     scene.move_verified(host);
     watcher.finish();

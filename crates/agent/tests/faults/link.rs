@@ -3,12 +3,12 @@
 use std::time::Duration;
 
 use super::{fails_without_a_trace, moment, slow, wait_active, wait_stopping};
-use crate::support::World;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{Scene, Watcher, to_the_other};
+use crate::support::{World, count};
 
-/// Moments of the hand-off at which the link is cut.
-const MOMENTS: u32 = 16;
+/// Moments of the hand-off at which the link is cut. In every run, and in a long one: see [`count`].
+const MOMENTS: (u32, u32) = (8, 16);
 /// What they are spread over.
 const HANDOFF: Duration = Duration::from_millis(160);
 /// How long the link is away: the source has asked in vain meanwhile.
@@ -57,13 +57,14 @@ fn a_link_cut_at_any_moment_of_the_handoff() {
     let (proxy, scene) = proxied();
     let watcher = Watcher::start(&scene.world);
     let mut moved = 0;
-    for at in 0..MOMENTS {
+    let moments = count(MOMENTS.0, MOMENTS.1);
+    for at in 0..moments {
         let mut request = to_the_other("a");
         request.verify = at % 2 == 0;
         let whole = if request.verify { HANDOFF } else { HANDOFF / 4 };
         let id = scene.a.migrate(&request).unwrap();
         wait_stopping(&scene.a, &id);
-        std::thread::sleep(moment(at, MOMENTS, whole));
+        std::thread::sleep(moment(at, moments, whole));
         proxy.cut();
         std::thread::sleep(AWAY);
         proxy.mend();
@@ -78,7 +79,7 @@ fn a_link_cut_at_any_moment_of_the_handoff() {
         }
         scene.assert_guest_is_well();
     }
-    println!("{moved} of {MOMENTS} moved in spite of it");
+    println!("{moved} of {moments} moved in spite of it");
     scene.assert_guest_goes_on();
     scene.move_verified("a");
     watcher.finish();
