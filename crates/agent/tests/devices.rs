@@ -1,4 +1,4 @@
-//! Devices that do not move are refused.
+//! Devices that are used all the time while the guest moves, and devices that are refused.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
 mod support;
@@ -6,11 +6,132 @@ mod support;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
+use serde_json::json;
+use sterna_agent::Agent;
 use sterna_agent::model::RunRequest;
+use sterna_lab::guest::{GuestSpec, Program};
+use sterna_lab::{LabDir, image, packages};
 use sterna_memory::{Process, footprint};
 use support::scene::left_in_qemu;
-use support::{World, migrate, request};
+use support::{World, count, migrate, request};
+
+/// What the guest says of its devices (`use.sh`), each more than once after a move.
+const USED: [&str; 8] = ["vda", "sda", "sdb", "net", "e1000e", "rng", "port", "gpu"];
+
+/// RAM, and what the balloon leaves of it, by turns: enough that it gives pages back and takes some again.
+const RAM_MIB: u64 = 384;
+const BALLOONS_MIB: [u64; 2] = [376, 380];
+/// A kernel with all drivers boots much slower than the usual one: alone in 20 seconds.
+const FULL_BOOT: Duration = Duration::from_secs(400);
+
+#[test]
+fn everything_at_once() {
+    everything("7.2");
+}
+
+#[test]
+fn everything_at_once_on_the_newer_qemu() {
+    everything("10.0");
+}
+
+fn everything(version: &str) {
+    let world = World::new(version);
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    world.run(&a, &guest(&world));
+    world.wait_for("vm", "READY", FULL_BOOT);
+    assert_all_is_used(&world, "a");
+    for _ in 0..count(1, 20) {
+        move_and_check(&world, &a, &b);
+        move_and_check(&world, &b, &a);
+    }
+    a.stop("vm").unwrap();
+}
+
+fn move_and_check(world: &World, from: &Arc<Agent>, to: &Arc<Agent>) {
+    let view = migrate(from, request("vm", to.name()));
+    assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    assert_all_is_used(world, to.name());
+    assert_screen_is_white(world, to.name());
+    assert_every_number_came(&world.path("port"));
+}
+
+fn assert_all_is_used(world: &World, host: &str) {
+    let used = |name: &str| world.console("vm").matches(&format!("USE {name} ")).count();
+    let before = USED.map(used);
+    let mut qmp = world.qmp(host, "vm");
+    for mib in BALLOONS_MIB {
+        let (tablet, mut place) = (used("tablet"), 0);
+        // QEMU gives the pointer to the tablet once the guest asks it for events.
+        world.wait_until_within("the tablet is seen", FULL_BOOT, || {
+            place = (place + 100) % 10_000;
+            let event = json!({ "type": "abs", "data": { "axis": "x", "value": place } });
+            qmp.execute("input-send-event", json!({ "events": [event] })).unwrap();
+            used("tablet") > tablet
+        });
+        qmp.execute("balloon", json!({ "value": mib << 20 })).unwrap();
+        world.wait_until_within("the balloon has its size", FULL_BOOT, || {
+            let actual = qmp.execute("query-balloon", json!({})).unwrap()["actual"].as_u64();
+            actual == Some(mib << 20)
+        });
+    }
+    for (name, before) in USED.iter().zip(before) {
+        world.wait_until_within(&format!("{name} is used"), FULL_BOOT, || used(name) >= before + 2);
+    }
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+}
+
+/// The picture is the card's own copy, which travels in the device state.
+fn assert_screen_is_white(world: &World, host: &str) {
+    /// As much of the picture as the guest makes white at least: twelve lines of 1280 points.
+    const WHITE: usize = 12 * 1280 * 3;
+    let picture = world.path("screen.ppm");
+    let mut qmp = world.qmp(host, "vm");
+    qmp.execute("screendump", json!({ "filename": picture })).unwrap();
+    let bytes = std::fs::read(&picture).unwrap();
+    // The head of the file says how large the picture is (ppm(5)).
+    let head = b"P6\n1280 800\n255\n";
+    assert!(bytes.starts_with(head), "{:?}", String::from_utf8_lossy(&bytes[..20]));
+    let white = bytes[head.len()..].iter().take_while(|byte| **byte == 0xff).count();
+    assert!(white >= WHITE, "{white} bytes are white");
+}
+
+/// What the guest wrote to its serial port came to the host once and in order, by whichever QEMU.
+fn assert_every_number_came(path: &Path) {
+    let text = std::fs::read_to_string(path).unwrap();
+    let whole = &text[..text.rfind('\n').unwrap()];
+    let numbers: Vec<u64> = whole.lines().map(|line| line.trim().parse().unwrap()).collect();
+    assert!(numbers.first() == Some(&1) && numbers.is_sorted_by(|one, next| one + 1 == *next), "{text}");
+}
+
+fn guest(world: &World) -> GuestSpec {
+    let dir = LabDir::open().unwrap();
+    let kernel = packages::every_driver(&dir).unwrap();
+    let initramfs = image::build_with_every_driver(&dir, &world.parts.packages, &kernel).unwrap();
+    let mut extra = String::new();
+    for disk in ["vda", "sda", "sdb"] {
+        let path = world.path(disk);
+        std::fs::File::create(&path).unwrap().set_len(16 << 20).unwrap();
+        extra += &format!("-drive file={},format=raw,if=none,id={disk} ", path.display());
+    }
+    extra += "-device virtio-blk-pci,drive=vda -device ide-hd,drive=sda,bus=ide.0 ";
+    extra += "-device virtio-scsi-pci,id=scsi -device scsi-hd,drive=sdb,bus=scsi.0 ";
+    extra += "-netdev user,id=n0 -device virtio-net-pci,netdev=n0 ";
+    extra += "-netdev user,id=n1,net=10.0.3.0/24 -device e1000e,netdev=n1 ";
+    extra += &format!("-chardev file,id=port,path={},append=on ", world.path("port").display());
+    extra += "-device virtio-serial-pci -device virtserialport,chardev=port,name=port ";
+    extra += "-object rng-builtin,id=rng -device virtio-rng-pci,rng=rng ";
+    extra += "-device virtio-balloon-pci -device virtio-gpu-pci -device qemu-xhci -device usb-tablet";
+    let load = ["--fill=32", "--dirty=8", "--rate=10", "--check"].map(str::to_owned).to_vec();
+    GuestSpec {
+        extra: extra.split(' ').map(str::to_owned).collect(),
+        programs: vec![Program::UseDevices, Program::Load(load)],
+        ..GuestSpec::plain("vm", u32::try_from(RAM_MIB).unwrap(), &kernel.image, &initramfs)
+    }
+}
 
 /// Each is named with what to do, in one answer, and the VM is as it was.
 #[test]

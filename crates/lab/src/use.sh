@@ -14,6 +14,7 @@ use_disk() {
         blockdev --flushbufs /dev/$1
         dd if=/dev/$1 of=/tmp/$1.read bs=256k skip=$((n % 16)) count=1 2>/dev/null
         cmp /tmp/$1.pattern /tmp/$1.read && echo "USE $1 $n" || echo "BAD $1 $n"
+        usleep 100000
     done
 }
 
@@ -49,19 +50,21 @@ use_port() {
     done
 }
 
-# Makes the screen white, and reads the picture back. The kernel's own console on it is put away first.
+# Makes the upper lines of the screen white, with a number after them, and reads them back. The kernel's own console on it is
+# put away first, which it may not be at once.
 use_screen() {
     n=0
     for console in /sys/class/vtconsole/vtcon*; do
         grep -q frame $console/name && echo 0 > $console/bind
     done
-    dd if=/dev/zero bs=4096 count=1000 2>/dev/null | tr '\0' '\377' > /tmp/screen
+    dd if=/dev/zero bs=64k count=1 2>/dev/null | tr '\0' '\377' > /tmp/screen
     while true; do
         n=$((n + 1))
-        cat /tmp/screen > /dev/fb0 2>/dev/null
-        dd if=/dev/fb0 bs=4096 count=100 2>/dev/null | cmp - /tmp/screen 2>&1 | grep -q differ &&
-            echo "BAD gpu $n" || echo "USE gpu $n"
-        sleep 1
+        printf '%8d' $n | dd of=/tmp/screen bs=8 seek=8191 conv=notrunc 2>/dev/null
+        dd if=/tmp/screen of=/dev/fb0 bs=64k conv=notrunc 2>/dev/null
+        dd if=/dev/fb0 of=/tmp/screen.read bs=64k count=1 2>/dev/null
+        cmp /tmp/screen /tmp/screen.read && echo "USE gpu $n" || echo "BAD gpu $n"
+        usleep 300000
     done
 }
 

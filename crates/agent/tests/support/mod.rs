@@ -289,10 +289,15 @@ impl World {
     }
 
     /// Waits until `look` says yes; shows the console of the guest named `vm` if it never does.
-    pub(crate) fn wait_until(&self, what: &str, mut look: impl FnMut() -> bool) {
-        let end = Instant::now() + BOOT;
+    pub(crate) fn wait_until(&self, what: &str, look: impl FnMut() -> bool) {
+        self.wait_until_within(what, BOOT, look);
+    }
+
+    /// The same for guests that are slow.
+    pub(crate) fn wait_until_within(&self, what: &str, within: Duration, mut look: impl FnMut() -> bool) {
+        let end = Instant::now() + within;
         while !look() {
-            assert!(Instant::now() < end, "not in {BOOT:?}: {what}\n{}", tail(&self.console("vm")));
+            assert!(Instant::now() < end, "not in {within:?}: {what}\n{}", tail(&self.console("vm")));
             std::thread::sleep(Duration::from_millis(20));
         }
     }
