@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use serde_json::json;
-use sterna_agent::model::{MigrateRequest, MigrationView, SetRequest};
+use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, SetRequest};
 use sterna_agent::{Agent, Mechanism};
 use sterna_lab::guest::{GuestSpec, Program, Ram};
 use sterna_lab::qmp::Qmp;
@@ -21,6 +21,9 @@ const FIRST: u64 = 60_000_000;
 const SLOW: u64 = 8_000_000;
 /// How much of what the source held, and has sent, the guest must have given back when it is stopped.
 const GIVEN_BACK: u64 = 4 << 20;
+/// A file in the guest's memory, and how much of it must have been reported as free.
+const FILE_MIB: u32 = 32;
+const REPORTED: u64 = 16 << 20;
 /// What the balloon leaves to a guest of 192 MiB, and what it takes from it in between.
 const INFLATED: u64 = 150 << 20;
 const DEFLATED: u64 = 180 << 20;
@@ -55,20 +58,70 @@ fn locked_memory_of_two_nodes() {
     moves(|world| GuestSpec { extra, programs: vec![load(20)], ..world.parts.guest("vm") });
 }
 
+/// Transparent huge pages are split where the guest writes, also for a try that comes to nothing. The QEMU of `b` has none.
+#[test]
+fn transparent_huge_pages() {
+    let world = World::with_wrapped_qemu_at_b("7.2");
+    world.set_wrapper(&format!(
+        "exec perl -e 'syscall({PRCTL}, {THP_DISABLE}, 1, 0, 0, 0) == 0 and exec @ARGV' {} \"$@\"\n",
+        world.parts.qemu("7.2").display()
+    ));
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    world.boot(&a, &GuestSpec { programs: vec![load(20)], ..world.parts.guest("vm") });
+    world.wait_for("vm", "LOAD t=", BOOT);
+    let before = huge_kib(&a);
+    assert!(before > 0, "QEMU has no huge pages; is /sys/kernel/mm/transparent_hugepage/enabled `never`?");
+    let slowly = MigrateRequest { max_bandwidth: Some(SLOW), ..request("vm", "b") };
+    let id = a.migrate(slowly, None).unwrap().id;
+    a_round_begins(&a, &id);
+    a.cancel(&id).unwrap();
+    assert_eq!(wait(&a, &id).status, "cancelled");
+    println!("in huge pages: {before} KiB before a cancelled try, {} KiB after it", huge_kib(&a));
+    assert!(huge_kib(&a) > 0);
+    moves_on(&world, &a, &b);
+    assert_eq!(huge_kib(&b), 0);
+    moves_on(&world, &b, &a);
+    println!("in huge pages: {} KiB after a move from where there are none", huge_kib(&a));
+    assert!(huge_kib(&a) > 0);
+    a.stop("vm").unwrap();
+}
+
+/// `prctl` of x86-64, and `PR_SET_THP_DISABLE` (linux/prctl.h), which a program that is executed inherits.
+const PRCTL: u32 = 157;
+const THP_DISABLE: u32 = 41;
+
+/// How much of the QEMU's memory is in transparent huge pages.
+fn huge_kib(agent: &Agent) -> u64 {
+    let pid = agent.vm("vm").unwrap().pid;
+    let rollup = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let line = rollup.lines().find_map(|line| line.strip_prefix("AnonHugePages:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}
+
+/// Waits until pages travel.
+fn a_round_begins(a: &Arc<Agent>, id: &str) {
+    let watch = a.watch(id).unwrap();
+    until("pages travel", MOVE, || (watch.borrow().ram.transferred > 1 << 20).then_some(()));
+}
+
 /// There and back, with the guest's own check.
 fn moves(guest: impl FnOnce(&World) -> GuestSpec) {
     let world = World::new("7.2");
     let (a, b) = (world.agent("a"), world.agent("b"));
     world.boot(&a, &guest(&world));
     world.wait_for("vm", "LOAD t=", BOOT);
-    for (from, to) in [(&a, &b), (&b, &a)] {
-        let view = migrate(from, request("vm", to.name()));
-        assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
-        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
-        world.wait_for_more("vm", "LOAD", BOOT);
-        assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
-    }
+    moves_on(&world, &a, &b);
+    moves_on(&world, &b, &a);
     a.stop("vm").unwrap();
+}
+
+/// A move, proved equal, after which the guest goes on and has lost nothing.
+fn moves_on(world: &World, from: &Arc<Agent>, to: &Agent) {
+    let view = migrate(from, request("vm", to.name()));
+    assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    world.wait_for_more("vm", "LOAD", BOOT);
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
 }
 
 /// Huge pages of the machine that are reserved as long as this lives.
@@ -104,25 +157,80 @@ impl Drop for Pool {
     }
 }
 
-/// A balloon gives back pages that were sent; what the target holds of them is not zero. First with the mechanism switched
-/// off: the target's proof finds it, and the guest goes on where it was.
+/// A balloon gives back pages that were sent; what the target holds of them is not zero.
 #[test]
 fn a_balloon_between_rounds() {
+    follows_discards(Ram::Plain, Giving::ByBalloon);
+}
+
+/// The same in a file that QEMU maps: a hole that is made there shows in no page table.
+#[test]
+fn a_balloon_between_rounds_in_shared_memory() {
+    follows_discards(Ram::SharedMemfd, Giving::ByBalloon);
+}
+
+/// The same where pages lie over those of a file.
+#[test]
+fn a_balloon_between_rounds_in_a_private_memfd() {
+    follows_discards(Ram::PrivateMemfd, Giving::ByBalloon);
+}
+
+/// The guest's kernel tells of free memory by itself, megabytes at a time.
+#[test]
+fn free_pages_are_reported_between_rounds() {
+    follows_discards(Ram::SharedMemfd, Giving::ByReports);
+}
+
+/// How a guest gives memory back in a later round of a move.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Giving {
+    ByBalloon,
+    ByReports,
+}
+
+impl Giving {
+    fn device(self) -> &'static str {
+        match self {
+            Giving::ByBalloon => "virtio-balloon-pci",
+            Giving::ByReports => "virtio-balloon-pci,free-page-reporting=on",
+        }
+    }
+
+    fn give(self, world: &World, a: &Arc<Agent>, this: Try) {
+        match self {
+            Giving::ByBalloon => by_balloon(world, a, this),
+            Giving::ByReports => by_reports(world, a, this),
+        }
+    }
+}
+
+/// A try to move the guest.
+#[derive(Clone, Copy)]
+struct Try<'a> {
+    id: &'a str,
+    number: u32,
+    times: u32,
+}
+
+/// First with the mechanism switched off: the target's proof finds it, and the guest goes on where it was. Then with it.
+fn follows_discards(ram: Ram, giving: Giving) {
     let world = World::new("7.2");
     let (a, b) = (world.agent_without("a", Mechanism::Discards), world.agent("b"));
     let load = ["--fill=24", "--dirty=4", "--rate=5", "--check", "--churn=40"].map(str::to_owned);
-    let balloon = "virtio-balloon-pci".to_owned();
-    let programs = vec![Program::Load(load.to_vec())];
-    let guest = GuestSpec { programs, extra: vec!["-device".into(), balloon], ..world.parts.guest("vm") };
-    world.boot(&a, &guest);
-    let view = move_under_discards(&world, &a, 1);
+    let (programs, extra) =
+        (vec![Program::Load(load.to_vec())], vec!["-device".into(), giving.device().into()]);
+    let guest = GuestSpec { ram, programs, extra, ..world.parts.guest("vm") };
+    let argv = world.argv_with_orders(&guest);
+    a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+    world.wait_for("vm", "READY", BOOT);
+    let view = move_under_discards(&world, &a, 1, 1, giving);
     let why = view.error_desc.clone().unwrap_or_default();
     assert!(view.status == "failed" && why.contains("is not what it was at the source"), "{view:?}");
     world.wait_for_more("vm", "LOAD", BOOT);
     drop(a);
     let a = world.agent("a");
     let held = Held::watch(&world, &a, "b");
-    let view = move_under_discards(&world, &a, count(2, 40));
+    let view = move_under_discards(&world, &a, 2, count(2, 40), giving);
     assert_eq!(view.status, "completed", "{view:?}\n{}", world.console("vm"));
     assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
     world.wait_for_more("vm", "LOAD", BOOT);
@@ -131,37 +239,69 @@ fn a_balloon_between_rounds() {
     b.stop("vm").unwrap();
 }
 
-/// Moves the guest slowly from `a`, while it gives memory back and takes it again, a round or more each time.
-fn move_under_discards(world: &World, a: &Arc<Agent>, times: u32) -> MigrationView {
+/// Moves the guest slowly from `a`, while it gives memory back.
+fn move_under_discards(
+    world: &World,
+    a: &Arc<Agent>,
+    number: u32,
+    times: u32,
+    giving: Giving,
+) -> MigrationView {
+    if giving == Giving::ByReports {
+        write_file(world, number);
+    }
     let slowly =
         MigrateRequest { max_bandwidth: Some(FIRST), downtime_limit: 0, timeout: None, ..request("vm", "b") };
     let id = a.migrate(slowly, None).unwrap().id;
     a_round_passes(a, &id);
     a_round_passes(a, &id);
     a.set(&id, SetRequest { max_bandwidth: Some(SLOW), downtime_limit: None }).unwrap();
-    let mut qmp = world.qmp("a", "vm");
-    for _ in 1..times {
-        for bytes in [INFLATED, DEFLATED] {
-            balloon(&mut qmp, bytes);
-            a_round_passes(a, &id);
-        }
-    }
-    give_back(a, &mut qmp);
+    giving.give(world, a, Try { id: &id, number, times });
     a.set(&id, SetRequest { max_bandwidth: Some(0), downtime_limit: Some(2000) }).unwrap();
     wait(a, &id)
 }
 
-/// Waits until the guest has given back what was there, and was sent, a moment ago.
-fn give_back(a: &Agent, qmp: &mut Qmp) {
+/// Takes memory and gives it back, a round or more each time, and gives more back at last.
+fn by_balloon(world: &World, a: &Arc<Agent>, this: Try) {
+    let mut qmp = world.qmp("a", "vm");
+    for _ in 1..this.times {
+        for bytes in [INFLATED, DEFLATED] {
+            balloon(&mut qmp, bytes);
+            a_round_passes(a, this.id);
+        }
+    }
+    let mut size = INFLATED;
+    shrinks(a, GIVEN_BACK, || {
+        balloon(&mut qmp, size);
+        size = (size - STEP).max(INFLATED_MOST);
+    });
+}
+
+/// Removes the file that was written before the move: its pages are free, and the kernel reports them.
+fn by_reports(world: &World, a: &Arc<Agent>, this: Try) {
+    world.order("a", "vm", &format!("rm /tmp/file{}", this.number));
+    shrinks(a, REPORTED, || ());
+    a_round_passes(a, this.id);
+}
+
+/// Puts something into memory, in a guest that has a folder for it.
+fn write_file(world: &World, number: u32) {
+    let write =
+        format!("dd if=/dev/urandom of=/tmp/file{number} bs=1M count={FILE_MIB}; echo WRITTEN''-{number}");
+    world.order("a", "vm", &write);
+    world.wait_for("vm", &format!("WRITTEN-{number}"), BOOT);
+}
+
+/// Waits until the guest has given back so many bytes of what was there, and was sent, a moment ago.
+fn shrinks(a: &Agent, bytes: u64, mut again: impl FnMut()) {
     let vm = a.vm("vm").unwrap();
     let now = || held(vm.pid, vm.ram_bytes).unwrap();
-    let (mut most, mut size) = (now(), INFLATED);
+    let mut most = now();
     until("the guest gives memory back", MOVE, || {
-        balloon(qmp, size);
-        size = (size - STEP).max(INFLATED_MOST);
+        again();
         std::thread::sleep(Duration::from_millis(20));
         most = most.max(now());
-        (now() + GIVEN_BACK <= most).then_some(())
+        (now() + bytes <= most).then_some(())
     });
 }
 

@@ -256,7 +256,7 @@ impl World {
         let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
         writeln!(console, "{line}").unwrap();
         // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
-        self.wait_for(guest, line, BOOT);
+        self.wait_until(line, || without_load(&self.console(guest)).contains(line));
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
@@ -399,6 +399,13 @@ fn free_port() -> u16 {
             return port;
         }
     }
+}
+
+/// A console's text without what the memory load says, which may come in the middle of an echo.
+fn without_load(text: &str) -> String {
+    let mut parts = text.split("LOAD ");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |all, part| all + part.split_once('\n').map_or("", |(_, rest)| rest))
 }
 
 pub(crate) fn tail(text: &str) -> &str {
