@@ -5,14 +5,19 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Choice, MigrationId};
 use sterna_vmm::qemu::Qemu;
-use sterna_vmm::{Process, ProcessId, Vmm};
+use sterna_vmm::{Process, ProcessId, RunState, Vmm};
 
 /// Longest name of a VM: it becomes part of the names of files, units and cgroups.
 const NAME_CHARS_MAX: usize = 64;
 /// How the name of a file ends that is being written.
 const UNFINISHED: &str = ".new";
+/// How long a look at a VM waits for whoever speaks to its QEMU just now: a command takes milliseconds.
+const LOOK_WAIT: Duration = Duration::from_millis(50);
+/// How long between two tries of it.
+const LOOK_PAUSE: Duration = Duration::from_millis(1);
 /// What a VM may be called, for people.
 pub(crate) const NAME_RULE: &str = "up to 64 letters, digits, and _ . - in between";
 
@@ -210,6 +215,18 @@ impl Vm {
         lock(&self.decisions).clone()
     }
 
+    /// What its QEMU says it does; nothing while a migration keeps the connection busy.
+    fn ask_state(&self) -> Option<RunState> {
+        let end = Instant::now() + LOOK_WAIT;
+        loop {
+            match self.qemu.try_lock() {
+                Ok(mut qemu) => return qemu.as_mut()?.status().ok(),
+                Err(_) if Instant::now() < end => std::thread::sleep(LOOK_PAUSE),
+                Err(_) => return None,
+            }
+        }
+    }
+
     pub(crate) fn view(&self) -> VmView {
         let record = self.record();
         let released = *lock(&self.released);
@@ -222,9 +239,7 @@ impl Vm {
         } else if released {
             "released".to_owned()
         } else {
-            // A migration may be using the connection: then it is on its way.
-            let asked = self.qemu.try_lock().ok().and_then(|mut qemu| qemu.as_mut()?.status().ok());
-            asked.map_or_else(|| "migrating".to_owned(), |state| state.to_string())
+            self.ask_state().map_or_else(|| "migrating".to_owned(), |state| state.to_string())
         };
         VmView {
             name: record.name,
