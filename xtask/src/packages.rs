@@ -17,6 +17,8 @@ pub(crate) struct Ready {
 pub(crate) fn ensure() -> anyhow::Result<Ready> {
     let dir = LabDir::open()?;
     let packages = packages::ensure(&dir)?;
+    // The guest with every device has another one: it is fetched now and not in the middle of a test.
+    packages::every_driver(&dir)?;
     let image = image::build(&dir, &packages)?;
     Ok(Ready { packages, image })
 }
