@@ -22,8 +22,9 @@ use support::{World, count, migrate, request};
 const USED: [&str; 8] = ["vda", "sda", "sdb", "net", "e1000e", "rng", "port", "gpu"];
 
 /// RAM, and what the balloon leaves of it, by turns: enough that it gives pages back and takes some again.
-const RAM_MIB: u64 = 384;
+const RAM_MIB: u32 = 384;
 const BALLOONS_MIB: [u64; 2] = [376, 380];
+
 /// A kernel with all drivers boots much slower than the usual one: alone in 20 seconds.
 const FULL_BOOT: Duration = Duration::from_secs(400);
 
@@ -129,7 +130,7 @@ fn guest(world: &World) -> GuestSpec {
     GuestSpec {
         extra: extra.split(' ').map(str::to_owned).collect(),
         programs: vec![Program::UseDevices, Program::Load(load)],
-        ..GuestSpec::plain("vm", u32::try_from(RAM_MIB).unwrap(), &kernel.image, &initramfs)
+        ..GuestSpec::plain("vm", RAM_MIB, &kernel.image, &initramfs)
     }
 }
 
