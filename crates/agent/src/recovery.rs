@@ -29,7 +29,6 @@ const STORE_PAUSE: Duration = Duration::from_secs(1);
 
 /// Finds all VMs again and settles what can be settled here. Returns those whose owner must be asked for.
 pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
-    sterna_vmm::qemu::sweep_scopes();
     let mut open = Vec::new();
     let written = host.registry().written();
     let names = host.journal().names();
@@ -42,6 +41,8 @@ pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
         open.extend(recover_vm(host, record));
     }
     doubt::show_strays(host);
+    // Last, when what waited for VMs that did not come has been ended too.
+    sterna_vmm::qemu::sweep_scopes();
     open
 }
 
@@ -102,6 +103,12 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
             drop(doubt::recover(host, written, &Found::Whole(record.clone())));
         }
         TargetRecovery::Kill => {
+            let (vm, peer) = (&written.name, &record.peer);
+            tracing::info!(
+                vm,
+                peer,
+                "its migration to here was interrupted; the QEMU that waited for it is ended"
+            );
             if kill(&written) {
                 host.registry().forget(&written);
                 store(host, record, Step::Dead);
@@ -129,7 +136,16 @@ fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Op
             let vm = list(host, written);
             let resumed = host.with_qemu(&vm, |qemu| undo_stop(qemu, record.activity));
             match resumed {
-                Ok(()) => store(host, &record, Step::Kept),
+                Ok(()) => {
+                    let (vm, peer, does) = (vm.name(), &record.peer, record.activity.word());
+                    tracing::info!(
+                        vm,
+                        peer,
+                        does,
+                        "its migration was interrupted; it goes on here as before"
+                    );
+                    store(host, &record, Step::Kept);
+                }
                 Err(why) => {
                     vm.notify(Some(format!("its migration to {} died and it is stopped: {why}", record.peer)))
                 }

@@ -215,7 +215,7 @@ fn disk_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmErr
         if cache["no-flush"] == true && disk["inserted"]["ro"] != true {
             let text = format!(
                 "disk {name} never flushes (cache=unsafe), so the target may not see what was written; \
-                 use cache=writeback"
+                 use cache=writeback or none"
             );
             reasons.push(Reason::new(Code::Disk, text));
         }

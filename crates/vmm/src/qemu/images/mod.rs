@@ -170,7 +170,7 @@ fn unlocked_reasons(line: &CommandLine) -> Vec<Reason> {
     let unlocked = line.images().into_iter().filter(|image| image.unlocked);
     let text = |image: Image| {
         format!(
-            "image {} is used with locking=off, so that nothing would keep two QEMUs from writing it; start the VM \
+            "image {} is used with file.locking=off, so that nothing would keep two QEMUs from writing it; start the VM \
              without that",
             image.path
         )
