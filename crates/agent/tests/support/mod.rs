@@ -256,7 +256,10 @@ impl World {
         let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
         writeln!(console, "{line}").unwrap();
         // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
-        self.wait_until(line, || without_load(&self.console(guest)).contains(line));
+        // What the guest prints meanwhile breaks the echo's lines.
+        let squeezed = |text: &str| text.split_whitespace().collect::<String>();
+        let wanted = squeezed(line);
+        self.wait_until(line, || squeezed(&without_load(&self.console(guest))).contains(&wanted));
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
