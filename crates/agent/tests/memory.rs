@@ -216,7 +216,7 @@ struct Try<'a> {
 fn follows_discards(ram: Ram, giving: Giving) {
     let world = World::new("7.2");
     let (a, b) = (world.agent_without("a", Mechanism::Discards), world.agent("b"));
-    let load = ["--fill=24", "--dirty=4", "--rate=5", "--check", "--churn=40"].map(str::to_owned);
+    let load = ["--fill=24", "--dirty=4", "--rate=5", "--check", "--churn=24"].map(str::to_owned);
     let (programs, extra) =
         (vec![Program::Load(load.to_vec())], vec!["-device".into(), giving.device().into()]);
     let guest = GuestSpec { ram, programs, extra, ..world.parts.guest("vm") };
