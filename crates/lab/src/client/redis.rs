@@ -261,12 +261,13 @@ mod tests {
     fn a_deleted_key_counts_as_lost() {
         let dir = tempfile::tempdir().unwrap();
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut command = std::process::Command::new("redis-server");
-        command
+        // The package of the tools has the server's program under this name; what it does follows from how it is called.
+        let mut command = std::process::Command::new("/usr/bin/redis-check-rdb");
+        std::os::unix::process::CommandExt::arg0(&mut command, "redis-server")
             .args(["--port", &port.to_string(), "--save", "", "--daemonize", "no", "--dir"])
             .arg(dir.path());
         let mut server =
-            command.stdout(std::process::Stdio::null()).spawn().expect("redis-server: cargo xtask setup");
+            command.stdout(std::process::Stdio::null()).spawn().expect("redis-tools: cargo xtask setup");
         let options =
             ClientOptions { redis: None, beacon: None, limit: None, writes_per_second: 100_000, keys: 100 };
         let address = SocketAddrV4::new([127, 0, 0, 1].into(), port);
