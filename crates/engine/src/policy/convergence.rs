@@ -13,7 +13,8 @@ const NEGLIGIBLE: Duration = Duration::from_micros(500);
 const ROUNDS_AFTER_FIT_MAX: u32 = 12;
 /// Rounds in a row that may fail to shrink the residual before the stop: a burst of writes fools one, seldom three.
 const STALLS_MAX: u32 = 3;
-/// How fast unsettled pages are read and compared: a core does 4 GB/s where memory is warm.
+/// How fast unsettled pages are taken to be read and compared: an estimate, which only decides when to settle them before the
+/// stop. They are compared at the stop in any case.
 const COMPARE_RATE: Rate = Rate(2_000_000_000);
 /// The part of the downtime limit that may go into that, as a divisor.
 const COMPARE_PART: u32 = 8;
