@@ -63,6 +63,25 @@ fn peek(tracker: &mut WpAsyncTracker) -> BTreeSet<u64> {
     pages(&runs)
 }
 
+/// More runs than the kernel buffers at once, and more than one call returns: each is reported once, in order.
+#[test]
+fn fragmented_memory_is_reported_once_and_in_order() {
+    const APART: u64 = 3;
+    for count in [700, 20_000] {
+        let (mut victim, region, _dir) = mapped("anon-small", count * APART);
+        let ascending = |runs: &[PageRun]| runs.windows(2).all(|w| w[0].end() < w[1].first);
+        let want: BTreeSet<u64> = (0..count).map(|n| n * APART).collect();
+        let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
+        victim.tell(&format!("comb {APART}"));
+        let (mut there, mut written, mut holes) = (Vec::new(), Vec::new(), Vec::new());
+        populated(&victim.process, &region, &mut there).unwrap();
+        assert!(ascending(&there) && pages(&there) == want, "populated: {} runs of {count}", there.len());
+        tracker.collect_sorted(0, &mut written, &mut holes).unwrap();
+        assert!(ascending(&written) && pages(&written) == want, "written: {} runs", written.len());
+        assert_eq!(holes, []);
+    }
+}
+
 /// What is reported is just what a comparison of all bytes shows, round after round, and a peek says the same before.
 #[test]
 fn tracking_is_exact_for_every_kind_of_memory() {

@@ -88,9 +88,14 @@ impl PageMap {
         let mut at = start;
         while at < end {
             let (count, walked) = self.step(query, at, end)?;
-            for run in &self.runs[..count] {
+            let runs = &self.runs[..count];
+            for run in runs {
                 found(run.start, run.end, run.categories);
             }
+            // A call with more runs than the kernel buffers at once (512) goes on inside, but tells where it went on the *last*
+            // time as where it ended (`do_pagemap_scan`: `walk_end` is only set when it is still zero). Whatever it reported it
+            // has walked: going on from there would report the rest twice.
+            let walked = runs.last().map_or(walked, |run| walked.max(run.end));
             if walked <= at {
                 return Err(io::Error::other("PAGEMAP_SCAN made no progress"));
             }

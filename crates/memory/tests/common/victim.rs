@@ -3,7 +3,7 @@
 //! - `map KIND PAGES PATH` -> base in hex. Kinds: `anon`, `anon-thp`, `anon-small`, `memfd-private`, `memfd-shared`,
 //!   `file-private`, `file-shared`, `anon-shared`.
 //! - `fill FIRST PAGES SEED`, `verify FIRST PAGES SEED`, `zero FIRST PAGES` (how many pages are all zero), `blocks`,
-//!   `store FIRST PAGES SEED` (into the file, not through the mapping), `scatter SEED COUNT`, `drop FIRST PAGES`
+//!   `store FIRST PAGES SEED` (into the file, not through the mapping), `scatter SEED COUNT`, `comb APART` (a byte to each APARTth page), `drop FIRST PAGES`
 //! - `sit KIND` -> sits in a system call over and over until the next line; then how often, and what was wrong.
 
 use std::arch::asm;
@@ -85,6 +85,7 @@ fn serve() {
             "verify" => memory.verify(number(1), number(2), number(3)),
             "zero" => memory.zero(number(1), number(2)),
             "scatter" => memory.scatter(number(1), number(2)),
+            "comb" => memory.comb(number(1)),
             "drop" => memory.discard(number(1), number(2)),
             "blocks" => memory.file.as_ref().map_or(0, |f| f.metadata().unwrap().blocks()).to_string(),
             "sit" => sit(words[1]),
@@ -168,6 +169,11 @@ impl Memory {
             let byte = &mut self.page(page)[random.below(PAGE as u64) as usize];
             *byte = byte.wrapping_add(1);
         }
+        "ok".into()
+    }
+
+    fn comb(&self, apart: u64) -> String {
+        (0..self.pages as u64).step_by(apart as usize).for_each(|page| self.page(page)[0] = 1);
         "ok".into()
     }
 
