@@ -94,9 +94,14 @@ pub(crate) fn build(profile: Profile) -> anyhow::Result<PathBuf> {
         }
     };
     run(&mut command)?;
-    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
-    let directory = target.join(directory);
+    let directory = target()?.join(directory);
     directory.canonicalize().with_context(|| format!("cargo did not build into {}", directory.display()))
+}
+
+/// Where cargo builds.
+pub(crate) fn target() -> anyhow::Result<PathBuf> {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root().join("target"), PathBuf::from);
+    target.canonicalize().with_context(|| format!("cargo did not build into {}", target.display()))
 }
 
 /// Licences, sources and known advisories of the dependencies, as `deny.toml` has them. Nothing is fetched, so that a
@@ -132,14 +137,15 @@ fn has(subcommand: &str) -> bool {
     command.status().is_ok_and(|s| s.success())
 }
 
-fn cargo() -> Command {
+/// Cargo itself, in the workspace.
+pub(crate) fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()));
     command.current_dir(root());
     command
 }
 
 /// The workspace's root.
-fn root() -> PathBuf {
+pub(crate) fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
 

@@ -5,6 +5,7 @@
 mod cargo;
 mod interrupt;
 mod measure;
+mod micro;
 mod packages;
 
 use std::path::PathBuf;
@@ -34,6 +35,10 @@ enum Action {
     ///
     /// Needs root. Exits with 1 if a goal is missed, a write was lost or RAM differed.
     Bench(Bench),
+    /// Measure the hot paths alone, one by one
+    ///
+    /// Needs root, to attach to processes. Exits with 1 if something is slower than at the revision that it is compared with.
+    Micro(micro::Micro),
     /// Turn files of results into one page
     Report(Report),
     /// Check formatting, lints, licences and advisories
@@ -120,6 +125,7 @@ fn main() -> anyhow::Result<()> {
         Action::Lint => cargo::lint(),
         Action::Demo(demo) => measure::demo(&demo),
         Action::Bench(bench) => measure::bench(&bench),
+        Action::Micro(micro) => micro::micro(&micro),
         Action::Report(report) => measure::report(&report.files, &report.out),
     }
 }
