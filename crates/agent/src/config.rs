@@ -61,6 +61,21 @@ pub struct Tls {
     pub cert: PathBuf,
     /// Its key; readable by its owner only.
     pub key: PathBuf,
+    /// What protects pages on their way. Everything else is always encrypted.
+    #[serde(default)]
+    pub page_streams: PageStreams,
+}
+
+/// What protects the pages of VMs on their way between two hosts.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub enum PageStreams {
+    /// TLS.
+    #[default]
+    Encrypted,
+    /// Nothing, where the other host says the same: for networks that only these hosts can reach. Both ends still prove who
+    /// they are, but whoever listens sees the memory of VMs, and whoever writes to the network can change it.
+    Clear,
 }
 
 /// Another host.

@@ -1,6 +1,6 @@
 //! The pre-check at the source, and the offer that it makes of a VM. Nothing is touched here.
 
-use crate::config::Mechanism;
+use crate::config::{Mechanism, PageStreams};
 use crate::control::{self, explain};
 use crate::host::Host;
 use crate::pages::{SentHashes, SentPages, SourceBlock, Writers};
@@ -81,6 +81,7 @@ pub(crate) fn check(
         verify,
         qemu: version,
         images: images.proofs.iter().map(image_of).collect(),
+        clear_pages: host.config().tls.page_streams == PageStreams::Clear,
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });

@@ -3,8 +3,8 @@
 //! The machine decides, this file acts: each [`SourceAction`] is one method here, and each outcome goes back as an input.
 //! Messages, failures of senders and the user's requests arrive through one channel.
 
-use crate::config::Mechanism;
-use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
+use crate::config::{Mechanism, PageStreams};
+use crate::control::{self, Arrival, CONNECT_WITHIN, Control, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView};
 use crate::offer::{self, activity_of};
@@ -203,12 +203,21 @@ impl Outgoing {
         let address = host.address_of(&peer).map_err(Outcome::Failed)?;
         let process = host.process_of(vm).map_err(Outcome::Failed)?;
         let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
+        // Both take their time; a VM that may not move costs the target a handshake.
+        let connecting = {
+            let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
+            std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
+        };
         let checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
-        let connection = host
-            .endpoint()
-            .connect(&address, &peer, CONNECT_WITHIN)
-            .map_err(|why| Outcome::Failed(format!("host {peer} cannot be reached: {}", explain(&why))))?;
+        let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
+        let mut connection = connecting.join().map_err(|_| unreachable("its thread panicked"))?;
+        if began.elapsed() > FIRST_MESSAGE_WITHIN / 2 {
+            // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
+            connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
+        }
+        let connection = connection.map_err(|why| unreachable(&explain(&why)))?;
+        tracing::debug!(%id, phase = "connect", took = ?began.elapsed(), "source");
         let mut outgoing = Self::new(
             host.clone(),
             vm.clone(),
@@ -431,6 +440,12 @@ impl Outgoing {
             control::send(&mut connection, &Message::Stream(Stream { id: self.id.0.to_vec(), index }))?;
             self.wire.push(connection.counters());
             self.streams.push(connection);
+        }
+        if self.host.config().tls.page_streams == PageStreams::Clear {
+            for stream in &mut self.streams {
+                stream.set_deadline(Some(Instant::now() + CONNECT_WITHIN));
+                stream.send_in_clear().map_err(|why| explain(&why))?;
+            }
         }
         Ok(())
     }

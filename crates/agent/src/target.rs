@@ -1,5 +1,6 @@
 //! One incoming migration: a thread that performs what the engine's target machine wants done.
 
+use crate::config::PageStreams;
 use crate::control::{Arrival, Control, explain};
 use crate::fit::{check_digests, install_staged, is_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
@@ -132,6 +133,20 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
         reasons.extend(refusals);
     }
     reasons.extend(image_reasons(host, offer));
+    let wants = if offer.clear_pages { PageStreams::Clear } else { PageStreams::Encrypted };
+    if wants != host.config().tls.page_streams {
+        let word = |streams| if streams == PageStreams::Clear { "clear" } else { "encrypted" };
+        reasons.push(reason(
+            "host",
+            format!(
+                "the source's configuration says that page streams are {}, that of host {} says {}: give both the same \
+                 `page-streams` in [tls]",
+                word(wants),
+                host.name(),
+                word(host.config().tls.page_streams)
+            ),
+        ));
+    }
     let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
     let lacking = sterna_vmm::qemu::target_reasons(ram_bytes).into_iter();
     reasons.extend(lacking.map(|found| reason(&crate::offer::word(&found.code), found.text)));
@@ -248,7 +263,7 @@ impl Arriving<'_> {
         }
     }
 
-    fn add_stream(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
+    fn add_stream(&mut self, index: u32, mut connection: Connection) -> Option<TargetInput> {
         let Some(sinks) = &self.sinks else {
             return Some(TargetInput::Disconnected("the source opened a page stream too early".into()));
         };
@@ -256,6 +271,11 @@ impl Arriving<'_> {
         if index >= self.offer.streams || self.receivers.contains_key(&index) {
             let why = format!("the source opened page stream {index}, which it may not");
             return Some(TargetInput::Disconnected(why));
+        }
+        if self.offer.clear_pages
+            && let Err(why) = connection.receive_in_clear()
+        {
+            return Some(TargetInput::Disconnected(explain(&why)));
         }
         let tell = self.tell.clone();
         let receiver = Receiver::start(index, connection, sinks.clone(), move |received| {

@@ -52,6 +52,31 @@ fn one_to_sixty_four_streams_and_the_default() {
     a.stop("vm").unwrap();
 }
 
+/// Page streams that leave TLS move a VM as well, if both hosts say so; if not, nothing begins.
+#[test]
+fn pages_in_clear() {
+    let mut world = World::new("7.2");
+    world.clear = vec!["a", "b"];
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    world.boot(&a, &GuestSpec { programs: vec![load(20)], ..world.parts.guest("vm") });
+    world.wait_for_more("vm", "LOAD", BOOT);
+    for (from, to) in [(&a, "b"), (&b, "a")] {
+        let view = migrate(from, request("vm", to));
+        assert_eq!(view.status, "completed", "{view:?}");
+        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+        world.wait_for_more("vm", "LOAD", BOOT);
+    }
+    drop(b);
+    world.clear = vec!["a"];
+    let b = world.agent("b");
+    let view = migrate(&a, request("vm", "b"));
+    let told = |what: &str| view.reasons.iter().any(|reason| reason.text.contains(what));
+    assert!(view.status == "failed" && told("page-streams") && told("host b says encrypted"), "{view:?}");
+    assert!(a.vm("vm").unwrap().state == "running" && b.vms().is_empty());
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    a.stop("vm").unwrap();
+}
+
 #[test]
 fn one_stream_of_three_is_lost() {
     let mut world = World::new("7.2");

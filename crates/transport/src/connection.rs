@@ -1,6 +1,8 @@
 //! A connection whose peer has proved who it is.
 //!
-//! There is no other kind: a value of this type exists only after both certificates were checked.
+//! There is no other kind: a value of this type exists only after both certificates were checked. Where both ends want it, bulk
+//! data in one direction then leaves TLS ([`Connection::send_in_clear`]): who the peer is stays proved, what it sends is
+//! neither secret nor protected any more.
 
 use std::fmt;
 use std::io::{self, IoSlice, Read, Write};
@@ -51,6 +53,9 @@ impl fmt::Display for PeerName {
         f.write_str(&self.0)
     }
 }
+
+/// The receiver's word that it reads the clear from now on.
+const CLEAR: u8 = 0xc1;
 
 /// An authenticated, encrypted stream in both directions.
 ///
@@ -164,6 +169,27 @@ impl Connection {
     /// See [`Writer::flush`].
     pub fn flush(&mut self) -> Result<()> {
         self.writer.flush()
+    }
+
+    /// Leaves TLS for what we send, once the peer has said ([`Connection::receive_in_clear`]) that it expects that.
+    ///
+    /// Whoever can read the network sees all that follows, and whoever can write to it can change it. Reading stays encrypted.
+    pub fn send_in_clear(&mut self) -> Result<()> {
+        self.flush()?;
+        let mut word = [0];
+        self.read_exact(&mut word)?;
+        match word {
+            [CLEAR] => self.writer.uncover(),
+            _ => Err(TransportError::Torn { peer: self.reader.session().peer().to_owned() }),
+        }
+    }
+
+    /// Leaves TLS for what we receive, and tells the peer so, which has waited for it ([`Connection::send_in_clear`]) since its
+    /// last byte that was read here.
+    pub fn receive_in_clear(&mut self) -> Result<()> {
+        self.reader.uncover()?;
+        self.write_all(&[CLEAR])?;
+        self.flush()
     }
 
     /// Both halves, for two threads. Deadlines set so far stay.

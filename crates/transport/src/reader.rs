@@ -10,6 +10,7 @@ use std::time::Instant;
 use rustix::event::PollFlags;
 
 use crate::session::Session;
+use crate::writer::Cover;
 use crate::{Counters, Operation, Result, Shutdown, TransportError};
 
 /// How much one receive asks for: sixteen full records, so that the system call does not weigh.
@@ -26,6 +27,7 @@ pub struct Reader {
     /// An error found behind plaintext that had to be delivered first.
     deferred: Option<TransportError>,
     is_torn: bool,
+    cover: Cover,
 }
 
 /// What TLS has for the caller.
@@ -38,7 +40,16 @@ enum Plaintext {
 impl Reader {
     pub(crate) fn new(session: Arc<Session>) -> Self {
         let wire = vec![0; WIRE_BUFFER_SIZE].into_boxed_slice();
-        Self { session, wire, start: 0, end: 0, deadline: None, deferred: None, is_torn: false }
+        Self {
+            session,
+            wire,
+            start: 0,
+            end: 0,
+            deadline: None,
+            deferred: None,
+            is_torn: false,
+            cover: Cover::Encrypted,
+        }
     }
 
     /// Bounds every later read. `None` waits for as long as the peer is there.
@@ -53,6 +64,9 @@ impl Reader {
         self.check()?;
         if buffer.is_empty() {
             return Ok(0);
+        }
+        if self.cover == Cover::Clear {
+            return self.receive_into(buffer);
         }
         if let Some(count) = self.decrypt_into(buffer)? {
             return Ok(count);
@@ -91,6 +105,30 @@ impl Reader {
             }
         }
         Ok(())
+    }
+
+    /// From now on bytes come as they are. The peer must have been silent since the last that was read.
+    pub(crate) fn uncover(&mut self) -> Result<()> {
+        let pending = self.session.lock().process_new_packets().map_or(1, |s| s.plaintext_bytes_to_read());
+        if self.start != self.end || pending > 0 {
+            return Err(TransportError::Torn { peer: self.session.peer().to_owned() });
+        }
+        self.cover = Cover::Clear;
+        Ok(())
+    }
+
+    /// Straight into the caller's buffer. Without TLS nobody says goodbye: the end of the stream is a cut.
+    fn receive_into(&mut self, buffer: &mut [u8]) -> Result<usize> {
+        loop {
+            match self.session.receive(buffer)? {
+                Some(0) => {
+                    self.session.check_shut()?;
+                    return Err(TransportError::Truncated { peer: self.session.peer().to_owned() });
+                }
+                Some(count) => return Ok(count),
+                None => self.session.wait(PollFlags::IN, self.deadline, Operation::Read)?,
+            }
+        }
     }
 
     /// Ends the connection from any thread.

@@ -29,6 +29,9 @@ pub const KEEPALIVE_IDLE: Duration = Duration::from_secs(5);
 /// Time between two such questions: several fit into [`UNANSWERED_MAX`], so that one lost packet decides nothing.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(3);
 
+/// Slices that one system call takes (`IOV_MAX`).
+const SLICES_PER_CALL: usize = 1024;
+
 /// One record's plaintext (RFC 8446 section 5.1).
 pub(crate) const RECORD_SIZE_MAX: usize = 16 * 1024;
 
@@ -260,6 +263,30 @@ impl Session {
             }
             self.wait(PollFlags::OUT, deadline, operation)?;
         }
+    }
+}
+
+impl Session {
+    /// Hands bytes to the kernel as they are, waiting for room as long as the deadline allows.
+    pub(crate) fn send_in_clear(&self, slices: &[IoSlice<'_>], deadline: Option<Instant>) -> Result<()> {
+        let mut outlet = Outlet(self);
+        let mut all: Vec<IoSlice<'_>> = slices.iter().copied().filter(|s| !s.is_empty()).collect();
+        let mut rest = &mut all[..];
+        while !rest.is_empty() {
+            let some = rest.len().min(SLICES_PER_CALL);
+            match outlet.write_vectored(&rest[..some]) {
+                Ok(count) => IoSlice::advance_slices(&mut rest, count),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.wait(PollFlags::OUT, deadline, Operation::Write)?;
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => {
+                    self.check_shut()?;
+                    return Err(TransportError::from_socket(&self.peer, Operation::Write, error));
+                }
+            }
+        }
+        self.check_shut()
     }
 }
 

@@ -24,6 +24,16 @@ pub struct Writer {
     stage: Vec<u8>,
     deadline: Option<Instant>,
     state: State,
+    cover: Cover,
+}
+
+/// What protects the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Cover {
+    /// TLS.
+    Encrypted,
+    /// Nothing: see [`Connection::send_in_clear`](crate::Connection::send_in_clear).
+    Clear,
 }
 
 /// Whether more may be written.
@@ -38,7 +48,13 @@ enum State {
 
 impl Writer {
     pub(crate) fn new(session: Arc<Session>) -> Self {
-        Self { session, stage: Vec::with_capacity(RECORD_SIZE_MAX), deadline: None, state: State::Open }
+        Self {
+            session,
+            stage: Vec::with_capacity(RECORD_SIZE_MAX),
+            deadline: None,
+            state: State::Open,
+            cover: Cover::Encrypted,
+        }
     }
 
     /// Bounds every later write and flush. `None` waits for as long as the peer is there.
@@ -56,6 +72,12 @@ impl Writer {
     /// Writes all slices, one after another, like [`Writer::write_all`].
     pub fn write_vectored(&mut self, slices: &[IoSlice<'_>]) -> Result<()> {
         self.check()?;
+        if self.cover == Cover::Clear {
+            self.state = State::Torn;
+            self.session.send_in_clear(slices, self.deadline)?;
+            self.state = State::Open;
+            return Ok(());
+        }
         let total = slices.iter().map(|slice| slice.len()).sum::<usize>();
         let whole = (self.stage.len() + total) / RECORD_SIZE_MAX * RECORD_SIZE_MAX;
         let mut rest = Cursor { slices, offset: 0 };
@@ -84,10 +106,19 @@ impl Writer {
     /// Sends what was written and tells the peer that this was all; reading goes on.
     pub fn finish(&mut self) -> Result<()> {
         self.flush()?;
-        self.session.lock().send_close_notify();
-        self.session.drain(self.deadline, Operation::Close)?;
+        if self.cover == Cover::Encrypted {
+            self.session.lock().send_close_notify();
+            self.session.drain(self.deadline, Operation::Close)?;
+        }
         self.session.end_sending();
         self.state = State::Finished;
+        Ok(())
+    }
+
+    /// From now on bytes go as they are.
+    pub(crate) fn uncover(&mut self) -> Result<()> {
+        self.flush()?;
+        self.cover = Cover::Clear;
         Ok(())
     }
 

@@ -80,6 +80,8 @@ pub(crate) struct World {
     pub(crate) version: String,
     /// What the agents do without.
     pub(crate) without: Vec<Mechanism>,
+    /// The hosts whose page streams leave TLS.
+    pub(crate) clear: Vec<&'static str>,
     ports: [u16; 2],
 }
 
@@ -103,6 +105,7 @@ impl World {
             paths_at_b: Vec::new(),
             version: version.into(),
             without: Vec::new(),
+            clear: Vec::new(),
             ports: [free_port(), free_port()],
         }
     }
@@ -151,11 +154,12 @@ impl World {
         format!(
             "name = {name:?}\nstate-dir = \"{dir}/state\"\nrun-dir = \"{dir}/run\"\nlisten = \"127.0.0.1:{listen}\"\n\
              attach-helper = {helper:?}\n\
-             [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n\
+             [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n{clear}\
              [hosts.a]\naddress = \"{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
              [map.binaries]\n{binaries}\n[map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
             dir = dir.display(),
             pki = pki.display(),
+            clear = if self.clear.contains(&name) { "page-streams = \"clear\"\n" } else { "" },
             a = a.unwrap_or_else(|| self.address("a")),
             b = b.unwrap_or_else(|| self.address("b")),
             folder = self.folder.path(),

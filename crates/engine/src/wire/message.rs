@@ -165,6 +165,9 @@ pub struct Offer {
     /// The images that the command line names, in its order, each followed by those below it.
     #[prost(message, repeated, tag = "11")]
     pub images: Vec<Image>,
+    /// Whether page streams leave TLS once both ends know each other.
+    #[prost(bool, tag = "12")]
+    pub clear_pages: bool,
 }
 
 /// A disk image, as the source shows it to be the same file at both ends.

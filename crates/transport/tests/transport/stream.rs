@@ -72,6 +72,48 @@ fn full_duplex_64_mib_each_way() {
     }
 }
 
+/// Both ends leave TLS in one direction: all arrives, nothing of it is encrypted, and the other direction stays as it was.
+#[test]
+fn one_direction_in_clear() {
+    const BYTES: u64 = 16 << 20;
+    let (mut west, mut east) = pair();
+    echo_works(&mut west, &mut east);
+    thread::scope(|scope| {
+        scope.spawn(|| east.receive_in_clear().unwrap());
+        west.send_in_clear().unwrap();
+    });
+    let before = west.bytes_sent();
+    let counters = west.counters();
+    thread::scope(|scope| {
+        let ((mut west_reader, mut west_writer), (mut east_reader, mut east_writer)) =
+            (west.split(), east.split());
+        scope.spawn(move || {
+            send_stream(&mut west_writer, 1, BYTES, 1);
+            west_writer.finish().unwrap();
+        });
+        scope.spawn(move || send_stream(&mut east_writer, 2, 100_000, 1000));
+        scope.spawn(move || receive_stream(&mut west_reader, 2, 100_000, 1000));
+        scope.spawn(move || {
+            receive_stream(&mut east_reader, 1, BYTES, 40_000);
+            // Nobody says goodbye in the clear: an end is a cut.
+            let end = east_reader.read(&mut [0]).unwrap_err();
+            assert!(matches!(end, TransportError::Truncated { .. }), "{end}");
+        });
+    });
+    assert_eq!(counters.bytes_sent() - before, BYTES);
+}
+
+/// What was sent before the receiver asked for it cannot be told from ciphertext, and is refused.
+#[test]
+fn clear_bytes_that_come_too_early_are_refused() {
+    let (mut west, mut east) = pair();
+    west.write_all(b"too early").unwrap();
+    west.flush().unwrap();
+    let mut byte = [0];
+    east.read_exact(&mut byte).unwrap();
+    assert!(matches!(east.receive_in_clear(), Err(TransportError::Torn { .. })));
+}
+
 #[test]
 fn slices_arrive_in_order() {
     let (west, east) = pair();
