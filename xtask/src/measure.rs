@@ -4,48 +4,41 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use sterna_bench::ours::Progress;
-use sterna_bench::{Demo, Kit, Results, demo, rate, report, table};
+use sterna_bench::{Extent, Kit, Results, Row, report, rows, table};
 
 use crate::cargo::{self, Profile};
-use crate::{Bench, Built, Row, interrupt, packages};
+use crate::{Bench, Built, interrupt, packages};
 
 /// `cargo xtask demo`
 pub(crate) fn demo(arguments: &crate::Demo) -> anyhow::Result<()> {
     let kit = kit(&arguments.built)?;
-    let options = demo::Options { pairs: 1, progress: Progress::Shown };
-    let demo = demo::run(&kit, options, &told(Instant::now()))?;
-    println!("\n{}", table::demo(&demo));
-    write(arguments.out.as_deref(), &demo)?;
-    right(&demo)
+    let extent = Extent { pairs: 1, quick: false, progress: Progress::Shown };
+    let results = measured(&kit, &[Row::Demo], extent, arguments.out.as_deref())?;
+    ensure!(
+        results.rows.iter().all(|r| r.not_run.is_none() && r.is_right()),
+        "the demo went wrong, see above"
+    );
+    Ok(())
 }
 
 /// `cargo xtask bench`
 pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
     let kit = kit(&bench.built)?;
-    let (tell, mut results) = (told(Instant::now()), Results::default());
-    let asked = |row| bench.rows.is_empty() || bench.rows.contains(&row);
-    if asked(Row::Demo) {
-        let pairs = if bench.quick { 1 } else { bench.pairs };
-        let demo = demo::run(&kit, demo::Options { pairs, progress: Progress::Sampled }, &tell)?;
-        println!("\n{}\n{}", table::demo(&demo), table::goals(&demo.goals));
-        results.demo = Some(demo);
-    }
-    if asked(Row::Rate) {
-        let extent = if bench.quick { rate::Extent::Quick } else { rate::Extent::Full };
-        let rate = rate::run(&kit, extent, &tell)?;
-        println!("\n{}\n{}", table::rate(&rate), table::goals(&rate.goals));
-        results.rate = Some(rate);
-    }
-    write(bench.out.as_deref(), &results)?;
-    if let Some(demo) = &results.demo {
-        right(demo)?;
-    }
-    if !results.is_good() {
-        bail!("goals are missed");
-    }
+    let rows = if bench.rows.is_empty() { &Row::DEFAULT[..] } else { &bench.rows };
+    let pairs = if bench.quick { 1 } else { bench.pairs };
+    let extent = Extent { pairs, quick: bench.quick, progress: Progress::Sampled };
+    let results = measured(&kit, rows, extent, bench.out.as_deref())?;
+    println!("\n{}", table::summary(&results.rows));
+    ensure!(results.is_good(), "not all rows are as they should be");
     Ok(())
+}
+
+fn measured(kit: &Kit, rows: &[Row], extent: Extent, out: Option<&Path>) -> anyhow::Result<Results> {
+    let results = rows::run(kit, rows, extent, &told(Instant::now()), &|row| println!("{}", table::row(row)));
+    write(out, &results)?;
+    Ok(results)
 }
 
 /// `cargo xtask report`
@@ -91,17 +84,4 @@ fn write(out: Option<&Path>, value: &impl serde::Serialize) -> anyhow::Result<()
     let Some(out) = out else { return Ok(()) };
     let text = serde_json::to_string_pretty(value)? + "\n";
     std::fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))
-}
-
-/// A fast wrong migration fails.
-fn right(demo: &Demo) -> anyhow::Result<()> {
-    match demo.is_right() {
-        true => Ok(()),
-        false => bail!(
-            "{} writes were lost, {} connections broke, RAM {}",
-            demo.lost_writes,
-            demo.broken_connections,
-            if demo.ram_equal { "is equal" } else { "was not proved equal" }
-        ),
-    }
 }

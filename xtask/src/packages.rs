@@ -35,6 +35,7 @@ impl Ready {
         Kit {
             sterna: programs.join("sterna"),
             lab: programs.join("sterna-lab"),
+            tracking: programs.join("examples/tracking"),
             packages: self.packages,
             initramfs: self.image,
         }

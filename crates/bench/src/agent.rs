@@ -11,6 +11,7 @@ use serde::Deserialize;
 use sterna_lab::process::ProcessId;
 use sterna_lab::{Host, Lab, LabDir, run};
 
+use crate::stage::PageStreams;
 use crate::{BenchError, Kit};
 
 /// Where agents listen for each other.
@@ -58,12 +59,18 @@ pub fn issue_keys(lab: &Lab, kit: &Kit) -> Result<(), BenchError> {
 }
 
 impl HostAgent {
-    /// Starts the agent of a host and waits until its API answers.
-    pub fn start(lab: &Lab, host: &Host, kit: &Kit) -> Result<HostAgent, BenchError> {
+    /// Starts the agent of a host, which has a tap for each guest, and waits until its API answers.
+    pub fn start(
+        lab: &Lab,
+        host: &Host,
+        kit: &Kit,
+        streams: PageStreams,
+        guests: u8,
+    ) -> Result<HostAgent, BenchError> {
         let own = lab.dir().join(&host.name);
         std::fs::create_dir_all(&own).map_err(BenchError::file("make", &own))?;
         let (config, log) = (own.join("agent.toml"), own.join("agent.log"));
-        let text = configuration(lab, host, kit)?;
+        let text = configuration(lab, host, kit, streams, guests)?;
         std::fs::write(&config, text).map_err(BenchError::file("write", &config))?;
         let output = File::create(&log).map_err(BenchError::file("make", &log))?;
         let errors = output.try_clone().map_err(BenchError::file("duplicate", &log))?;
@@ -174,15 +181,22 @@ impl Drop for HostAgent {
 }
 
 /// Every host calls its taps by names of its own; a VM that comes back has the names of the host it was born on.
-fn configuration(lab: &Lab, host: &Host, kit: &Kit) -> Result<String, BenchError> {
+fn configuration(
+    lab: &Lab,
+    host: &Host,
+    kit: &Kit,
+    streams: PageStreams,
+    guests: u8,
+) -> Result<String, BenchError> {
     let (own, pki, name) = (lab.dir().join(&host.name), pki(lab), &host.name);
     let material = LabDir::open()?.join("");
     let peers =
         lab.hosts().iter().map(|h| format!("[hosts.{}]\naddress = \"{}:{PORT}\"\n", h.name, h.address));
-    let taps = lab.hosts().iter().map(|h| format!("{:?} = {:?}\n", h.tap(0), host.tap(0)));
+    let pairs = lab.hosts().iter().flat_map(|h| (0..guests).map(move |g| (h.tap(g), host.tap(g))));
+    let taps = pairs.map(|(theirs, ours)| format!("{theirs:?} = {ours:?}\n"));
     Ok(format!(
         "name = {name:?}\nstate-dir = {state:?}\nrun-dir = {run:?}\nlisten = \"{address}:{PORT}\"\nsocket = {socket:?}\n\
-         [tls]\nca = {ca:?}\ncert = {cert:?}\nkey = {key:?}\n{peers}\
+         [tls]\nca = {ca:?}\ncert = {cert:?}\nkey = {key:?}\npage-streams = {streams:?}\n{peers}\
          [qemu]\nbinaries = [{old:?}, {new:?}]\npath-roots = [{lab_dir:?}, {material:?}]\n[map.taps]\n{taps}",
         state = own.join("state"),
         run = own.join("run"),
@@ -194,6 +208,7 @@ fn configuration(lab: &Lab, host: &Host, kit: &Kit) -> Result<String, BenchError
         peers = peers.collect::<String>(),
         old = kit.packages.qemu_72,
         new = kit.packages.qemu_10,
+        streams = if streams == PageStreams::Clear { "clear" } else { "encrypted" },
         lab_dir = lab.dir(),
         taps = taps.collect::<String>(),
     ))

@@ -38,6 +38,14 @@ pub enum BenchError {
         /// The limit.
         limit: Duration,
     },
+    /// Something was not done when as much had been tried as was allowed.
+    #[error("{what} had not ended after {rounds} rounds")]
+    NoEnd {
+        /// What was waited for.
+        what: String,
+        /// How many there were.
+        rounds: u64,
+    },
     /// A file could not be used.
     #[error("cannot {action} {path}")]
     File {
@@ -63,6 +71,12 @@ pub enum BenchError {
 }
 
 impl BenchError {
+    /// A move that does not get through in the time or the rounds that it has: that is a result.
+    #[must_use]
+    pub fn is_no_end(&self) -> bool {
+        matches!(self, BenchError::Deadline { .. } | BenchError::NoEnd { .. })
+    }
+
     /// For `map_err`: what was done to which file.
     pub(crate) fn file(
         action: &'static str,

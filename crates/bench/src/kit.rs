@@ -11,6 +11,8 @@ pub struct Kit {
     pub sterna: PathBuf,
     /// `sterna-lab`, for its client.
     pub lab: PathBuf,
+    /// Measures what tracking costs a process.
+    pub tracking: PathBuf,
     /// QEMUs and the guests' kernel.
     pub packages: Packages,
     /// The guests' image.

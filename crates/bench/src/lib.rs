@@ -1,10 +1,12 @@
 //! Named measurements of Sterna beside stock QEMU's own migration, on the same machine, link, guest and load.
 //!
 //! ```text
-//! demo      a VM under load moves by us, then one like it by stock QEMU, pair after pair     rate     a limit is kept
-//! stage     the lab with an agent in each host          load      what the guest runs, and who watches it
-//! agent     the `sterna` command, as a user has it      ours/stock   one timed move each
-//! results   what is written as JSON, and its medians    table     the same for people      report   the same with plots
+//! rows/     what is measured, a file each        contest   VMs like each other that move by turns
+//! stage     the lab with an agent in each host   load      what guests run, and who watches them
+//! agent     the `sterna` command, as a user has it         ours, stock   a VM of ours and one of QEMU's own, and its moves
+//! crowd     VMs that leave together                pulse    what an application does, from quarter to quarter of a second
+//! figures   metrics and their units              results   what is written as JSON: raw samples, goals, limits
+//! table     the same for people                  report    the same with plots
 //! ```
 //!
 //! **Invariant:** nothing here knows how Sterna works inside. It is driven by its command and judged by what can be seen
@@ -13,20 +15,24 @@
 #![forbid(unsafe_code)]
 
 pub mod agent;
-pub mod demo;
+mod contest;
+mod crowd;
 pub mod error;
 pub mod facts;
+pub mod figures;
 pub mod kit;
 pub mod load;
 pub mod meter;
 pub mod ours;
-pub mod rate;
+pub mod pulse;
 pub mod report;
 pub mod results;
+pub mod rows;
 pub mod stage;
 pub mod stock;
 pub mod table;
 
 pub use error::BenchError;
 pub use kit::Kit;
-pub use results::{Demo, Results};
+pub use results::Results;
+pub use rows::{Extent, Row};

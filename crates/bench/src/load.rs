@@ -9,10 +9,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use serde::{Deserialize, Serialize};
 use sterna_lab::client::{BEACON_PORT, Client, ClientReport, Gap};
 use sterna_lab::guest::{Nic, Program};
-use sterna_lab::{GuestSpec, Lab, run};
+use sterna_lab::{GuestSpec, run};
 
+use crate::BenchError;
 use crate::stage::Stage;
-use crate::{BenchError, Kit};
 
 /// RAM of the guest.
 pub const MEMORY_MIB: u32 = 1024;
@@ -25,6 +25,8 @@ const VALUE_BYTES: usize = 256 << 10;
 const BOOT: Duration = Duration::from_secs(120);
 /// Filling takes 2 to 4 s.
 const FILL: Duration = Duration::from_secs(120);
+/// Memory that is touched and given back before a move of the demo's guest, in MiB.
+pub const WARM_MIB: u32 = 768;
 /// How long the client writes before a move: its pace is steady after one second.
 pub const BEFORE: Duration = Duration::from_secs(3);
 /// How long it watches after a move.
@@ -33,36 +35,82 @@ pub const AFTER: Duration = Duration::from_secs(2);
 const AFTERMATH_MS: f64 = 1000.0;
 /// The beacon's listener lists silences from this length on; shorter ones are the scheduler's doing.
 const GAP_MS: f64 = 10.0;
-/// Memory that is touched and given back before each move, on a machine that takes freed memory away.
-const WARM_BYTES: usize = 768 << 20;
 
-/// The guest: one virtual CPU, plain RAM, a network card, Redis and a beacon.
+/// The demo's guest: one virtual CPU, plain RAM, a network card, Redis and a beacon.
 #[must_use]
-pub fn guest(lab: &Lab, kit: &Kit, name: &str) -> GuestSpec {
-    GuestSpec {
-        nic: Some(Nic::of_guest(0, lab.guest_address(0))),
-        programs: vec![Program::Redis, Program::Beacon(SocketAddrV4::new(lab.client_address(), BEACON_PORT))],
-        ..GuestSpec::plain(name, MEMORY_MIB, &kit.packages.kernel, &kit.initramfs)
+pub fn server(stage: &Stage, name: &str) -> GuestSpec {
+    let programs = vec![Program::Redis, beacon(stage)];
+    GuestSpec { nic: Some(nic(stage, 0)), programs, ..plain(stage, name, MEMORY_MIB) }
+}
+
+/// A guest of one virtual CPU and plain RAM, to be changed by struct update.
+#[must_use]
+pub fn plain(stage: &Stage, name: &str, memory_mib: u32) -> GuestSpec {
+    GuestSpec::plain(name, memory_mib, &stage.kit.packages.kernel, &stage.kit.initramfs)
+}
+
+/// The network card of the guest at the tap of this number.
+#[must_use]
+pub fn nic(stage: &Stage, tap: u8) -> Nic {
+    Nic::of_guest(tap, stage.lab.guest_address(tap))
+}
+
+/// A datagram to the client every millisecond.
+#[must_use]
+pub fn beacon(stage: &Stage) -> Program {
+    Program::Beacon(SocketAddrV4::new(stage.lab.client_address(), BEACON_PORT))
+}
+
+/// The memory load with these options.
+#[must_use]
+pub fn memory(options: &[&str]) -> Program {
+    Program::Load(options.iter().map(|o| (*o).to_owned()).collect())
+}
+
+/// What the guest's memory can be filled with, in MiB: its kernel, page cache and programs want the rest.
+#[must_use]
+pub fn fill_mib(memory_mib: u32) -> u32 {
+    /// Less, and the guest ends its own load for want of memory; and a tenth, which the kernel keeps for itself.
+    const REST_MIB: u32 = 88;
+    memory_mib.saturating_sub(REST_MIB + memory_mib / 10).max(memory_mib / 4)
+}
+
+/// What is in a console's file.
+pub(crate) fn text_of(console: &Path) -> String {
+    String::from_utf8_lossy(&std::fs::read(console).unwrap_or_default()).into_owned()
+}
+
+/// Waits until a guest says on its console that all its programs run, and its memory is filled if it has a load for that.
+pub fn wait_ready(guest: &GuestSpec, console: impl Fn() -> String) -> Result<(), BenchError> {
+    let filled = guest.programs.iter().any(|p| matches!(p, Program::Load(_)));
+    let mut dead = false;
+    let ready = run::until("the guest's start", BOOT, || {
+        std::thread::sleep(Duration::from_millis(10));
+        let text = console();
+        dead = text.contains("Out of memory: Killed");
+        dead || text.contains("READY ") && (!filled || text.contains("LOAD filled"))
+    });
+    match ready {
+        Ok(()) if dead => {
+            Err(BenchError::unexpected("the guest had too little memory for its programs", console()))
+        }
+        ready => ready.map_err(|why| BenchError::unexpected(why.to_string(), console())),
     }
 }
 
-/// Waits until a guest says on its console that all its programs run.
-pub fn wait_ready(console: &Path) -> Result<(), BenchError> {
-    let text = || String::from_utf8_lossy(&std::fs::read(console).unwrap_or_default()).into_owned();
-    let ready = run::until("the guest's start", BOOT, || {
-        std::thread::sleep(Duration::from_millis(10));
-        text().contains("READY ")
-    });
-    ready.map_err(|why| BenchError::unexpected(why.to_string(), text()))
+/// Pages that a guest's load found lost, stale or torn, as it told them.
+#[must_use]
+pub fn bad_pages(console: &str) -> usize {
+    console.matches("BAD ").count()
 }
 
 /// Fills the guest's Redis with noise, by Redis' own loader.
-pub fn fill(stage: &Stage) -> Result<(), BenchError> {
+pub fn fill(stage: &Stage, tap: u8) -> Result<(), BenchError> {
     const LOADER: &str = "redis-cli";
     let mut output = tempfile::tempfile().map_err(BenchError::file("make", "a scratch file"))?;
     let copy = output.try_clone().map_err(BenchError::file("duplicate", "a scratch file"))?;
     let mut command = stage.client_command(LOADER);
-    command.args(["-h", &stage.lab.guest_address(0).to_string(), "--pipe"]);
+    command.args(["-h", &stage.lab.guest_address(tap).to_string(), "--pipe"]);
     let mut loader = command.stdin(Stdio::piped()).stdout(copy).spawn().map_err(BenchError::start(LOADER))?;
     let input = loader.stdin.take();
     // In a thread, so that a guest that does not take it meets the deadline below, and this ends with the loader.
@@ -125,16 +173,23 @@ impl Noise {
 }
 
 /// Starts the client that writes to the guest and listens to it, and gives it time to get going.
-pub fn watch(stage: &Stage) -> Result<Client, BenchError> {
-    let client = Client::start(&stage.lab, &stage.kit.lab, stage.lab.guest_address(0))?;
+pub fn watch(stage: &Stage, tap: u8) -> Result<Client, BenchError> {
+    let client = Client::start(&stage.lab, &stage.kit.lab, stage.lab.guest_address(tap))?;
+    std::thread::sleep(BEFORE);
+    Ok(client)
+}
+
+/// The same for a guest without a server: the client only listens.
+pub fn listen(stage: &Stage) -> Result<Client, BenchError> {
+    let client = Client::listen(&stage.lab, &stage.kit.lab)?;
     std::thread::sleep(BEFORE);
     Ok(client)
 }
 
 /// Touches memory and gives it back, right before a target starts: the first touch of a page that the machine has to get
 /// from its own host costs 2 to 10 us, for us and for stock QEMU alike, and says nothing about either.
-pub fn warm_memory() {
-    drop(std::hint::black_box(vec![1u8; WARM_BYTES]));
+pub fn warm_memory(memory_mib: u32) {
+    drop(std::hint::black_box(vec![1u8; (memory_mib as usize) << 20]));
 }
 
 /// A stretch of the client's time.
@@ -161,7 +216,7 @@ impl Window {
     }
 }
 
-fn unix_ms() -> f64 {
+pub(crate) fn unix_ms() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64() * 1e3)
 }
 
@@ -199,10 +254,12 @@ pub struct Silence {
 impl Seen {
     /// Of a client's report, for a move in this window. A client that wrote or heard nothing proves nothing.
     pub fn of(report: ClientReport, window: Window) -> Result<Seen, BenchError> {
-        let (Some(redis), Some(beacon)) = (report.redis, report.beacon) else {
-            return Err(BenchError::unexpected("the client's report", "has not both parts"));
+        let Some(beacon) = report.beacon else {
+            return Err(BenchError::unexpected("the client's report", "has no beacon"));
         };
-        if redis.acknowledged == 0 || beacon.received == 0 {
+        let served = report.redis.is_some();
+        let redis = report.redis.unwrap_or_default();
+        if (served && redis.acknowledged == 0) || beacon.received == 0 {
             let found =
                 format!("{} writes, {} datagrams; {:?}", redis.acknowledged, beacon.received, redis.errors);
             return Err(BenchError::unexpected("the client did not reach the guest", found));

@@ -44,6 +44,12 @@ impl Meter {
     }
 }
 
+/// Memory of a process in MB, with what it shares counted by its part; NaN of one that is gone.
+#[must_use]
+pub fn pss_mb(process: ProcessId) -> f64 {
+    process.pss_kib().map_or(f64::NAN, |kib| kib as f64 * 1024.0 / 1e6)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

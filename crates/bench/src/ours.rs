@@ -8,11 +8,20 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use sterna_lab::process::ProcessId;
 
+use sterna_lab::guest::{HostSide, Serial};
+use sterna_lab::{Arrival, GuestSpec, run};
+
 use crate::BenchError;
-use crate::load::Window;
-use crate::meter::Meter;
-use crate::results::Sample;
+use crate::agent::HostAgent;
+use crate::facts::load_average;
+use crate::figures::{Figures, Metric, Point, Span};
+use crate::load::{self, Window};
+use crate::meter::{Meter, pss_mb};
+use crate::results::{Move, Verified};
 use crate::stage::{Stage, Way};
+
+/// Bits of a page of 4 KiB.
+pub(crate) const PAGE_BITS: f64 = 32_768.0;
 
 /// How often processes are looked at: fine beside seconds, and cheap on a machine that is busy with two QEMUs.
 const LOOK: Duration = Duration::from_millis(4);
@@ -35,13 +44,21 @@ pub enum Progress {
 pub struct Order {
     /// Further options, such as `--verify`.
     pub options: Vec<String>,
+    /// When it is aborted; the VM then runs where it was.
+    pub limit: Option<Duration>,
 }
 
 impl Order {
     /// With these options.
     #[must_use]
     pub fn with(options: &[&str]) -> Order {
-        Order { options: options.iter().map(|o| (*o).to_owned()).collect() }
+        Order { options: options.iter().map(|o| (*o).to_owned()).collect(), limit: None }
+    }
+
+    /// Not longer than this.
+    #[must_use]
+    pub fn within(self, limit: Option<Duration>) -> Order {
+        Order { limit, ..self }
     }
 }
 
@@ -99,76 +116,153 @@ pub struct SaidOfRam {
     pub mbps: f64,
 }
 
-/// A named stretch of time.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Span {
-    /// What was done.
+/// A VM of our agents, wherever it is.
+#[derive(Debug)]
+pub struct OurVm {
+    /// Its name.
     pub name: String,
-    /// For how long.
-    pub ms: f64,
+    /// The way that it would go next.
+    pub way: Way,
 }
 
-/// A move as seen from outside, and what the command said of it.
-#[derive(Debug, Clone)]
-pub struct Moved {
-    /// From the command until the source's QEMU was gone.
-    pub total_time_ms: f64,
-    /// From the command until it had ended.
-    pub command_ms: f64,
-    /// Bytes on the link, both ways, headers included.
-    pub wire_bytes: u64,
-    /// CPU seconds of both QEMUs, both agents and the command. The emulated guest's own work is part of it.
-    pub cpu_s: f64,
-    /// When it was.
-    pub window: Window,
-    /// What the command said.
-    pub said: Said,
-    /// Its progress, if it was asked for.
-    pub samples: Vec<Sample>,
+impl OurVm {
+    /// Boots a VM under the care of host `a`'s agent, at the tap of this number, and waits until all that it runs is up.
+    pub fn boot(stage: &Stage, guest: &GuestSpec, tap: u8) -> Result<OurVm, BenchError> {
+        let serial = Serial::File(stage.console(&guest.name));
+        let tap = Some(stage.from(Way::There)?.tap(tap));
+        let side = HostSide { tap, serial, qmp: None, arrival: Arrival::Boot };
+        stage.a.run(&guest.name, &stage.kit.packages.qemu_72, &guest.arguments(&side))?;
+        load::wait_ready(guest, || load::text_of(&stage.console(&guest.name)))?;
+        Ok(OurVm { name: guest.name.clone(), way: Way::There })
+    }
+
+    /// Everything that the guest printed.
+    #[must_use]
+    pub fn console(&self, stage: &Stage) -> String {
+        load::text_of(&stage.console(&self.name))
+    }
+
+    /// Moves it to the other host, timed.
+    pub fn migrate(
+        &mut self,
+        stage: &Stage,
+        order: &Order,
+        progress: Progress,
+    ) -> Result<(Move, Said), BenchError> {
+        let done = migrate(stage, &self.name, self.way, order, progress)?;
+        self.way = self.way.turned();
+        Ok(done)
+    }
+
+    /// Moves it with every byte of its RAM compared. A failure is a result here: the VM runs on where it was.
+    pub fn verify(&mut self, stage: &Stage) -> Verified {
+        self.verify_with(stage, &Order::with(&["--verify"]))
+    }
+
+    /// The same by an order with `--verify` in it and more: a guest that writes much needs a `--timeout` to move at all.
+    pub fn verify_with(&mut self, stage: &Stage, order: &Order) -> Verified {
+        match self.migrate(stage, order, Progress::Sampled) {
+            Ok((moved, said)) => {
+                let total_time_ms = moved.figures.get(Metric::TotalTime).unwrap_or_default();
+                Verified { blocks: said.blocks_verified.unwrap_or_default(), total_time_ms, error: None }
+            }
+            Err(why) => Verified { error: Some(why.to_string()), ..Verified::default() },
+        }
+    }
+
+    /// Begins to move it to the other host, and does not wait.
+    pub fn begin(&self, stage: &Stage, order: &Order) -> Result<(), BenchError> {
+        let (from, to) = stage.agents(self.way);
+        let mut command = from.command();
+        command.args(["migrate", &self.name, to.host(), "--detach"]).args(&order.options);
+        Ok(run::output(&mut command, FREE).map(drop)?)
+    }
+
+    /// Ends a migration that was begun; it runs on where it was.
+    pub fn abort(&self, stage: &Stage) -> Result<(), BenchError> {
+        abort(stage.agents(self.way).0, &self.name)
+    }
+
+    /// Ends it.
+    pub fn stop(self, stage: &Stage) -> Result<(), BenchError> {
+        stage.agents(self.way).0.stop(&self.name)
+    }
 }
 
 /// Moves a VM.
-pub fn migrate(
+fn migrate(
     stage: &Stage,
     vm: &str,
     way: Way,
     order: &Order,
     progress: Progress,
-) -> Result<Moved, BenchError> {
+) -> Result<(Move, Said), BenchError> {
     let (from, to) = stage.agents(way);
     let source = from.qemu(vm)?;
+    let pss_source = pss_mb(source);
     let mut meter = Meter::default();
     [source, from.process(), to.process()].into_iter().for_each(|p| meter.watch(p));
-    let wire = stage.wire_bytes()?;
+    let (wire, load_before) = (stage.wire_bytes(way)?, load_average());
     let window = Window::open();
     let mut command = from.command();
     command.args(["migrate", vm, to.host()]).args(&order.options);
     let run = Running::start(&mut command, progress)?;
-    let (total, lines, command_time) = run.watch(&mut meter, source).map_err(|(code, said)| {
-        let command = format!("sterna migrate {vm} {} {}", to.host(), order.options.join(" "));
-        let logs = format!(
-            "{said}\nagent {}: {}\nagent {}: {}",
-            from.host(),
-            from.log_tail(),
-            to.host(),
-            to.log_tail()
-        );
-        BenchError::Command { command, code, said: logs }
-    })?;
-    meter.watch_whole(to.qemu(vm)?);
+    let (total, lines, _) = run
+        .watch(&mut meter, source, order.limit.unwrap_or(LIMIT))
+        .map_err(|why| failed((from, to), vm, order, why))?;
+    let window = window.close();
+    let target = to.qemu(vm)?;
+    meter.watch_whole(target);
     meter.sample();
-    let (said, samples) = understood(&lines, progress)?;
+    let wire = wire.until(stage.wire_bytes(way)?);
+    let (said, progress) = understood(&lines, progress)?;
     // The command ends with the migration; what the agent writes down after it, such as the split, is asked for.
-    let said = parsed(&from.status(&said.id)?)?;
-    Ok(Moved {
-        total_time_ms: total.as_secs_f64() * 1e3,
-        command_ms: command_time.as_secs_f64() * 1e3,
-        wire_bytes: stage.wire_bytes()? - wire,
-        cpu_s: meter.seconds(),
-        window: window.close(),
-        said,
-        samples,
-    })
+    let said = if said.id.is_empty() { said } else { parsed(&from.status(&said.id)?)? };
+    let mut figures = Figures::default();
+    let sending_ms = said.total_time - said.setup_time - said.downtime.unwrap_or(0.0);
+    for (metric, value) in [
+        (Metric::TotalTime, total.as_secs_f64() * 1e3),
+        (Metric::SetupTime, said.setup_time),
+        (Metric::Downtime, said.downtime.unwrap_or(f64::NAN)),
+        (Metric::WireBytes, (wire.sent + wire.received) as f64 / 1e6),
+        (Metric::WireForth, wire.sent as f64 / 1e6),
+        (Metric::Cpu, meter.seconds()),
+        (Metric::PssSource, pss_source),
+        (Metric::PssTarget, pss_mb(target)),
+        (Metric::Throughput, said.ram.normal as f64 * PAGE_BITS / 1e6 / sending_ms),
+    ] {
+        figures.set(metric, value);
+    }
+    let report = serde_json::to_value(&said).unwrap_or_default();
+    let split = said.downtime_split.clone();
+    let moved = Move { figures, downtime_split: split, client: None, window, progress, load_before, report };
+    Ok((moved, said))
+}
+
+fn abort(from: &HostAgent, vm: &str) -> Result<(), BenchError> {
+    Ok(run::output(from.command().args(["abort", vm]), FREE).map(drop)?)
+}
+
+/// What to say of a command that did not move its VM. What was given up goes on at the agents until they hear of it.
+fn failed((from, to): (&HostAgent, &HostAgent), vm: &str, order: &Order, why: Failure) -> BenchError {
+    let command = format!("sterna migrate {vm} {} {}", to.host(), order.options.join(" "));
+    if let (Some(limit), true) = (order.limit, why.is_late) {
+        let what = command.trim_end().to_owned();
+        return match abort(from, vm).and_then(|()| from.qemu(vm)) {
+            Ok(_) => BenchError::Deadline { what, limit },
+            Err(other) => other,
+        };
+    }
+    let (here, there) = ((from.host(), from.log_tail()), (to.host(), to.log_tail()));
+    let said = format!("{}\nagent {}: {}\nagent {}: {}", why.said, here.0, here.1, there.0, there.1);
+    BenchError::Command { command, code: why.code, said }
+}
+
+/// How a command ended that did not move its VM.
+struct Failure {
+    code: String,
+    said: String,
+    is_late: bool,
 }
 
 /// A line of the command's standard output, and when it came.
@@ -194,12 +288,13 @@ impl Running {
         Ok(Running { child, began, reader })
     }
 
-    /// Until the command has ended and the source is gone. The error is the exit code and what was said.
+    /// Until the command has ended and the source is gone.
     fn watch(
         mut self,
         meter: &mut Meter,
         source: ProcessId,
-    ) -> Result<(Duration, Vec<Line>, Duration), (String, String)> {
+        limit: Duration,
+    ) -> Result<(Duration, Vec<Line>, Duration), Failure> {
         let own = ProcessId::of(self.child.id());
         own.into_iter().for_each(|p| meter.watch_whole(p));
         let (mut free, mut ended) = (None, None);
@@ -213,15 +308,16 @@ impl Running {
                 && let Ok(Some(status)) = self.child.try_wait()
             {
                 if !status.success() {
-                    return Err((status.to_string(), self.text()));
+                    return Err(Failure { code: status.to_string(), said: self.text(), is_late: false });
                 }
                 ended = Some(now);
             }
-            if now > LIMIT || ended.is_some_and(|at| now > at + FREE) {
+            if now > limit || ended.is_some_and(|at| now > at + FREE) {
                 // It may end at this very moment; either way it is over.
                 let _ = self.child.kill();
                 let _ = self.child.wait();
-                return Err((format!("none: given up after {now:?}"), self.text()));
+                let code = format!("none: given up after {now:?}");
+                return Err(Failure { code, said: self.text(), is_late: ended.is_none() });
             }
             std::thread::sleep(LOOK);
         }
@@ -241,7 +337,7 @@ fn lines(output: ChildStdout, began: Instant) -> Vec<Line> {
 }
 
 /// The last word, and the way to it.
-fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>), BenchError> {
+fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Point>), BenchError> {
     if progress == Progress::Shown {
         let text: Vec<&str> = lines.iter().map(|(_, line)| line.as_str()).collect();
         return Ok((parsed(&text.join("\n"))?, Vec::new()));
@@ -250,7 +346,7 @@ fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>),
     let mut last = Said::default();
     for (at, line) in lines {
         last = parsed(line)?;
-        samples.push(Sample {
+        samples.push(Point {
             ms: at.as_secs_f64() * 1e3,
             transferred: last.ram.transferred,
             remaining: last.ram.remaining,
@@ -259,7 +355,7 @@ fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Sample>),
     Ok((last, samples))
 }
 
-fn parsed(text: &str) -> Result<Said, BenchError> {
+pub(crate) fn parsed(text: &str) -> Result<Said, BenchError> {
     serde_json::from_str(text)
         .map_err(|e| BenchError::unexpected(format!("the output of `sterna` ({e})"), text))
 }

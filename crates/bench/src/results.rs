@@ -1,125 +1,66 @@
-//! What is measured, as it is written to files: medians first, every raw sample after them.
+//! Results as they are written to files: for each row its cases, for each case the contenders, for each of them every raw
+//! sample.
 
 use serde::{Deserialize, Serialize};
 
 use crate::facts::HostFacts;
+use crate::figures::{Figures, Metric, Point, Span, Summary};
 use crate::load::{Seen, Window};
-use crate::ours::{Said, Span};
 
-/// The figures by which moves are compared. `_ms` are milliseconds; CPU is in seconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Figures {
-    /// From the command until the source is free; the start of the target's QEMU is in it.
-    pub total_time_ms: f64,
-    /// How long the VM was stopped, as the one who moved it says.
-    pub downtime_ms: f64,
-    /// The longest silence that a client noticed.
-    pub blackout_ms: f64,
-    /// Bytes on the link between the hosts, both ways, headers included.
-    pub wire_bytes: u64,
-    /// CPU time of all processes that took part, the emulated guest included.
-    pub cpu_s: f64,
-}
-
-/// One of the figures.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Metric {
-    /// See [`Figures::total_time_ms`].
-    TotalTime,
-    /// See [`Figures::downtime_ms`].
-    Downtime,
-    /// See [`Figures::blackout_ms`].
-    Blackout,
-    /// See [`Figures::wire_bytes`].
-    WireBytes,
-    /// See [`Figures::cpu_s`].
-    Cpu,
-}
-
-impl Metric {
-    /// All of them, in the order in which they are shown.
-    pub const ALL: [Metric; 5] =
-        [Metric::TotalTime, Metric::Downtime, Metric::Blackout, Metric::WireBytes, Metric::Cpu];
-
-    /// What people call it.
-    #[must_use]
-    pub fn label(self) -> &'static str {
-        match self {
-            Metric::TotalTime => "total time",
-            Metric::Downtime => "downtime",
-            Metric::Blackout => "blackout seen by the client",
-            Metric::WireBytes => "bytes on the wire",
-            Metric::Cpu => "CPU seconds",
-        }
-    }
-
-    /// Its value, in the unit of [`unit`](Self::unit).
-    #[must_use]
-    pub fn of(self, figures: &Figures) -> f64 {
-        match self {
-            Metric::TotalTime => figures.total_time_ms,
-            Metric::Downtime => figures.downtime_ms,
-            Metric::Blackout => figures.blackout_ms,
-            Metric::WireBytes => figures.wire_bytes as f64 / 1e6,
-            Metric::Cpu => figures.cpu_s,
-        }
-    }
-
-    /// The unit of its values.
-    #[must_use]
-    pub fn unit(self) -> &'static str {
-        match self {
-            Metric::TotalTime | Metric::Downtime | Metric::Blackout => "ms",
-            Metric::WireBytes => "MB",
-            Metric::Cpu => "s",
-        }
-    }
-}
-
-/// A point of a move's progress.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct Sample {
-    /// Since the command.
-    pub ms: f64,
-    /// Bytes of RAM sent.
-    pub transferred: u64,
-    /// Bytes of RAM known to be unsent.
-    pub remaining: u64,
-}
-
-/// One timed move.
+/// One timed move, or one measurement.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Move {
     /// Its figures.
-    #[serde(flatten)]
     pub figures: Figures,
-    /// Until the first page could be sent (ours), or until the target's QEMU had started (stock).
-    pub setup_ms: f64,
     /// How the downtime was spent, where that is known.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub downtime_split: Vec<Span>,
-    /// What the client saw.
-    pub client: Seen,
+    /// What the client saw, where there was one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client: Option<Seen>,
     /// When it was.
     pub window: Window,
     /// How it went on, where that was asked for.
-    pub samples: Vec<Sample>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub progress: Vec<Point>,
+    /// The machine's load average before: others' work shows here.
+    pub load_before: f64,
     /// What `sterna migrate` or `query-migrate` said at the end.
     pub report: serde_json::Value,
 }
 
-/// Two moves of VMs like each other, one after the other.
+/// Somebody who does what a case asks for: we, or a peer in one of its ways.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Pair {
-    /// By Sterna.
-    pub ours: Move,
-    /// By stock QEMU.
-    pub stock: Move,
-    /// The machine's load average before: others' work shows here.
-    pub load_before: f64,
+pub struct Contender {
+    /// `ours`, `stock pre-copy`, ...
+    pub name: String,
+    /// What it did, time after time.
+    pub moves: Vec<Move>,
+    /// Why it could not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
+impl Contender {
+    /// One that has done nothing yet.
+    #[must_use]
+    pub fn named(name: &str) -> Contender {
+        Contender { name: name.to_owned(), ..Contender::default() }
+    }
+
+    /// Middle and spread of one of its figures.
+    #[must_use]
+    pub fn summary(&self, metric: Metric) -> Option<Summary> {
+        Summary::of(self.moves.iter().filter_map(|m| m.figures.get(metric)))
+    }
+
+    /// The median; NaN of what was not measured, which meets no goal.
+    #[must_use]
+    pub fn median(&self, metric: Metric) -> f64 {
+        self.summary(metric).map_or(f64::NAN, |s| s.median)
+    }
 }
 
 /// The untimed move in which RAM was compared.
@@ -131,7 +72,7 @@ pub struct Verified {
     /// How long it took, digests included.
     pub total_time_ms: f64,
     /// What was wrong, if it was not equal.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }
 
@@ -143,214 +84,223 @@ impl Verified {
     }
 }
 
+/// What physics allows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Limit {
+    /// Of which figure.
+    pub metric: Metric,
+    /// The best that there can be.
+    pub value: f64,
+    /// Why.
+    pub text: String,
+}
+
+/// Lines over an axis: how a figure grows.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Curve {
+    /// What it shows.
+    pub title: String,
+    /// The axis below, with its unit.
+    pub x: String,
+    /// The axis at the side, with its unit.
+    pub y: String,
+    /// A name and its points each.
+    pub lines: Vec<(String, Vec<(f64, f64)>)>,
+}
+
+/// One setting of a row: a guest, a link, and who moves it.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Case {
+    /// Its name; empty where the row has only one.
+    pub name: String,
+    /// The guest and what it does.
+    pub workload: String,
+    /// We first.
+    pub contenders: Vec<Contender>,
+    /// The comparison of RAM, where something moved.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
+    /// Physical limits.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub limits: Vec<Limit>,
+    /// Curves.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub curves: Vec<Curve>,
+}
+
+impl Case {
+    /// Ours.
+    #[must_use]
+    pub fn ours(&self) -> Option<&Contender> {
+        self.contenders.first()
+    }
+
+    /// The others.
+    #[must_use]
+    pub fn peers(&self) -> &[Contender] {
+        self.contenders.get(1..).unwrap_or_default()
+    }
+
+    /// Our median; NaN of what was not measured.
+    #[must_use]
+    pub fn value(&self, metric: Metric) -> f64 {
+        self.ours().map_or(f64::NAN, |c| c.median(metric))
+    }
+
+    /// Ours / the peer's, of the medians; NaN of what was not measured.
+    #[must_use]
+    pub fn ratio(&self, metric: Metric, peer: usize) -> f64 {
+        self.value(metric) / self.peers().get(peer).map_or(f64::NAN, |c| c.median(metric))
+    }
+
+    /// All figures that anybody has, in order.
+    #[must_use]
+    pub fn metrics(&self) -> Vec<Metric> {
+        let all = self.contenders.iter().flat_map(|c| &c.moves).flat_map(|m| m.figures.metrics());
+        all.collect::<std::collections::BTreeSet<_>>().into_iter().collect()
+    }
+
+    /// Acknowledged writes that were gone, and connections that broke, whoever moved the VM.
+    #[must_use]
+    pub fn losses(&self) -> (u64, u64) {
+        let clients = self.contenders.iter().flat_map(|c| &c.moves).filter_map(|m| m.client.as_ref());
+        clients.fold((0, 0), |(lost, broken), c| (lost + c.lost_writes, broken + c.reconnects))
+    }
+}
+
+/// On which side of a bound a value must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Side {
+    /// Not above.
+    #[default]
+    AtMost,
+    /// Not below.
+    AtLeast,
+}
+
 /// Something that shall hold.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Goal {
     /// What, in words.
     pub text: String,
-    /// What came out.
+    /// What came out. Not there (NaN) when it was not measured.
+    #[serde(deserialize_with = "number_or_nothing")]
     pub value: f64,
-    /// The most that it may be.
-    pub at_most: f64,
+    /// On which side of the bound it shall be.
+    pub side: Side,
+    /// The bound.
+    pub bound: f64,
     /// Whether it is.
     pub met: bool,
 }
 
+/// JSON has no NaN: it is written as `null`.
+fn number_or_nothing<'de, D: serde::Deserializer<'de>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::<f64>::deserialize(from)?.unwrap_or(f64::NAN))
+}
+
 impl Goal {
-    /// That `value` is at most `at_most`.
+    /// That `value` is at most `bound`.
     #[must_use]
-    pub fn at_most(text: &str, value: f64, at_most: f64) -> Goal {
+    pub fn at_most(text: &str, value: f64, bound: f64) -> Goal {
         // A figure that is missing (NaN) meets no goal.
-        Goal { text: text.to_owned(), value, at_most, met: value <= at_most }
+        Goal { text: text.to_owned(), value, side: Side::AtMost, bound, met: value <= bound }
+    }
+
+    /// That `value` is at least `bound`.
+    #[must_use]
+    pub fn at_least(text: &str, value: f64, bound: f64) -> Goal {
+        Goal { text: text.to_owned(), value, side: Side::AtLeast, bound, met: value >= bound }
     }
 }
 
-/// The demo, or its repetition as a benchmark.
+/// What a row brought.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Demo {
-    /// Acknowledged writes that were gone at the end, of all clients.
-    pub lost_writes: u64,
-    /// Connections of clients that broke.
-    pub broken_connections: u64,
-    /// Whether RAM was proved equal at the target.
-    pub ram_equal: bool,
-    /// Medians.
-    pub ours: Figures,
-    /// Medians.
-    pub stock: Figures,
-    /// What shall hold for the medians.
-    pub goals: Vec<Goal>,
-    /// The comparison of RAM.
-    pub verified: Verified,
-    /// Every sample.
-    pub pairs: Vec<Pair>,
-    /// The machine.
-    pub host: HostFacts,
-}
-
-impl Demo {
-    /// Draws the conclusions from pairs.
-    #[must_use]
-    pub fn of(pairs: Vec<Pair>, verified: Verified, host: HostFacts) -> Demo {
-        let clients = || pairs.iter().flat_map(|p| [&p.ours.client, &p.stock.client]);
-        let lost_writes = clients().map(|c| c.lost_writes).sum();
-        let broken_connections = clients().map(|c| c.reconnects).sum();
-        let ours = medians(pairs.iter().map(|p| p.ours.figures));
-        let stock = medians(pairs.iter().map(|p| p.stock.figures));
-        let ram_equal = verified.is_equal();
-        let mut demo = Demo {
-            lost_writes,
-            broken_connections,
-            ram_equal,
-            ours,
-            stock,
-            verified,
-            host,
-            ..Demo::default()
-        };
-        demo.pairs = pairs;
-        demo.goals = demo.judged();
-        demo
-    }
-
-    /// Ours / stock, of the medians.
-    #[must_use]
-    pub fn ratio(&self, metric: Metric) -> f64 {
-        metric.of(&self.ours) / metric.of(&self.stock)
-    }
-
-    /// Nothing was lost and everything is equal: without this no figure counts.
-    #[must_use]
-    pub fn is_right(&self) -> bool {
-        self.lost_writes == 0 && self.broken_connections == 0 && self.ram_equal
-    }
-
-    fn judged(&self) -> Vec<Goal> {
-        vec![
-            Goal::at_most("total time, ours / stock", self.ratio(Metric::TotalTime), 1.0),
-            Goal::at_most("downtime, ms", self.ours.downtime_ms, 20.0),
-            Goal::at_most("downtime, ours / stock", self.ratio(Metric::Downtime), 0.15),
-            Goal::at_most("blackout, ms", self.ours.blackout_ms, 60.0),
-        ]
-    }
-}
-
-/// One move with a limited bandwidth.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Limited {
-    /// The limit, in megabits per second.
-    pub limit_mbps: f64,
-    /// What crossed the link in all the time in which pages were sent, both ways, headers included.
-    pub wire_mbps: f64,
-    /// The fastest whole second, by the migration's own count of what it sent.
-    pub fastest_mbps: f64,
-    /// What the migration says at the end: of its last round, which may be too short to tell.
-    pub ram_mbps: f64,
-    /// All of the migration.
-    pub report: Said,
-}
-
-impl Limited {
-    /// How far the used bandwidth is from the limit, as a part of it; negative below.
-    #[must_use]
-    pub fn deviation(&self) -> f64 {
-        self.wire_mbps / self.limit_mbps - 1.0
-    }
-}
-
-/// The most that was sent in any stretch of at least a second, in megabits per second; NaN of a shorter move.
-#[must_use]
-pub fn fastest_mbps(samples: &[Sample]) -> f64 {
-    const SECOND_MS: f64 = 1000.0;
-    let stretch = |(at, first): (usize, &Sample)| {
-        let last = samples[at..].iter().find(|s| s.ms - first.ms >= SECOND_MS)?;
-        Some(
-            (last.transferred - first.transferred.min(last.transferred)) as f64 * 8.0
-                / 1e3
-                / (last.ms - first.ms),
-        )
-    };
-    samples.iter().enumerate().filter_map(stretch).fold(f64::NAN, f64::max)
-}
-
-/// How well `max-bandwidth` is kept.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Rate {
-    /// Moves with different limits.
-    pub moves: Vec<Limited>,
+pub struct RowResult {
+    /// Its name on the command line.
+    pub name: String,
+    /// Its number, where it has one; numbers stay for good.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub number: Option<u8>,
+    /// What it measures.
+    pub title: String,
+    /// Its cases.
+    pub cases: Vec<Case>,
     /// What shall hold.
     pub goals: Vec<Goal>,
-    /// What the client lost meanwhile.
-    pub lost_writes: u64,
-    /// The machine.
-    pub host: HostFacts,
+    /// What a reader must know of these figures.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<String>,
+    /// Why it was not measured.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_run: Option<String>,
+    /// How long it took.
+    pub took_s: f64,
 }
 
-/// What `cargo xtask bench --out` writes: the rows that ran.
+impl RowResult {
+    /// How the row is called in a sentence.
+    #[must_use]
+    pub fn label(&self) -> String {
+        self.number.map_or(self.name.clone(), |n| format!("{n} ({})", self.name))
+    }
+
+    /// Nothing was lost and everything that moved is equal: without this no figure counts.
+    #[must_use]
+    pub fn is_right(&self) -> bool {
+        self.cases.iter().all(|c| c.losses() == (0, 0) && c.verified.as_ref().is_none_or(Verified::is_equal))
+    }
+
+    /// It was measured, it is right, and all goals are met.
+    #[must_use]
+    pub fn is_good(&self) -> bool {
+        self.not_run.is_none() && self.is_right() && self.goals.iter().all(|g| g.met)
+    }
+}
+
+/// What `--out` writes.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Results {
-    /// The row `demo`.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub demo: Option<Demo>,
-    /// The row `rate`.
-    #[serde(skip_serializing_if = "Option::is_none", default)]
-    pub rate: Option<Rate>,
+    /// The machine.
+    pub host: HostFacts,
+    /// How thorough the run was: pairs of moves, or none for a quick one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pairs: Option<u32>,
+    /// The rows that ran.
+    pub rows: Vec<RowResult>,
 }
 
 impl Results {
     /// Reads what `demo --out` or `bench --out` wrote, now or earlier: figures that an old file lacks are empty.
     pub fn parse(text: &str) -> Result<Results, serde_json::Error> {
-        let value: serde_json::Value = serde_json::from_str(text)?;
-        if value.get("pairs").is_some() {
-            return Ok(Results { demo: Some(serde_json::from_value(value)?), rate: None });
+        let results: Results = serde_json::from_str(text)?;
+        match results.rows.is_empty() {
+            true => Err(serde::de::Error::custom("it has no rows")),
+            false => Ok(results),
         }
-        if !["demo", "rate"].iter().any(|row| value.get(row).is_some()) {
-            return Err(serde::de::Error::custom("it has none of our rows"));
-        }
-        serde_json::from_value(value)
     }
 
-    /// Whether nothing was lost and all goals are met.
+    /// Whether every row is good.
     #[must_use]
     pub fn is_good(&self) -> bool {
-        let met = |goals: &[Goal]| goals.iter().all(|g| g.met);
-        self.demo.as_ref().is_none_or(|d| d.is_right() && met(&d.goals))
-            && self.rate.as_ref().is_none_or(|r| r.lost_writes == 0 && met(&r.goals))
+        self.rows.iter().all(RowResult::is_good)
     }
 }
 
-/// The median of each figure by itself.
-fn medians(figures: impl Iterator<Item = Figures>) -> Figures {
-    let all: Vec<Figures> = figures.collect();
-    let of = |value: fn(&Figures) -> f64| median(all.iter().map(value).collect());
-    Figures {
-        total_time_ms: of(|f| f.total_time_ms),
-        downtime_ms: of(|f| f.downtime_ms),
-        blackout_ms: of(|f| f.blackout_ms),
-        wire_bytes: of(|f| f.wire_bytes as f64) as u64,
-        cpu_s: of(|f| f.cpu_s),
-    }
-}
-
-/// The middle one, or the mean of the two in the middle; NaN of nothing.
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
-        0 => f64::NAN,
-        n if n % 2 == 1 => values[middle],
-        _ => f64::midpoint(values[middle - 1], values[middle]),
-    }
-}
-
-/// The smallest and the largest.
+/// The most that was sent in any stretch of at least a second, in megabits per second; NaN of a shorter move.
 #[must_use]
-pub fn spread(metric: Metric, moves: &[&Move]) -> (f64, f64) {
-    let values = moves.iter().map(|m| metric.of(&m.figures));
-    values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)))
+pub fn fastest_mbps(progress: &[Point]) -> f64 {
+    const SECOND_MS: f64 = 1000.0;
+    let stretch = |(at, first): (usize, &Point)| {
+        let last = progress[at..].iter().find(|s| s.ms - first.ms >= SECOND_MS)?;
+        let bytes = last.transferred - first.transferred.min(last.transferred);
+        Some(bytes as f64 * 8.0 / 1e3 / (last.ms - first.ms))
+    };
+    progress.iter().enumerate().filter_map(stretch).fold(f64::NAN, f64::max)
 }
 
 #[cfg(test)]
@@ -358,83 +308,97 @@ pub(crate) mod tests {
     use super::*;
 
     fn one(total_time_ms: f64, downtime_ms: f64) -> Move {
-        let figures = Figures {
-            total_time_ms,
-            downtime_ms,
-            blackout_ms: downtime_ms + 5.0,
-            wire_bytes: 400_000_000,
-            cpu_s: 3.0,
-        };
+        let figures = Figures::default()
+            .with(Metric::TotalTime, total_time_ms)
+            .with(Metric::Downtime, downtime_ms)
+            .with(Metric::WireBytes, 400.0);
         let split =
             vec![Span { name: "stop".into(), ms: 1.0 }, Span { name: "load".into(), ms: downtime_ms - 1.0 }];
-        let samples = vec![
-            Sample { ms: 100.0, transferred: 0, remaining: 9 << 20 },
-            Sample { ms: 900.0, transferred: 9 << 20, remaining: 0 },
+        let progress = vec![
+            Point { ms: 100.0, transferred: 0, remaining: 9 << 20 },
+            Point { ms: 900.0, transferred: 9 << 20, remaining: 0 },
         ];
-        let client = Seen { acknowledged: 5, per_second: vec![2000, 1900, 2000], ..Seen::default() };
-        Move { figures, downtime_split: split, samples, client, ..Move::default() }
+        let client = Some(Seen { acknowledged: 5, per_second: vec![2000, 1900, 2000], ..Seen::default() });
+        Move { figures, downtime_split: split, progress, client, ..Move::default() }
     }
 
     /// Three pairs, the middle one an outlier.
-    pub(crate) fn sample() -> Demo {
-        let pair = |ours, stock| Pair { ours, stock, load_before: 0.0 };
-        let pairs = vec![
-            pair(one(4000.0, 12.0), one(4100.0, 200.0)),
-            pair(one(9000.0, 90.0), one(4200.0, 210.0)),
-            pair(one(3900.0, 11.0), one(4000.0, 190.0)),
-        ];
-        Demo::of(pairs, Verified { blocks: 4, total_time_ms: 5000.0, error: None }, HostFacts::default())
+    pub(crate) fn sample() -> RowResult {
+        let ours = Contender {
+            moves: vec![one(4000.0, 12.0), one(9000.0, 90.0), one(3900.0, 11.0)],
+            ..Contender::named("ours")
+        };
+        let stock = Contender {
+            moves: vec![one(4100.0, 200.0), one(4200.0, 210.0), one(4000.0, 190.0)],
+            ..Contender::named("stock pre-copy")
+        };
+        let case = Case {
+            workload: "a guest of <1024> MiB".into(),
+            contenders: vec![ours, stock],
+            verified: Some(Verified { blocks: 4, total_time_ms: 5000.0, error: None }),
+            limits: vec![Limit { metric: Metric::TotalTime, value: 3500.0, text: "bytes / link".into() }],
+            curves: vec![Curve {
+                title: "how it grows".into(),
+                x: "MB".into(),
+                y: "ms".into(),
+                lines: vec![("ours".into(), vec![(1.0, 2.0), (2.0, 4.0)])],
+            }],
+            ..Case::default()
+        };
+        let goals = vec![Goal::at_most("total time, ours / stock", case.ratio(Metric::TotalTime, 0), 1.0)];
+        RowResult {
+            name: "demo".into(),
+            title: "the demo".into(),
+            cases: vec![case],
+            goals,
+            ..RowResult::default()
+        }
     }
 
     #[test]
-    fn medians_withstand_an_outlier() {
-        let demo = sample();
-        assert_eq!((demo.ours.total_time_ms, demo.stock.total_time_ms), (4000.0, 4100.0));
-        assert!(demo.is_right() && demo.goals.iter().all(|g| g.met), "{:?}", demo.goals);
+    fn medians_decide() {
+        let row = sample();
+        assert_eq!(row.cases[0].value(Metric::TotalTime), 4000.0);
+        assert!(row.is_right() && row.is_good(), "{:?}", row.goals);
     }
 
     #[test]
-    fn each_goal_can_be_missed() {
-        let mut pairs = sample().pairs;
-        pairs.iter_mut().for_each(|p| p.ours = one(5000.0, 70.0));
-        let demo = Demo::of(pairs, Verified::default(), HostFacts::default());
-        assert!(demo.goals.iter().all(|g| !g.met), "{:?}", demo.goals);
-        assert!(!demo.ram_equal);
+    fn a_lost_write_of_either_contender_counts_and_so_does_ram_that_differs() {
+        let mut row = sample();
+        row.cases[0].contenders[1].moves[1].client.as_mut().unwrap().lost_writes = 2;
+        assert!(!row.is_right());
+        let mut row = sample();
+        row.cases[0].verified = Some(Verified::default());
+        assert!(!row.is_right());
     }
 
     #[test]
-    fn a_lost_write_of_either_client_counts() {
-        let mut pairs = sample().pairs;
-        pairs[1].stock.client.lost_writes = 2;
-        let demo = Demo::of(pairs, sample().verified, HostFacts::default());
-        assert_eq!(demo.lost_writes, 2);
-        assert!(!demo.is_right());
+    fn a_missing_figure_meets_no_goal_and_survives_a_file() {
+        let goals = [Goal::at_most("x", f64::NAN, 1.0), Goal::at_least("x", f64::NAN, 1.0)];
+        assert!(goals.iter().all(|g| !g.met));
+        let read: Goal = serde_json::from_str(&serde_json::to_string(&goals[0]).unwrap()).unwrap();
+        assert!(read.value.is_nan());
     }
 
     #[test]
-    fn a_missing_figure_meets_no_goal() {
-        assert!(!Goal::at_most("x", f64::NAN, 1.0).met);
-        assert!(median(Vec::new()).is_nan());
-        assert_eq!(median(vec![4.0, 1.0, 2.0, 3.0]), 2.5);
+    fn a_row_that_did_not_run_is_not_good() {
+        assert!(!RowResult { not_run: Some("no root".into()), ..sample() }.is_good());
     }
 
     #[test]
     fn the_fastest_second_is_found_and_a_burst_within_it_is_not_taken_for_one() {
-        let at = |ms, megabits: u64| Sample { ms, transferred: megabits * 125_000, remaining: 0 };
-        let samples = [at(0.0, 0), at(500.0, 50), at(600.0, 150), at(1500.0, 200), at(2500.0, 220)];
+        let at = |ms, megabits: u64| Point { ms, transferred: megabits * 125_000, remaining: 0 };
+        let progress = [at(0.0, 0), at(500.0, 50), at(600.0, 150), at(1500.0, 200), at(2500.0, 220)];
         // The best stretch is the one from 500 to 1500 ms.
-        assert!((fastest_mbps(&samples) - 150.0).abs() < 1e-9, "{}", fastest_mbps(&samples));
-        assert!(fastest_mbps(&samples[..3]).is_nan());
+        assert!((fastest_mbps(&progress) - 150.0).abs() < 1e-9, "{}", fastest_mbps(&progress));
+        assert!(fastest_mbps(&progress[..3]).is_nan());
     }
 
     #[test]
-    fn both_kinds_of_files_are_read() {
-        let demo = serde_json::to_string(&sample()).unwrap();
-        assert_eq!(Results::parse(&demo).unwrap().demo.unwrap().pairs.len(), 3);
-        let both = Results { demo: Some(sample()), rate: Some(Rate::default()) };
-        let read = Results::parse(&serde_json::to_string(&both).unwrap()).unwrap();
-        assert!(read.demo.is_some() && read.rate.is_some());
-        for other in ["[]", "{}", "{\"demo\":7}", "not JSON"] {
+    fn a_file_of_something_else_is_refused() {
+        let text = serde_json::to_string(&Results { rows: vec![sample()], ..Results::default() }).unwrap();
+        assert_eq!(Results::parse(&text).unwrap().rows[0].cases[0].contenders.len(), 2);
+        for other in ["[]", "{}", "{\"rows\":7}", "not JSON"] {
             Results::parse(other).unwrap_err();
         }
     }

@@ -3,11 +3,10 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use sterna_lab::guest::{HostSide, Serial};
-use sterna_lab::{Arrival, Host, Lab, LabSpec};
+use sterna_lab::{Host, Lab, LabSpec, LinkBytes};
 
 use crate::agent::{self, HostAgent};
-use crate::{BenchError, Kit, load};
+use crate::{BenchError, Kit};
 
 /// A lab in which both kinds of migration run.
 #[derive(Debug)]
@@ -23,6 +22,24 @@ pub struct Stage {
     pub kit: Kit,
 }
 
+/// What is between the hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Link {
+    /// 1 Gbit/s.
+    Gigabit,
+    /// As fast as the machine copies.
+    Unshaped,
+}
+
+/// What protects our pages on their way; stock QEMU's have nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PageStreams {
+    /// TLS, as it is when nothing is said.
+    Encrypted,
+    /// Nothing: a comparison of like with like.
+    Clear,
+}
+
 /// Which way a VM goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Way {
@@ -32,13 +49,28 @@ pub enum Way {
     Back,
 }
 
+impl Way {
+    /// The other one.
+    #[must_use]
+    pub fn turned(self) -> Way {
+        match self {
+            Way::There => Way::Back,
+            Way::Back => Way::There,
+        }
+    }
+}
+
 impl Stage {
-    /// Sets everything up. Needs root.
-    pub fn up(kit: &Kit) -> Result<Stage, BenchError> {
-        let lab = Lab::up(&LabSpec { taps: 1, ..LabSpec::default() })?;
+    /// Sets everything up. Needs root. Guests have a tap each.
+    pub fn up(kit: &Kit, link: Link, streams: PageStreams, guests: u8) -> Result<Stage, BenchError> {
+        let rate = match link {
+            Link::Gigabit => LabSpec::default().rate,
+            Link::Unshaped => None,
+        };
+        let lab = Lab::up(&LabSpec { rate, taps: guests, ..LabSpec::default() })?;
         agent::issue_keys(&lab, kit)?;
-        let a = HostAgent::start(&lab, lab.host(0)?, kit)?;
-        let b = HostAgent::start(&lab, lab.host(1)?, kit)?;
+        let a = HostAgent::start(&lab, lab.host(0)?, kit, streams, guests)?;
+        let b = HostAgent::start(&lab, lab.host(1)?, kit, streams, guests)?;
         Ok(Stage { a, b, lab, kit: kit.clone() })
     }
 
@@ -51,9 +83,14 @@ impl Stage {
         }
     }
 
-    /// The host that a VM of the lab is born on.
-    pub fn birthplace(&self) -> Result<&Host, BenchError> {
-        Ok(self.lab.host(0)?)
+    /// The host that a VM leaves.
+    pub fn from(&self, way: Way) -> Result<&Host, BenchError> {
+        Ok(self.lab.host(usize::from(way == Way::Back))?)
+    }
+
+    /// The host that a VM comes to.
+    pub fn to(&self, way: Way) -> Result<&Host, BenchError> {
+        self.from(way.turned())
     }
 
     /// The console of a VM that our agents run. Both hosts reach the file, as they would reach a disk image.
@@ -62,20 +99,9 @@ impl Stage {
         self.lab.dir().join(format!("{vm}.serial"))
     }
 
-    /// Boots a VM under the care of host `a`'s agent, and waits until all that it runs is up.
-    pub fn boot(&self, vm: &str) -> Result<(), BenchError> {
-        let guest = load::guest(&self.lab, &self.kit, vm);
-        let serial = Serial::File(self.console(vm));
-        let tap = Some(self.birthplace()?.tap(0));
-        let side = HostSide { tap, serial, qmp: None, arrival: Arrival::Boot };
-        self.a.run(vm, &self.kit.packages.qemu_72, &guest.arguments(&side))?;
-        load::wait_ready(&self.console(vm))
-    }
-
-    /// Bytes over the migration link so far, both ways.
-    pub fn wire_bytes(&self) -> Result<u64, BenchError> {
-        let bytes = self.lab.link_bytes(self.birthplace()?)?;
-        Ok(bytes.sent + bytes.received)
+    /// Bytes over the migration link so far, as the source of this way sees them.
+    pub fn wire_bytes(&self, way: Way) -> Result<LinkBytes, BenchError> {
+        Ok(self.lab.link_bytes(self.from(way)?)?)
     }
 
     /// A command in the client's namespace.

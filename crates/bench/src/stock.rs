@@ -6,14 +6,18 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use sterna_lab::{Arrival, Running};
+use sterna_lab::{Arrival, GuestSpec, Running};
 
+use crate::BenchError;
+use crate::facts::load_average;
+use crate::figures::{Figures, Metric};
 use crate::load::{self, Window};
-use crate::meter::Meter;
-use crate::stage::Stage;
-use crate::{BenchError, Kit};
+use crate::meter::{Meter, pss_mb};
+use crate::ours::PAGE_BITS;
+use crate::results::Move;
+use crate::stage::{Stage, Way};
 
-/// QEMU listens here at the target.
+/// QEMU listens here at the target; every VM of a lab has a port of its own above it.
 const PORT: u16 = 4444;
 /// QEMU's own default, and ours.
 const DOWNTIME_LIMIT_MS: u64 = 300;
@@ -25,105 +29,299 @@ const ASK: Duration = Duration::from_millis(20);
 const LIMIT: Duration = Duration::from_secs(120);
 /// QEMU says `completed` a moment before it writes down for how long the guest was stopped.
 const FIGURES: Duration = Duration::from_secs(1);
+/// `multifd-channels`: QEMU's default, and as many as the machine has cores to serve.
+const CHANNELS: u32 = 2;
+/// `xbzrle-cache-size`: all of the guests' working sets. QEMU's default of 64 MiB would hold it back.
+const CACHE_BYTES: u64 = 512 << 20;
 
-/// A move as seen from outside.
-#[derive(Debug, Clone)]
-pub struct Moved {
-    /// From the start of the target's QEMU until the source's was gone.
-    pub total_time_ms: f64,
-    /// The part of it in which the target's QEMU started.
-    pub launch_ms: f64,
-    /// QEMU's own figure.
-    pub downtime_ms: f64,
-    /// Bytes on the link, both ways, headers included.
-    pub wire_bytes: u64,
-    /// CPU seconds of both QEMUs. The emulated guest's own work is part of it.
-    pub cpu_s: f64,
-    /// When it was.
-    pub window: Window,
-    /// `query-migrate` at the end.
-    pub report: Value,
+/// `cpu-throttle-increment`: QEMU's default.
+const THROTTLE_STEP: u32 = 10;
+/// Everything that a way may switch on: what the last move of a VM switched on is switched off again.
+const CAPABILITIES: &[&str] =
+    &["multifd", "xbzrle", "compress", "auto-converge", "postcopy-ram", "postcopy-preempt"];
+/// A cancelled migration ends within milliseconds, unless the machine is very busy.
+const CANCELLED: Duration = Duration::from_secs(10);
+
+/// A way in which QEMU itself migrates.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StockWay {
+    /// As it does when nothing is asked for.
+    Precopy,
+    /// Pages on several connections.
+    Multifd,
+    /// Pages that are sent again travel as differences.
+    Xbzrle,
+    /// Pages are compressed by threads of their own (removed after QEMU 9.0).
+    Compress,
+    /// The guest is slowed down until it converges.
+    AutoConverge,
+    /// The guest runs at the target at once.
+    Postcopy,
+    /// The same, with faulted pages on a connection of their own.
+    Preempt,
+}
+
+impl StockWay {
+    /// Its name in results.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            StockWay::Precopy => "stock pre-copy",
+            StockWay::Multifd => "stock multifd",
+            StockWay::Xbzrle => "stock XBZRLE",
+            StockWay::Compress => "stock compression",
+            StockWay::AutoConverge => "stock auto-converge",
+            StockWay::Postcopy => "stock post-copy",
+            StockWay::Preempt => "stock post-copy preempt",
+        }
+    }
+
+    fn capabilities(self) -> &'static [&'static str] {
+        match self {
+            StockWay::Precopy => &[],
+            StockWay::Multifd => &["multifd"],
+            StockWay::Xbzrle => &["xbzrle"],
+            StockWay::Compress => &["compress"],
+            StockWay::AutoConverge => &["auto-converge"],
+            StockWay::Postcopy => &["postcopy-ram"],
+            StockWay::Preempt => &["postcopy-ram", "postcopy-preempt"],
+        }
+    }
+
+    fn is_postcopy(self) -> bool {
+        matches!(self, StockWay::Postcopy | StockWay::Preempt)
+    }
+}
+
+/// What is asked of QEMU's migration.
+#[derive(Debug, Clone, Copy)]
+pub struct Order {
+    /// In which way.
+    pub way: StockWay,
+    /// `max-bandwidth` in bytes per second, if it is to be limited.
+    pub bandwidth: Option<u64>,
+    /// `downtime-limit`.
+    pub downtime_limit_ms: u64,
+    /// When to give up.
+    pub limit: Duration,
+    /// Settings of the way.
+    pub tuning: Tuning,
+}
+
+/// Settings of the ways. What is none is as QEMU has it by default, or as this file says.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tuning {
+    /// `multifd-channels`.
+    pub channels: Option<u32>,
+    /// `xbzrle-cache-size`, in bytes.
+    pub cache_bytes: Option<u64>,
+    /// `compress-threads` and `decompress-threads`.
+    pub threads: Option<u32>,
+    /// `cpu-throttle-increment`, in per cent.
+    pub throttle_step: Option<u32>,
+    /// Rounds after which post-copy begins.
+    pub switch_after: u64,
+    /// Rounds after which the guest is stopped, to run again when it is at the target.
+    pub stop_after: Option<u64>,
+    /// Rounds after which it is given up.
+    pub rounds_max: Option<u64>,
+}
+
+impl Order {
+    /// In this way, with nothing in its way.
+    #[must_use]
+    pub fn of(way: StockWay) -> Order {
+        Order {
+            way,
+            bandwidth: None,
+            downtime_limit_ms: DOWNTIME_LIMIT_MS,
+            limit: LIMIT,
+            tuning: Tuning::default(),
+        }
+    }
 }
 
 /// A VM that stock QEMU runs, and will move.
 #[derive(Debug)]
 pub struct StockVm {
-    name: String,
-    qemu: Running,
+    guest: GuestSpec,
+    tap: u8,
+    /// Its QEMU.
+    pub qemu: Running,
+    /// The way that it would go next.
+    pub way: Way,
 }
 
 impl StockVm {
-    /// Boots one like ours on the same host.
-    pub fn boot(stage: &Stage, name: &str) -> Result<StockVm, BenchError> {
-        let qemu = start(stage, name, 0, Arrival::Boot)?;
-        qemu.wait_ready()?;
-        Ok(StockVm { name: name.to_owned(), qemu })
+    /// Boots it on host `a`, at the tap of this number, and waits until all that it runs is up.
+    pub fn boot(stage: &Stage, guest: &GuestSpec, tap: u8) -> Result<StockVm, BenchError> {
+        let (guest, way) = (guest.clone(), Way::There);
+        let qemu = start(stage, &guest, tap, way.turned(), Arrival::Boot)?;
+        load::wait_ready(&guest, || qemu.console())?;
+        Ok(StockVm { guest, tap, qemu, way })
     }
 
-    /// Moves it to host `b`.
-    pub fn migrate(mut self, stage: &Stage) -> Result<(Moved, StockVm), BenchError> {
+    /// Everything that the guest printed where it is now.
+    #[must_use]
+    pub fn console(&self) -> String {
+        self.qemu.console()
+    }
+
+    /// Moves it to the other host, timed. After an error it runs on where it was.
+    pub fn migrate(&mut self, stage: &Stage, order: Order) -> Result<Move, BenchError> {
+        let pss_source = pss_mb(self.qemu.process());
         let mut meter = Meter::default();
         meter.watch(self.qemu.process());
-        let wire = stage.wire_bytes()?;
+        let (wire, load_before) = (stage.wire_bytes(self.way)?, load_average());
         let (window, began) = (Window::open(), Instant::now());
-        let mut target = start(stage, &self.name, 1, Arrival::Incoming)?;
+        let mut target = start(stage, &self.guest, self.tap, self.way, Arrival::Incoming)?;
         let launch_ms = began.elapsed().as_secs_f64() * 1e3;
         meter.watch_whole(target.process());
-        begin(stage, &mut self.qemu, &mut target)?;
-        wait_completed(&mut self.qemu)?;
+        self.begin(stage, &mut target, order)?;
+        let stopped = self.wait_completed(order)?;
+        if stopped.is_some() {
+            target.qmp.execute("cont", json!({}))?;
+        }
         wait_running(&mut target)?;
         let running = began.elapsed();
+        // QEMU counts from its own stop, and not from ours.
+        let stopped_ms = stopped.map(|s| s.elapsed().as_secs_f64() * 1e3);
         meter.sample();
         // What follows is a question of ours, not part of the migration.
         let report = figures(&mut self.qemu)?;
         let freeing = Instant::now();
-        drop(self.qemu);
-        let moved = Moved {
-            total_time_ms: (running + freeing.elapsed()).as_secs_f64() * 1e3,
-            launch_ms,
-            downtime_ms: report.get("downtime").and_then(Value::as_f64).unwrap_or(f64::NAN),
-            wire_bytes: stage.wire_bytes()? - wire,
-            cpu_s: meter.seconds(),
-            window: window.close(),
-            report,
-        };
-        Ok((moved, StockVm { name: self.name, qemu: target }))
+        drop(std::mem::replace(&mut self.qemu, target));
+        let total_ms = (running + freeing.elapsed()).as_secs_f64() * 1e3;
+        let window = window.close();
+        let wire = wire.until(stage.wire_bytes(self.way)?);
+        self.way = self.way.turned();
+        let told = |name: &str| report.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
+        let pages = report.pointer("/ram/normal").and_then(Value::as_f64).unwrap_or(f64::NAN);
+        let sending_ms = told("total-time") - told("setup-time") - told("downtime");
+        let mut figures = Figures::default();
+        for (metric, value) in [
+            (Metric::TotalTime, total_ms),
+            (Metric::SetupTime, launch_ms),
+            (Metric::Downtime, stopped_ms.unwrap_or(told("downtime"))),
+            (Metric::WireBytes, (wire.sent + wire.received) as f64 / 1e6),
+            (Metric::WireForth, wire.sent as f64 / 1e6),
+            (Metric::Cpu, meter.seconds()),
+            (Metric::PssSource, pss_source),
+            (Metric::PssTarget, pss_mb(self.qemu.process())),
+            (Metric::Throughput, pages * PAGE_BITS / 1e6 / sending_ms),
+        ] {
+            figures.set(metric, value);
+        }
+        Ok(Move { figures, window, load_before, report, ..Move::default() })
     }
-}
 
-fn start(stage: &Stage, name: &str, host: usize, arrival: Arrival) -> Result<Running, BenchError> {
-    let kit: &Kit = &stage.kit;
-    let guest = load::guest(&stage.lab, kit, name);
-    Ok(Running::start(&stage.lab, stage.lab.host(host)?, &kit.packages.qemu_72, &guest, 0, arrival)?)
-}
-
-fn begin(stage: &Stage, source: &mut Running, target: &mut Running) -> Result<(), BenchError> {
-    let uri = format!("tcp:{}:{PORT}", stage.lab.host(1)?.address);
-    target.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
-    let parameters = json!({ "downtime-limit": DOWNTIME_LIMIT_MS, "max-bandwidth": BANDWIDTH_BYTES });
-    source.qmp.execute("migrate-set-parameters", parameters)?;
-    source.qmp.execute("migrate", json!({ "uri": uri }))?;
-    Ok(())
-}
-
-fn wait_completed(source: &mut Running) -> Result<(), BenchError> {
-    let end = Instant::now() + LIMIT;
-    loop {
-        let report = source.qmp.execute("query-migrate", json!({}))?;
-        match word(&report) {
-            "completed" => return Ok(()),
-            "failed" | "cancelled" => {
-                return Err(BenchError::unexpected("stock migration", report.to_string()));
+    /// Begins a migration to a QEMU that waits.
+    pub fn begin(&mut self, stage: &Stage, target: &mut Running, order: Order) -> Result<(), BenchError> {
+        let address = stage.to(self.way)?.address;
+        let uri = format!("tcp:{address}:{}", PORT + u16::from(self.tap));
+        let wanted = order.way.capabilities();
+        let capabilities: Vec<_> =
+            CAPABILITIES.iter().map(|c| json!({ "capability": c, "state": wanted.contains(c) })).collect();
+        let mut parameters = json!({
+            "downtime-limit": order.downtime_limit_ms,
+            "max-bandwidth": order.bandwidth.unwrap_or(BANDWIDTH_BYTES),
+        });
+        let tuning = order.tuning;
+        match order.way {
+            StockWay::Multifd => parameters["multifd-channels"] = tuning.channels.unwrap_or(CHANNELS).into(),
+            StockWay::Xbzrle => {
+                parameters["xbzrle-cache-size"] = tuning.cache_bytes.unwrap_or(CACHE_BYTES).into();
             }
-            _ if Instant::now() >= end => {
-                return Err(BenchError::Deadline {
-                    what: format!("stock migration ({report})"),
-                    limit: LIMIT,
-                });
+            StockWay::Compress => {
+                let threads = tuning.threads.unwrap_or(CHANNELS);
+                parameters["compress-threads"] = threads.into();
+                parameters["decompress-threads"] = threads.into();
             }
-            _ => std::thread::sleep(ASK),
+            StockWay::AutoConverge => {
+                parameters["cpu-throttle-increment"] = tuning.throttle_step.unwrap_or(THROTTLE_STEP).into();
+            }
+            StockWay::Precopy | StockWay::Postcopy | StockWay::Preempt => {}
+        }
+        for qemu in [&mut self.qemu, &mut *target] {
+            qemu.qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+            qemu.qmp.execute("migrate-set-parameters", parameters.clone())?;
+        }
+        target.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
+        self.qemu.qmp.execute("migrate", json!({ "uri": uri }))?;
+        Ok(())
+    }
+
+    /// A QEMU at the other host that waits for this VM.
+    pub fn waiting(&self, stage: &Stage) -> Result<Running, BenchError> {
+        start(stage, &self.guest, self.tap, self.way, Arrival::Incoming)
+    }
+
+    /// Also does what the order wants done after some rounds; when it stopped the guest is told.
+    fn wait_completed(&mut self, order: Order) -> Result<Option<Instant>, BenchError> {
+        let end = Instant::now() + order.limit;
+        let tuning = order.tuning;
+        let mut to_switch = order.way.is_postcopy();
+        let (mut stopped, mut switched) = (None, None);
+        loop {
+            let report = self.qemu.qmp.execute("query-migrate", json!({}))?;
+            let rounds = report.pointer("/ram/dirty-sync-count").and_then(Value::as_u64).unwrap_or(0);
+            let now = Instant::now();
+            match word(&report) {
+                "completed" => return Ok(stopped),
+                "failed" | "cancelled" => {
+                    return Err(BenchError::unexpected("stock migration", report.to_string()));
+                }
+                "active" if to_switch && rounds >= tuning.switch_after => {
+                    self.qemu.qmp.execute("migrate-start-postcopy", json!({}))?;
+                    (to_switch, switched) = (false, Some(now));
+                }
+                "active" if stopped.is_none() && tuning.stop_after.is_some_and(|s| rounds >= s) => {
+                    self.qemu.qmp.execute("stop", json!({}))?;
+                    stopped = Some(now);
+                }
+                // From the switch on there is no way back: cancelling would end the guest.
+                _ if now >= switched.map_or(end, |at| at + LIMIT) => {
+                    self.cancel()?;
+                    let what = format!("{} ({report})", order.way.name());
+                    return Err(BenchError::Deadline { what, limit: order.limit });
+                }
+                _ if switched.is_none() && tuning.rounds_max.is_some_and(|max| rounds > max) => {
+                    self.cancel()?;
+                    return Err(BenchError::NoEnd {
+                        what: format!("{} ({report})", order.way.name()),
+                        rounds,
+                    });
+                }
+                _ => std::thread::sleep(ASK),
+            }
         }
     }
+
+    /// Ends a migration, and waits until the guest is alone again.
+    fn cancel(&mut self) -> Result<(), BenchError> {
+        self.qemu.qmp.execute("migrate_cancel", json!({}))?;
+        let end = Instant::now() + CANCELLED;
+        loop {
+            let report = self.qemu.qmp.execute("query-migrate", json!({}))?;
+            match word(&report) {
+                "cancelled" => return Ok(()),
+                "cancelling" if Instant::now() < end => std::thread::sleep(ASK),
+                _ => return Err(BenchError::unexpected("a cancelled migration", report.to_string())),
+            }
+        }
+    }
+}
+
+/// Starts a QEMU for a guest that goes this way, at the end of it.
+fn start(
+    stage: &Stage,
+    guest: &GuestSpec,
+    tap: u8,
+    way: Way,
+    arrival: Arrival,
+) -> Result<Running, BenchError> {
+    let host = stage.to(way)?;
+    Ok(Running::start(&stage.lab, host, &stage.kit.packages.qemu_72, guest, tap, arrival)?)
 }
 
 fn wait_running(target: &mut Running) -> Result<(), BenchError> {

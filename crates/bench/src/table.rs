@@ -1,83 +1,138 @@
-//! Results for people: one table, and whether the goals are met.
+//! Results for people: a table for each case, and a line for each goal and each row.
 
 use std::fmt::Write;
 
-use crate::results::{Demo, Goal, Metric, Move, Rate, spread};
+use crate::figures::Metric;
+use crate::results::{Case, Curve, Goal, RowResult, Side};
 
-/// The table of the demo.
+/// All of a row: its cases, what shall hold, and what one must know.
 #[must_use]
-pub fn demo(demo: &Demo) -> String {
-    let mut text = format!("{:<30}{:>16}{:>16}{:>14}\n", "", "ours", "stock QEMU", "ours / stock");
-    for metric in Metric::ALL {
-        let cell = |value: f64| format!("{} {}", number(value), metric.unit());
-        let (ours, stock) = (metric.of(&demo.ours), metric.of(&demo.stock));
-        line(&mut text, metric.label(), &cell(ours), &cell(stock), &format!("{:.3}", demo.ratio(metric)));
+pub fn row(row: &RowResult) -> String {
+    let mut text = format!("\nrow {}: {}\n", row.label(), row.title);
+    if let Some(why) = &row.not_run {
+        let _ = writeln!(text, "NOT RUN  {why}");
+        return text;
     }
-    let lost = |of: fn(&crate::results::Pair) -> &Move| {
-        demo.pairs.iter().map(|p| of(p).client.lost_writes).sum::<u64>().to_string()
-    };
-    line(&mut text, "lost writes", &lost(|p| &p.ours), &lost(|p| &p.stock), "");
-    let equal = match (&demo.verified.error, demo.ram_equal) {
-        (None, true) => format!("equal, {} blocks", demo.verified.blocks),
-        (Some(_), _) => "NOT PROVED".to_owned(),
-        (None, false) => "nothing compared".to_owned(),
-    };
-    line(&mut text, "RAM at the target", &equal, "-", "");
-    if let Some(why) = &demo.verified.error {
-        let _ = writeln!(text, "\nthe comparing move failed: {why}");
+    for case in &row.cases {
+        text += &self::case(case);
     }
-    if demo.broken_connections > 0 {
-        let _ = writeln!(text, "{} connections of clients broke", demo.broken_connections);
+    text += &goals(&row.goals);
+    for note in &row.notes {
+        let _ = writeln!(text, "note     {note}");
     }
-    text + &spreads(demo) + &split(demo) + &load(demo)
+    text
 }
 
-/// What else the machine did: emulated guests on two cores measure their neighbours as well.
-fn load(demo: &Demo) -> String {
-    let loads: Vec<String> = demo.pairs.iter().map(|p| format!("{:.1}", p.load_before)).collect();
-    format!("load average before: {}, on {} cores\n", loads.join(", "), demo.host.cores)
-}
-
-/// How far the samples lie apart, when there are several.
-fn spreads(demo: &Demo) -> String {
-    if demo.pairs.len() < 2 {
-        return String::new();
-    }
-    let mut text = format!("\nmedians of {} pairs; smallest and largest:\n", demo.pairs.len());
-    let ours: Vec<&Move> = demo.pairs.iter().map(|p| &p.ours).collect();
-    let stock: Vec<&Move> = demo.pairs.iter().map(|p| &p.stock).collect();
-    for metric in Metric::ALL {
-        let cell = |moves: &[&Move]| {
-            let (low, high) = spread(metric, moves);
-            format!("{}-{}", number(low), number(high))
+/// A line for each row: what it brought.
+#[must_use]
+pub fn summary(rows: &[RowResult]) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let missed = row.goals.iter().filter(|g| !g.met).count();
+        let verdict = match (&row.not_run, row.is_right(), missed) {
+            (Some(_), _, _) => "NOT RUN".to_owned(),
+            (None, false, _) => "WRONG".to_owned(),
+            (None, true, 0) => format!("met, {} goals", row.goals.len()),
+            (None, true, missed) => format!("MISSED {missed} of {} goals", row.goals.len()),
         };
-        line(&mut text, metric.label(), &cell(&ours), &cell(&stock), "");
+        let _ = writeln!(text, "row {:<16} {verdict:<24} {:.0} s", row.label(), row.took_s);
     }
     text
 }
 
-/// Where the time of ours went, pair by pair.
-fn split(demo: &Demo) -> String {
-    let mut text = String::from("\nours, in ms:\n");
-    for Move { setup_ms, downtime_split, .. } in demo.pairs.iter().map(|p| &p.ours) {
-        let parts: Vec<_> = downtime_split.iter().map(|s| format!("{} {:.1}", s.name, s.ms)).collect();
-        let _ = writeln!(text, "  until the first page {setup_ms:.0}; stopped: {}", parts.join(", "));
+fn case(case: &Case) -> String {
+    let title = if case.name.is_empty() {
+        case.workload.clone()
+    } else {
+        format!("{}: {}", case.name, case.workload)
+    };
+    let mut text = format!("\n  {title}\n");
+    if case.contenders.is_empty() {
+        return text + &curves(&case.curves);
+    }
+    let _ = write!(text, "  {:<30}", "");
+    for contender in &case.contenders {
+        let _ = write!(text, "{:>24}", contender.name);
+    }
+    let _ = writeln!(text, "{:>14}{:>12}", "ratio", "limit");
+    for metric in case.metrics() {
+        let label = format!("{}, {}", metric.label(), metric.unit());
+        let _ = write!(text, "  {:<30}", label.trim_end_matches(", "));
+        for contender in &case.contenders {
+            let cell = contender.summary(metric).map_or("-".to_owned(), |s| match s.samples {
+                1 => number(s.median),
+                _ => format!("{} ({}-{})", number(s.median), number(s.low), number(s.high)),
+            });
+            let _ = write!(text, "{cell:>24}");
+        }
+        let ratio = case.ratio(metric, 0);
+        let ratio = if ratio.is_finite() { format!("{ratio:.3}") } else { String::new() };
+        let limit =
+            case.limits.iter().find(|l| l.metric == metric).map_or(String::new(), |l| number(l.value));
+        let _ = writeln!(text, "{ratio:>14}{limit:>12}");
+    }
+    text + &split(case) + &remarks(case)
+}
+
+/// The points of lines, for a case that is nothing but these.
+fn curves(curves: &[Curve]) -> String {
+    let mut text = String::new();
+    for curve in curves {
+        for (name, points) in &curve.lines {
+            let points: Vec<String> = points.iter().map(|(x, y)| format!("{x}: {}", number(*y))).collect();
+            let _ = writeln!(text, "  {:<30}{name:<18}{}", curve.y, points.join("  "));
+        }
     }
     text
 }
 
-/// The table of the row `rate`.
-#[must_use]
-pub fn rate(rate: &Rate) -> String {
-    let heads = ["limit", "on the link", "fastest second", "last round", "distance"];
-    let mut text = heads.map(|h| format!("{h:>16}")).concat() + "\n";
-    for limited in &rate.moves {
-        let mbps = |value: f64| format!("{value:.1} Mbit/s");
-        let figures = [limited.limit_mbps, limited.wire_mbps, limited.fastest_mbps, limited.ram_mbps];
-        let distance = format!("{:+.2} %", limited.deviation() * 100.0);
-        let _ = writeln!(text, "{}{distance:>16}", figures.map(|f| format!("{:>16}", mbps(f))).concat());
+/// Where the time of our stops went: medians of each part.
+fn split(case: &Case) -> String {
+    let Some(ours) = case.ours().filter(|c| c.moves.iter().any(|m| !m.downtime_split.is_empty())) else {
+        return String::new();
+    };
+    let mut names: Vec<&str> = Vec::new();
+    for span in ours.moves.iter().flat_map(|m| &m.downtime_split) {
+        if !names.contains(&span.name.as_str()) {
+            names.push(&span.name);
+        }
     }
-    let _ = writeln!(text, "lost writes {}", rate.lost_writes);
+    let middle = |name: &str| {
+        let spent = ours
+            .moves
+            .iter()
+            .filter(|m| !m.downtime_split.is_empty())
+            .map(|m| m.downtime_split.iter().filter(|s| s.name == name).map(|s| s.ms).sum());
+        crate::figures::Summary::of(spent).map_or(f64::NAN, |s| s.median)
+    };
+    let parts: Vec<String> = names.iter().map(|name| format!("{name} {:.1}", middle(name))).collect();
+    format!("  ours is stopped for, ms: {}\n", parts.join(", "))
+}
+
+fn remarks(case: &Case) -> String {
+    let mut text = String::new();
+    for contender in &case.contenders {
+        if let Some(why) = &contender.failed {
+            let _ = writeln!(text, "  {} did not get through: {why}", contender.name);
+        }
+    }
+    if let Some(verified) = &case.verified {
+        let _ = match &verified.error {
+            None if verified.is_equal() => {
+                writeln!(text, "  RAM at the target: equal, {} blocks", verified.blocks)
+            }
+            None => writeln!(text, "  RAM at the target: nothing compared"),
+            Some(why) => writeln!(text, "  RAM at the target: NOT PROVED: {why}"),
+        };
+    }
+    if case.losses() != (0, 0) {
+        let (lost, broken) = case.losses();
+        let _ = writeln!(text, "  {lost} writes LOST, {broken} connections broke");
+    }
+    let loads = case.ours().map(|c| c.moves.iter().map(|m| m.load_before).fold(0.0, f64::max));
+    if let Some(load) = loads.filter(|l| *l > 0.0) {
+        let _ = writeln!(text, "  load average before a move: at most {load:.1}");
+    }
     text
 }
 
@@ -86,22 +141,37 @@ pub fn rate(rate: &Rate) -> String {
 pub fn goals(goals: &[Goal]) -> String {
     let line = |g: &Goal| {
         let verdict = if g.met { "met" } else { "MISSED" };
-        format!("{verdict:<8}{}: {:.3}, goal at most {}\n", g.text, g.value, g.at_most)
+        format!("{verdict:<9}{}: {}, goal {}\n", g.text, number(g.value), bound(g))
     };
     goals.iter().map(line).collect()
 }
 
-fn line(text: &mut String, label: &str, ours: &str, stock: &str, ratio: &str) {
-    // Writing to a string cannot fail.
-    let _ = writeln!(text, "{label:<30}{ours:>16}{stock:>16}{ratio:>14}");
+/// The bound of a goal in words.
+#[must_use]
+pub fn bound(goal: &Goal) -> String {
+    match goal.side {
+        Side::AtMost => format!("at most {}", goal.bound),
+        Side::AtLeast => format!("at least {}", goal.bound),
+    }
 }
 
 /// Three or four digits that matter.
-fn number(value: f64) -> String {
+#[must_use]
+pub fn number(value: f64) -> String {
     match value.abs() {
         v if v >= 100.0 => format!("{value:.0}"),
         v if v >= 10.0 => format!("{value:.1}"),
-        _ => format!("{value:.2}"),
+        v if v >= 1.0 => format!("{value:.2}"),
+        _ => format!("{value:.3}"),
+    }
+}
+
+/// The label of a metric with its unit.
+#[must_use]
+pub fn labelled(metric: Metric) -> String {
+    match metric.unit() {
+        "" => metric.label().to_owned(),
+        unit => format!("{}, {unit}", metric.label()),
     }
 }
 
@@ -111,26 +181,37 @@ mod tests {
     use crate::results::tests::sample;
 
     #[test]
-    fn the_table_has_every_figure_of_both_and_their_ratio() {
-        let text = demo(&sample());
-        for metric in Metric::ALL {
-            assert!(text.contains(metric.label()), "{text}");
+    fn the_table_has_every_figure_of_both_their_ratio_and_the_limit() {
+        let text = row(&sample());
+        for part in
+            ["total time, ms", "4000 (3900-9000)", "4100 (4000-4200)", "0.976", "3500", "equal, 4 blocks"]
+        {
+            assert!(text.contains(part), "{part} is not in {text}");
         }
-        assert!(text.contains("4000 ms") && text.contains("4100 ms") && text.contains("0.976"), "{text}");
-        assert!(text.contains("equal, 4 blocks"), "{text}");
+        assert!(text.contains("stopped for, ms: stop 1.0, load 11.0"), "{text}");
+    }
+
+    #[test]
+    fn a_case_of_lines_shows_their_points() {
+        let mut row = sample();
+        row.cases[0].contenders.clear();
+        let text = super::row(&row);
+        assert!(text.contains("1: 2.00  2: 4.00") && !text.contains("ratio"), "{text}");
     }
 
     #[test]
     fn what_was_not_proved_is_said_loudly() {
         let mut bad = sample();
-        bad.ram_equal = false;
-        bad.verified.error = Some("RAM block pc.ram is not what it was".into());
-        bad.broken_connections = 1;
-        let text = demo(&bad);
+        bad.cases[0].verified.as_mut().unwrap().error = Some("RAM block pc.ram is not what it was".into());
+        bad.cases[0].contenders[0].moves[0].client.as_mut().unwrap().reconnects = 1;
+        let text = row(&bad);
         assert!(
             text.contains("NOT PROVED") && text.contains("pc.ram") && text.contains("1 connections"),
             "{text}"
         );
+        assert!(summary(&[bad]).contains("WRONG"));
         assert!(goals(&[Goal::at_most("x", 2.0, 1.0)]).starts_with("MISSED"));
+        let not = RowResult { not_run: Some("no root".into()), ..RowResult::default() };
+        assert!(summary(std::slice::from_ref(&not)).contains("NOT RUN") && row(&not).contains("no root"));
     }
 }

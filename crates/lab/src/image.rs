@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use crate::packages::Kernel;
+use crate::packages::{Kernel, Servers};
 use crate::place::{LabDir, replace, workspace};
 use crate::{LabError, Packages, run};
 use cpio::Archive;
@@ -52,9 +52,19 @@ const INIT: &str = include_str!("init.sh");
 /// Uses all devices.
 const USE: &str = include_str!("use.sh");
 
+/// What the web server does.
+const WEB: &str = include_str!("nginx.conf");
+/// What it serves as `/file`: an emulated processor sends some hundreds of these each second.
+const WEB_FILE_BYTES: usize = 64 << 10;
+
 /// Builds the guest programs and the image, and returns the image's path. Does nothing anew when nothing changed.
 pub fn build(dir: &LabDir, packages: &Packages) -> Result<PathBuf, LabError> {
-    build_as(dir, packages, "initramfs.cpio", &packages.modules, MODULES)
+    build_as(dir, packages, "initramfs.cpio", &packages.modules, MODULES, None)
+}
+
+/// The same with a web server and iperf3 in it, which every other guest would only carry in its memory.
+pub fn build_with_servers(dir: &LabDir, packages: &Packages, servers: &Servers) -> Result<PathBuf, LabError> {
+    build_as(dir, packages, "initramfs-servers.cpio", &packages.modules, MODULES, Some(servers))
 }
 
 /// The same for a kernel with drivers for every device.
@@ -63,7 +73,7 @@ pub fn build_with_every_driver(
     packages: &Packages,
     kernel: &Kernel,
 ) -> Result<PathBuf, LabError> {
-    build_as(dir, packages, "initramfs-full.cpio", &kernel.modules, EVERY_MODULE)
+    build_as(dir, packages, "initramfs-full.cpio", &kernel.modules, EVERY_MODULE, None)
 }
 
 fn build_as(
@@ -72,6 +82,7 @@ fn build_as(
     name: &str,
     tree: &Path,
     wanted: &[&str],
+    servers: Option<&Servers>,
 ) -> Result<PathBuf, LabError> {
     let _one_at_a_time = dir.lock()?;
     let programs = guest_programs()?;
@@ -86,7 +97,13 @@ fn build_as(
     for program in PROGRAMS {
         archive.file(&format!("bin/{program}"), 0o755, &read(&programs.join(program))?);
     }
-    add_with_libraries(&mut archive, "bin/redis-server", &packages.redis_server)?;
+    let mut inside = BTreeSet::new();
+    add_with_libraries(&mut archive, &mut inside, "bin/redis-server", &packages.redis_server)?;
+    if let Some(servers) = servers {
+        add_with_libraries(&mut archive, &mut inside, "bin/nginx", &servers.nginx)?;
+        add_with_libraries(&mut archive, &mut inside, "bin/iperf3", &servers.iperf3)?;
+        add_web(&mut archive);
+    }
     add_modules(&mut archive, tree, wanted)?;
     let image = dir.join(name);
     replace(&image, &archive.finish(), 0o644)?;
@@ -131,21 +148,39 @@ fn add_modules(archive: &mut Archive, tree: &Path, wanted: &[&str]) -> Result<()
     Ok(())
 }
 
-/// A program and the libraries that it would load, each where it asks for it.
-fn add_with_libraries(archive: &mut Archive, name: &str, program: &Path) -> Result<(), LabError> {
+/// A program and the libraries that it would load, each where it asks for it, unless it is `inside` already.
+fn add_with_libraries(
+    archive: &mut Archive,
+    inside: &mut BTreeSet<PathBuf>,
+    name: &str,
+    program: &Path,
+) -> Result<(), LabError> {
     archive.file(name, 0o755, &read(program)?);
-    let mut directories = BTreeSet::new();
     for library in libraries(program)? {
-        let inside = library.strip_prefix("/").unwrap_or(&library).to_owned();
-        let parents: Vec<_> = inside.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
+        let path = library.strip_prefix("/").unwrap_or(&library).to_owned();
+        let parents: Vec<_> = path.ancestors().skip(1).filter(|p| !p.as_os_str().is_empty()).collect();
         for parent in parents.iter().rev() {
-            if directories.insert(parent.to_path_buf()) {
+            if inside.insert(parent.to_path_buf()) {
                 archive.directory(&parent.to_string_lossy());
             }
         }
-        archive.file(&inside.to_string_lossy(), 0o755, &read(&library)?);
+        if inside.insert(path.clone()) {
+            archive.file(&path.to_string_lossy(), 0o755, &read(&library)?);
+        }
     }
     Ok(())
+}
+
+/// What the web server reads: whom it runs as, what it does, and the file that it serves.
+fn add_web(archive: &mut Archive) {
+    archive.directory("etc");
+    archive.directory("www");
+    archive.file("etc/passwd", 0o644, b"root:x:0:0:root:/:/bin/sh\n");
+    archive.file("etc/group", 0o644, b"root:x:0:\n");
+    archive.file("etc/nginx.conf", 0o644, WEB.as_bytes());
+    // Any content will do; it is the same in each image.
+    let page: Vec<u8> = (0..WEB_FILE_BYTES).map(|n| (n * 31 % 251) as u8).collect();
+    archive.file("www/file", 0o644, &page);
 }
 
 /// ldd(1) prints `name => /path (address)` or `/path (address)`; the vdso has no path.
@@ -166,14 +201,29 @@ fn read(path: &Path) -> Result<Vec<u8>, LabError> {
 mod tests {
     use super::*;
 
+    fn listing(image: &Path) -> String {
+        run::output(Command::new("busybox").args(["cpio", "-t", "-F"]).arg(image), run::QUICK).unwrap()
+    }
+
+    #[test]
+    fn servers_bring_their_libraries_and_bring_them_once() {
+        let dir = LabDir::open().unwrap();
+        let packages = crate::packages::ensure(&dir).unwrap();
+        let servers = crate::packages::servers(&dir).unwrap();
+        let listing = listing(&build_with_servers(&dir, &packages, &servers).unwrap());
+        for name in ["bin/nginx", "bin/iperf3", "bin/redis-server", "etc/nginx.conf", "www/file"] {
+            assert!(listing.lines().any(|l| l == name), "{name} is not in {listing}");
+        }
+        assert_eq!(listing.lines().filter(|l| l.ends_with("/libcrypto.so.3")).count(), 1, "{listing}");
+    }
+
     #[test]
     fn the_image_has_all_parts_and_is_the_same_each_time() {
         let dir = LabDir::open().unwrap();
         let packages = crate::packages::ensure(&dir).unwrap();
         let image = build(&dir, &packages).unwrap();
         let first = read(&image).unwrap();
-        let listing =
-            run::output(Command::new("busybox").args(["cpio", "-t", "-F"]).arg(&image), run::QUICK).unwrap();
+        let listing = listing(&image);
         for name in
             ["init", "bin/load", "bin/beacon", "bin/redis-server", "modules/virtio_net.ko", "modules/order"]
         {

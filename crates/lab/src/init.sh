@@ -1,6 +1,6 @@
 #!/bin/sh
 # The first process of a lab guest. It reads what to do from the kernel's command line:
-#   sterna.ip=ADDRESS/BITS  sterna.run=redis,beacon:CLIENT:PORT,load:--option=value+--option,use
+#   sterna.ip=ADDRESS/BITS  sterna.run=redis,web,iperf3,beacon:CLIENT:PORT,load:--option=value+--option,use
 # says READY on the console when all of it runs, and then obeys lines from the console (poweroff, reboot).
 export PATH=/bin
 mount -t proc proc /proc
@@ -31,11 +31,20 @@ redis() {
     done
 }
 
+web() {
+    nginx -c /etc/nginx.conf >/dev/null 2>&1 &
+    until printf 'HEAD /file HTTP/1.0\r\n\r\n' | nc 127.0.0.1 80 2>/dev/null | grep -q ' 200 '; do
+        usleep 50000
+    done
+}
+
 IFS=,
 for program in $programs; do
     IFS=' '
     case $program in
         redis) redis ;;
+        web) web ;;
+        iperf3) iperf3 --server >/dev/null 2>&1 & ;;
         beacon:*) beacon "${program#beacon:}" & ;;
         load:*) load $(echo "${program#load:}" | tr + ' ') & ;;
         use) use & ;;

@@ -76,6 +76,14 @@ pub struct LinkBytes {
     pub received: u64,
 }
 
+impl LinkBytes {
+    /// What crossed between this look and a later one.
+    #[must_use]
+    pub fn until(self, later: LinkBytes) -> LinkBytes {
+        LinkBytes { sent: later.sent - self.sent, received: later.received - self.received }
+    }
+}
+
 /// A running lab. When it is dropped, or its process dies in whatever way, all that it made goes.
 #[derive(Debug)]
 pub struct Lab {

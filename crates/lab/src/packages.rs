@@ -20,6 +20,10 @@ const INSTALLED: &[&str] = &["busybox-static", "redis-tools", "qemu-utils", "ipr
 /// The parts of a QEMU that are unpacked, in the order of `apt-get download`.
 const QEMU_PARTS: &[&str] =
     &["qemu-system-x86", "qemu-system-common", "qemu-system-data", "seabios", "ipxe-qemu"];
+/// Installed for the guests' servers and their clients, beside what the web server's program asks for.
+const OF_SERVERS: &[&str] = &["iperf3", "wrk"];
+/// Asked for by the web server's package and of no use where it is only unpacked.
+const NOT_OF_SERVERS: &[&str] = &["nginx-common"];
 /// Raise it when the unpacking changes, so that old directories are made anew.
 const RECIPE: &str = "1";
 /// Unpacking the largest package takes 2 s.
@@ -88,6 +92,32 @@ pub fn every_driver(dir: &LabDir) -> Result<Kernel, LabError> {
     })
 }
 
+/// Servers for guests; their clients are installed with them.
+#[derive(Debug, Clone)]
+pub struct Servers {
+    /// The web server nginx.
+    pub nginx: PathBuf,
+    /// iperf3, which is its own client.
+    pub iperf3: PathBuf,
+}
+
+/// Fetches what only guests with servers need. The web server is unpacked: its package would start one on this machine.
+pub fn servers(dir: &LabDir) -> Result<Servers, LabError> {
+    let _one_at_a_time = dir.lock()?;
+    let sources = Sources::of_the_machine(dir);
+    let nginx = dir.once("nginx", RECIPE, |to| {
+        sources.refresh()?;
+        sources.unpack(&["nginx".into()], to)
+    })?;
+    let depends = nginx.join("depends");
+    let text = std::fs::read_to_string(&depends).map_err(LabError::file("read", &depends))?;
+    let wanted = apt::packages_of(&text).filter(|p| !NOT_OF_SERVERS.contains(&p.as_str()));
+    install_missing(&sources, OF_SERVERS.iter().map(|p| (*p).to_owned()).chain(wanted).collect())?;
+    let servers = Servers { nginx: nginx.join("usr/sbin/nginx"), iperf3: "/usr/bin/iperf3".into() };
+    all_there(&[&servers.nginx, &servers.iperf3])?;
+    Ok(servers)
+}
+
 impl Packages {
     /// Every file is there: a package that changed its layout is found here and not in the middle of a test.
     fn check(&self) -> Result<(), LabError> {
@@ -101,13 +131,17 @@ impl Packages {
             &self.busybox,
             &self.redis_server,
         ];
-        match files.iter().find(|f| !f.exists()) {
-            Some(missing) => Err(LabError::unexpected(
-                "not where its package should have put it",
-                missing.display().to_string(),
-            )),
-            None => Ok(()),
-        }
+        all_there(&files)
+    }
+}
+
+fn all_there(files: &[&PathBuf]) -> Result<(), LabError> {
+    match files.iter().find(|f| !f.exists()) {
+        Some(missing) => Err(LabError::unexpected(
+            "not where its package should have put it",
+            missing.display().to_string(),
+        )),
+        None => Ok(()),
     }
 }
 
@@ -136,6 +170,10 @@ fn install(sources: &Sources, qemus: &[&PathBuf]) -> Result<(), LabError> {
         let text = std::fs::read_to_string(&depends).map_err(LabError::file("read", &depends))?;
         wanted.extend(apt::packages_of(&text).filter(|p| !QEMU_PARTS.contains(&p.as_str())));
     }
+    install_missing(sources, wanted)
+}
+
+fn install_missing(sources: &Sources, mut wanted: Vec<String>) -> Result<(), LabError> {
     wanted.sort();
     wanted.dedup();
     let missing = apt::not_installed(&wanted)?;

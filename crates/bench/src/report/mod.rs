@@ -1,112 +1,195 @@
 //! Results as one page that needs nothing else: no script, no font, no network.
+//!
+//! At the top is what the newest file says of each row; below are the plots of each row, from the newest file that has it, and
+//! where several files have it, how it changed.
 
+mod cases;
+mod history;
+mod html;
+mod palette;
 mod plots;
 
-use std::fmt::Write;
+use jiff::Timestamp;
 
+use self::html::{document, escaped, paragraph};
 use crate::facts::HostFacts;
-use crate::results::{Demo, Goal, Rate, Results};
+use crate::results::{Goal, Results, RowResult};
 use crate::{BenchError, table};
 
-const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:2rem auto;padding:0 1rem;color:#1b2733}\
-    h1,h2{font-weight:600}pre{background:#f3f5f7;padding:1rem;overflow-x:auto}\
-    .row{display:flex;flex-wrap:wrap;gap:1rem}.met{color:#14693b}.missed{color:#b3261e;font-weight:600}\
-    td{padding:.1rem 1rem .1rem 0}svg{max-width:100%;height:auto}";
+const TITLE: &str = "Sterna beside stock QEMU";
+const READING: &str = "Bars are medians, thin lines reach from the smallest to the largest sample, dashed lines are what \
+    physics allows. A ratio is ours / the peer's, of the medians. Total time runs from the command until the source is free, \
+    the start of the target's QEMU included. CPU seconds are those of both QEMUs (the emulated guest's own work is part of \
+    it) and, for ours, of both agents.";
+
+/// A file of results.
+struct File<'a> {
+    title: &'a str,
+    results: &'a Results,
+    /// When it was measured, if it says so.
+    began: Option<Timestamp>,
+}
+
+impl<'a> File<'a> {
+    fn of(title: &'a str, results: &'a Results) -> File<'a> {
+        File { title, results, began: results.host.began.parse().ok() }
+    }
+}
+
+/// A row, and the newest file that has it.
+struct Newest<'a> {
+    row: &'a RowResult,
+    file: &'a File<'a>,
+}
+
+/// What a row brought, the worst first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Verdict {
+    NotRun,
+    Wrong,
+    Missed(usize),
+    Met,
+}
 
 /// The page for files of results, each with a title.
 pub fn page(files: &[(String, Results)]) -> Result<String, BenchError> {
-    let mut body = String::new();
-    for (title, results) in files {
-        let _ = writeln!(body, "<h1>{}</h1>", escaped(title));
-        if let Some(demo) = &results.demo {
-            body += &of_demo(demo)?;
-        }
-        if let Some(rate) = &results.rate {
-            body += &of_rate(rate);
+    let mut files: Vec<File<'_>> = files.iter().map(|(title, results)| File::of(title, results)).collect();
+    // What has no date is the oldest; of equals, the last one named is the newest.
+    files.sort_by_key(|f| f.began);
+    let Some(newest) = files.last() else {
+        return Ok(document(TITLE, &paragraph("", "There are no results.")));
+    };
+    let rows = rows(&files);
+    let (current, earlier): (Vec<&Newest<'_>>, Vec<&Newest<'_>>) =
+        rows.iter().partition(|r| std::ptr::eq(r.file, newest));
+    let mut body = format!("<h1>{}</h1>\n{}", escaped(TITLE), facts(newest));
+    body += &overview(&current);
+    if !earlier.is_empty() {
+        body += &format!("<h3>Measured earlier, and not in the newest file</h3>\n{}", overview(&earlier));
+    }
+    body += &paragraph("dim", READING);
+    for newest in current.into_iter().chain(earlier) {
+        body += &section(&files, newest)?;
+    }
+    body += &sources(&files);
+    Ok(document(TITLE, &body))
+}
+
+/// Each row from the newest file that has it, the worst first.
+fn rows<'a>(files: &'a [File<'a>]) -> Vec<Newest<'a>> {
+    let mut rows: Vec<Newest<'a>> = Vec::new();
+    for file in files.iter().rev() {
+        for row in &file.results.rows {
+            // A row may be in a file twice, if somebody put files together.
+            if !rows.iter().any(|r| r.row.name == row.name && !std::ptr::eq(r.file, file)) {
+                rows.push(Newest { row, file });
+            }
         }
     }
-    Ok(format!(
-        "<!DOCTYPE html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>Sterna beside stock QEMU</title>\
-         <meta name=\"viewport\" content=\"width=device-width\"><style>{STYLE}</style></head><body>\n{body}</body></html>\n"
-    ))
+    rows.sort_by_key(|r| verdict(r.row));
+    rows
 }
 
-fn of_demo(demo: &Demo) -> Result<String, BenchError> {
-    let bars = plots::bars(demo)?.concat();
-    Ok(format!(
-        "<h2>A VM with a server under load moves between two hosts at 1 Gbit/s</h2>\n{facts}{goals}\
-         <div class=\"row\">{bars}</div>\n<p>Bars are medians, thin lines the smallest and the largest sample. Total time \
-         runs from the command until the source is free, the start of the target's QEMU included. CPU seconds are those of \
-         both QEMUs (the emulated guest's own work is part of it) and, for ours, of both agents.</p>\n\
-         <h2>How our downtime is spent</h2>\n{split}\n<h2>How the moves go on</h2>\n{progress}\n{client}\n\
-         <pre>{table}</pre>\n",
-        facts = facts(&demo.host),
-        goals = goals(&demo.goals),
-        split = plots::downtime_split(demo)?,
-        progress = plots::progress(demo)?,
-        client = plots::writes(demo)?,
-        table = escaped(&table::demo(demo)),
-    ))
+fn verdict(row: &RowResult) -> Verdict {
+    let missed = row.goals.iter().filter(|g| !g.met).count();
+    match (&row.not_run, row.is_right(), missed) {
+        (Some(_), _, _) => Verdict::NotRun,
+        (None, false, _) => Verdict::Wrong,
+        (None, true, 0) => Verdict::Met,
+        (None, true, missed) => Verdict::Missed(missed),
+    }
 }
 
-fn of_rate(rate: &Rate) -> String {
+impl Verdict {
+    fn html(self) -> String {
+        match self {
+            Verdict::NotRun => "<span class=\"missed\">NOT RUN</span>".to_owned(),
+            Verdict::Wrong => "<span class=\"missed\">WRONG</span>".to_owned(),
+            Verdict::Missed(goals) => format!("<span class=\"missed\">MISSED {goals}</span>"),
+            Verdict::Met => "<span class=\"met\">met</span>".to_owned(),
+        }
+    }
+}
+
+/// What each row brought, goal by goal.
+fn overview(rows: &[&Newest<'_>]) -> String {
+    let row = |newest: &&Newest<'_>| {
+        let row = newest.row;
+        let head = format!(
+            "<tr><th colspan=\"3\">{}: {}</th><th>{}</th></tr>\n",
+            escaped(&row.label()),
+            escaped(&row.title),
+            verdict(row).html()
+        );
+        let why = row.not_run.iter().map(|why| format!("<tr><td colspan=\"4\">{}</td></tr>\n", escaped(why)));
+        head + &why.collect::<String>() + &row.goals.iter().map(goal).collect::<String>()
+    };
+    format!("<div class=\"scroll\"><table>\n{}</table></div>\n", rows.iter().map(row).collect::<String>())
+}
+
+fn goal(goal: &Goal) -> String {
+    let (class, verdict) = if goal.met { ("met", "met") } else { ("missed", "MISSED") };
+    let value = if goal.value.is_finite() { table::number(goal.value) } else { "not measured".to_owned() };
     format!(
-        "<h2>How well a bandwidth limit is kept</h2>\n{}<pre>{}</pre>\n",
-        goals(&rate.goals),
-        escaped(&table::rate(rate))
+        "<tr><td>{}</td><td>{value}</td><td>{}</td><td class=\"{class}\">{verdict}</td></tr>\n",
+        escaped(&goal.text),
+        escaped(&table::bound(goal))
     )
 }
 
-fn goals(goals: &[Goal]) -> String {
-    let line = |g: &Goal| {
-        let (class, verdict) = if g.met { ("met", "met") } else { ("missed", "missed") };
-        format!(
-            "<tr><td>{}</td><td>{:.3}</td><td>at most {}</td><td class=\"{class}\">{verdict}</td></tr>",
-            escaped(&g.text),
-            g.value,
-            g.at_most
-        )
-    };
-    format!("<table>{}</table>\n", goals.iter().map(line).collect::<String>())
-}
-
-fn facts(host: &HostFacts) -> String {
-    let HostFacts { began, kernel, cpu, cores, memory_mib, qemu, sterna, load_before, .. } = host;
-    let text = format!(
-        "{sterna}, {qemu}; {cores} cores of {cpu}, {memory_mib} MiB, Linux {kernel}; load before {load_before}; {began}"
+/// All of a row.
+fn section(files: &[File<'_>], newest: &Newest<'_>) -> Result<String, BenchError> {
+    let Newest { row, file } = newest;
+    let mut text = format!(
+        "<section>\n<h2>{}: {} {}</h2>\n",
+        escaped(&row.label()),
+        escaped(&row.title),
+        verdict(row).html()
     );
-    format!("<p>{}</p>\n", escaped(&text))
+    text += &paragraph("dim", &format!("{}, {}", file.title, date(file)));
+    if let Some(why) = &row.not_run {
+        text += &paragraph("missed", &format!("It was not measured: {why}"));
+    }
+    for case in &row.cases {
+        text += &cases::section(case)?;
+        text += &history::of_case(files, row, case)?;
+    }
+    for note in &row.notes {
+        text += &paragraph("dim", note);
+    }
+    text += &format!(
+        "<details><summary>All figures as text</summary><pre>{}</pre></details>\n</section>\n",
+        escaped(table::row(row).trim_start())
+    );
+    Ok(text)
 }
 
-fn escaped(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+/// The machine, and when.
+fn facts(file: &File<'_>) -> String {
+    let HostFacts { kernel, cpu, cores, memory_mib, qemu, sterna, load_before, records_on, .. } =
+        &file.results.host;
+    let pairs = file.results.pairs.map_or("a quick run".to_owned(), |pairs| format!("{pairs} pairs"));
+    let text = format!(
+        "{}, measured {}, {pairs}. {sterna}, {qemu}; {cores} cores of {cpu}, {memory_mib} MiB, Linux {kernel}, records on \
+         {records_on}; load average before {load_before}.",
+        file.title,
+        date(file)
+    );
+    paragraph("", &text)
+}
+
+/// The files, where there are several: figures of different machines are not to be compared.
+fn sources(files: &[File<'_>]) -> String {
+    match files {
+        [_] => String::new(),
+        _ => format!("<h2>Files</h2>\n{}", files.iter().map(facts).collect::<String>()),
+    }
+}
+
+fn date(file: &File<'_>) -> String {
+    let date = file.began.map(|t| t.strftime("%Y-%m-%d %H:%M UTC").to_string());
+    date.unwrap_or_else(|| "at a time that is not known".to_owned())
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::results::tests::sample;
-
-    #[test]
-    fn the_page_has_all_plots_and_needs_nothing_from_elsewhere() {
-        let results = Results { demo: Some(sample()), rate: Some(Rate::default()) };
-        let page = page(&[("a <b>".to_owned(), results)]).unwrap();
-        assert_eq!(page.matches("<svg").count(), page.matches("</svg>").count());
-        assert_eq!(page.matches("<svg").count(), 5 + 3);
-        assert!(page.contains("a &lt;b&gt;"), "titles are escaped");
-        let elsewhere = page.replace("http://www.w3.org/2000/svg", "");
-        for word in ["http:", "https:", "src=", "href=", "<script", "@import"] {
-            assert!(!elsewhere.contains(word), "{word}");
-        }
-    }
-
-    #[test]
-    fn one_pair_without_samples_makes_a_page_as_well() {
-        let mut demo = sample();
-        demo.pairs.truncate(1);
-        demo.pairs[0].ours.samples.clear();
-        demo.pairs[0].ours.downtime_split.clear();
-        demo.pairs[0].stock.client.per_second.clear();
-        page(&[("x".to_owned(), Results { demo: Some(demo), rate: None })]).unwrap();
-    }
-}
+mod tests;

@@ -1,11 +1,13 @@
 //! A memory load that watches itself.
 //!
-//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check --churn=MIB`
+//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check --churn=MIB
+//! --sleep --spin`
 //!
 //! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
 //! can; `--dirty=0`: not at all), and says once a second how it goes:
 //! `LOAD t=12 pages=61440 mbps=240.0 loops=3021 bad=0`. `mbps` counts whole pages written, in Mbit/s. Lost, stale, torn
-//! and misplaced pages are reported as `BAD page=N what`. `--churn` takes so much more memory, fills and checks it, gives it
+//! and misplaced pages are reported as `BAD page=N what`. `--sleep` fills memory and does nothing more, so that the processor
+//! halts. `--spin` computes instead of sleeping between writes, and `loops` counts that work: how fast the guest is. `--churn` takes so much more memory, fills and checks it, gives it
 //! back, rests, and begins anew, so that the kernel always has pages to give away that were written before; each time is told
 //! as `CHURN n`. More than 32 MiB is given back to the kernel for certain; the C library may keep less.
 
@@ -30,10 +32,14 @@ const BAD_SHOWN_MAX: u64 = 20;
 /// In `hot` mode, nine of ten writes go to this part of the working set.
 const HOT_PART: usize = 8;
 
+/// Steps of the noise between two looks at the clock: some 10 us on an emulated processor.
+const WORK_UNIT: u32 = 1000;
+
 /// How long memory stays given back: free pages are reported to the host two seconds after they were freed.
 const CHURN_REST: Duration = Duration::from_secs(6);
 
-const KNOWN: &[&str] = &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for", "churn"];
+const KNOWN: &[&str] =
+    &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for", "churn", "sleep", "spin"];
 
 fn main() {
     let run = Options::parse(std::env::args().skip(1), KNOWN).and_then(|o| Load::new(&o));
@@ -60,6 +66,9 @@ struct Load {
     mode: Mode,
     write: Write,
     check: bool,
+    spin: bool,
+    sleep: bool,
+    loops: u64,
     limit: Option<Duration>,
     noise: Noise,
     cursor: usize,
@@ -98,6 +107,9 @@ impl Load {
             mode,
             write,
             check: options.has("check"),
+            spin: options.has("spin"),
+            sleep: options.has("sleep"),
+            loops: 0,
             limit: (seconds > 0).then(|| Duration::from_secs(seconds)),
             noise: Noise::new(seed),
             cursor: 0,
@@ -112,19 +124,23 @@ impl Load {
     /// Runs for good, or for `--for` seconds; the exit code says whether a page was bad.
     fn run(&mut self) -> i32 {
         println!("LOAD filled pages={}", self.pages.count());
+        if self.sleep {
+            loop {
+                std::thread::sleep(Duration::from_secs(3600));
+            }
+        }
         let start = Instant::now();
-        let (mut told, mut told_written, mut loops) = (start, 0, 0_u64);
+        let (mut told, mut told_written) = (start, 0);
         self.last_slice = start;
         loop {
             self.slice();
-            loops += 1;
             let since = told.elapsed();
             if since >= Duration::from_secs(1) {
-                self.tell(start, since, self.written - told_written, loops);
-                (told, told_written, loops) = (Instant::now(), self.written, 0);
+                self.tell(start, since, self.written - told_written);
+                (told, told_written, self.loops) = (Instant::now(), self.written, 0);
             }
             if self.limit.is_some_and(|l| start.elapsed() >= l) {
-                self.tell(start, since, self.written - told_written, loops);
+                self.tell(start, since, self.written - told_written);
                 return i32::from(self.bad > 0);
             }
         }
@@ -143,8 +159,24 @@ impl Load {
         if self.check {
             self.check_some();
         }
+        if self.spin {
+            self.work(now);
+            return;
+        }
+        self.loops += 1;
         if !unlimited || self.working_set == 0 {
             std::thread::sleep(SLICE.saturating_sub(now.elapsed()));
+        }
+    }
+
+    /// Computes until the slice that began at `since` is over.
+    fn work(&mut self, since: Instant) {
+        while since.elapsed() < SLICE {
+            for _ in 0..WORK_UNIT {
+                self.noise.next();
+            }
+            std::hint::black_box(&self.noise);
+            self.loops += 1;
         }
     }
 
@@ -196,12 +228,13 @@ impl Load {
         }
     }
 
-    fn tell(&self, start: Instant, since: Duration, written: u64, loops: u64) {
+    fn tell(&self, start: Instant, since: Duration, written: u64) {
         let mbps = written as f64 * (PAGE_WORDS * 8 * 8) as f64 / 1e6 / since.as_secs_f64();
         println!(
-            "LOAD t={} pages={} mbps={mbps:.1} loops={loops} bad={}",
+            "LOAD t={} pages={} mbps={mbps:.1} loops={} bad={}",
             start.elapsed().as_secs(),
             self.written,
+            self.loops,
             self.bad
         );
     }

@@ -24,10 +24,19 @@ pub struct Client {
 impl Client {
     /// Starts `program` (`sterna-lab`) as a client of the guest at `guest`.
     pub fn start(lab: &Lab, program: &Path, guest: Ipv4Addr) -> Result<Client, LabError> {
+        Client::with(lab, program, &["--redis", &format!("{guest}:6379")])
+    }
+
+    /// Starts a client that only listens to the guest's beacon.
+    pub fn listen(lab: &Lab, program: &Path) -> Result<Client, LabError> {
+        Client::with(lab, program, &[])
+    }
+
+    fn with(lab: &Lab, program: &Path, options: &[&str]) -> Result<Client, LabError> {
         let output = tempfile::tempfile().map_err(LabError::file("make", "a scratch file"))?;
         let copy = output.try_clone().map_err(LabError::file("duplicate", "a scratch file"))?;
         let mut command = lab.command(&lab.client(), program);
-        command.args(["client", "--redis", &format!("{guest}:6379"), "--beacon", &BEACON_PORT.to_string()]);
+        command.args(["client", "--beacon", &BEACON_PORT.to_string()]).args(options);
         command.stdin(Stdio::piped()).stdout(copy);
         let child =
             command.spawn().map_err(|source| LabError::Start { command: run::text(&command), source })?;

@@ -109,6 +109,10 @@ pub struct Disk {
 pub enum Program {
     /// A Redis server on port 6379.
     Redis,
+    /// A web server on port 80 (only in the image with servers).
+    Web,
+    /// An iperf3 server on its usual port (only in the image with servers).
+    Iperf3,
     /// A datagram to this address every millisecond.
     Beacon(SocketAddrV4),
     /// The memory load with its options (`--fill=200`, `--dirty=64`, `--rate=20`, `--check`, ...).
@@ -121,6 +125,8 @@ impl Program {
     fn text(&self) -> String {
         match self {
             Program::Redis => "redis".to_owned(),
+            Program::Web => "web".to_owned(),
+            Program::Iperf3 => "iperf3".to_owned(),
             Program::Beacon(to) => format!("beacon:{to}"),
             Program::UseDevices => "use".to_owned(),
             Program::Load(options) => format!("load:{}", options.join("+")),

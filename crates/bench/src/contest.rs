@@ -1,0 +1,219 @@
+//! VMs like each other that move by turns: one of ours, one of each peer's.
+//!
+//! They are booted once and go there and back, so that a pair is two moves under the same weather. A guest that works all the
+//! time would take processors from the others' moves: such VMs are booted for each move, and end with it.
+
+use std::time::Duration;
+
+use sterna_lab::GuestSpec;
+
+use crate::BenchError;
+use crate::figures::Metric;
+use crate::load::{self, Seen};
+use crate::ours::{self, OurVm, Progress};
+use crate::results::{Case, Contender, Move};
+use crate::rows::Run;
+use crate::stage::Stage;
+use crate::stock::{self, StockVm, StockWay};
+
+/// How long a guest is left alone before a move: what the last one left behind is done by then.
+const REST: Duration = Duration::from_millis(300);
+
+/// Seconds after which a guest that writes more than the link carries is stopped, to be compared.
+const VERIFY_STOPS_S: &str = "5";
+
+/// The number of the guests that a client watches: no pair has it.
+const WATCHED: u32 = 0xffff;
+
+/// A VM of one of the contenders.
+#[derive(Debug)]
+pub(crate) enum Vm {
+    Ours(OurVm),
+    Stock(Box<StockVm>, StockWay),
+}
+
+impl Vm {
+    pub(crate) fn migrate(&mut self, stage: &Stage) -> Result<Move, BenchError> {
+        self.migrate_within(stage, None)
+    }
+
+    /// Gives up after this time; the VM then runs where it was.
+    fn migrate_within(&mut self, stage: &Stage, limit: Option<Duration>) -> Result<Move, BenchError> {
+        match self {
+            Vm::Ours(vm) => {
+                let order = ours::Order::default().within(limit);
+                Ok(vm.migrate(stage, &order, Progress::Sampled)?.0)
+            }
+            Vm::Stock(vm, way) => {
+                let order = stock::Order::of(*way);
+                vm.migrate(stage, stock::Order { limit: limit.unwrap_or(order.limit), ..order })
+            }
+        }
+    }
+
+    pub(crate) fn console(&self, stage: &Stage) -> String {
+        match self {
+            Vm::Ours(vm) => vm.console(stage),
+            Vm::Stock(vm, _) => vm.console(),
+        }
+    }
+
+    pub(crate) fn end(self, stage: &Stage) -> Result<(), BenchError> {
+        match self {
+            Vm::Ours(vm) => vm.stop(stage),
+            Vm::Stock(vm, _) => {
+                drop(vm);
+                Ok(())
+            }
+        }
+    }
+}
+
+/// A case of idle guests.
+pub(crate) struct Contest<'a> {
+    pub(crate) stage: &'a Stage,
+    /// What is told of it.
+    pub(crate) workload: String,
+    /// The guest under a name, at the tap of a number: each contender's has its own.
+    pub(crate) guest: &'a dyn Fn(&str, u8) -> GuestSpec,
+    /// Against whom.
+    pub(crate) peers: &'a [StockWay],
+}
+
+impl Contest<'_> {
+    /// Boots all VMs, moves them by turns, and proves RAM equal at the end.
+    pub(crate) fn idle(&self, run: &Run<'_>, pairs: u32) -> Result<Case, BenchError> {
+        let mut vms = vec![(Contender::named("ours"), self.boot(None, 0, 0)?)];
+        for (tap, way) in (1..).zip(self.peers) {
+            vms.push((Contender::named(way.name()), self.boot(Some(*way), 0, tap)?));
+        }
+        for pair in 1..=pairs {
+            for (contender, vm) in &mut vms {
+                self.turn(contender, vm, None)?;
+            }
+            run.tell(&told(pair, pairs, vms.iter().map(|(c, _)| c)));
+        }
+        let mut verified = None;
+        let mut contenders = Vec::new();
+        for (contender, mut vm) in vms {
+            if let Vm::Ours(vm) = &mut vm {
+                run.tell("ours once more, untimed, with --verify");
+                verified = Some(vm.verify(self.stage));
+            }
+            self.check(&vm)?;
+            vm.end(self.stage)?;
+            contenders.push(contender);
+        }
+        Ok(Case { workload: self.workload.clone(), contenders, verified, ..Case::default() })
+    }
+
+    /// Boots a VM for each move. The first of ours goes back with its RAM compared.
+    pub(crate) fn busy(&self, run: &Run<'_>, pairs: u32) -> Result<Case, BenchError> {
+        self.busy_within(run, pairs, None)
+    }
+
+    /// The same with a time after which a move is given up. Who could not do it once is not asked again.
+    pub(crate) fn busy_within(
+        &self,
+        run: &Run<'_>,
+        pairs: u32,
+        limit: Option<Duration>,
+    ) -> Result<Case, BenchError> {
+        let verify = match limit {
+            Some(_) => ours::Order::with(&["--verify", "--timeout", VERIFY_STOPS_S]),
+            None => ours::Order::with(&["--verify"]),
+        };
+        let ways: Vec<Option<StockWay>> =
+            std::iter::once(None).chain(self.peers.iter().copied().map(Some)).collect();
+        let mut contenders: Vec<Contender> =
+            ways.iter().map(|way| Contender::named(way.map_or("ours", StockWay::name))).collect();
+        let mut verified = None;
+        for pair in 1..=pairs {
+            for (way, contender) in ways.iter().zip(&mut contenders).filter(|(_, c)| c.failed.is_none()) {
+                let mut vm = self.boot(*way, pair, 0)?;
+                std::thread::sleep(load::BEFORE);
+                self.turn(contender, &mut vm, limit)?;
+                if let (Vm::Ours(vm), None) = (&mut vm, &verified) {
+                    verified = Some(vm.verify_with(self.stage, &verify));
+                }
+                self.check(&vm)?;
+                vm.end(self.stage)?;
+            }
+            run.tell(&told(pair, pairs, contenders.iter()));
+        }
+        Ok(Case { workload: self.workload.clone(), contenders, verified, ..Case::default() })
+    }
+
+    /// What a client sees of one move of each: its guest has a beacon, which would be work to an idle one.
+    pub(crate) fn watched(&self, run: &Run<'_>, case: &mut Case) -> Result<(), BenchError> {
+        let ways = std::iter::once(None).chain(self.peers.iter().copied().map(Some));
+        for (way, contender) in ways.zip(&mut case.contenders) {
+            let name = way.map_or("ours", StockWay::name);
+            run.tell(&format!("{name}, watched by a client"));
+            let mut vm = self.boot(way, WATCHED, 0)?;
+            let client = load::listen(self.stage)?;
+            load::warm_memory(self.memory_mib() * 2);
+            let mut moved = vm.migrate(self.stage)?;
+            std::thread::sleep(load::AFTER);
+            let seen = Seen::of(client.finish()?, moved.window)?;
+            moved.figures = crate::figures::Figures::default().with(Metric::Blackout, seen.blackout_ms);
+            moved.client = Some(seen);
+            // Its other figures are those of a guest that works.
+            (moved.downtime_split, moved.progress) = (Vec::new(), Vec::new());
+            contender.moves.push(moved);
+            vm.end(self.stage)?;
+        }
+        Ok(())
+    }
+
+    fn turn(
+        &self,
+        contender: &mut Contender,
+        vm: &mut Vm,
+        limit: Option<Duration>,
+    ) -> Result<(), BenchError> {
+        load::warm_memory(self.memory_mib() + self.memory_mib() / 2);
+        std::thread::sleep(REST);
+        match (vm.migrate_within(self.stage, limit), &vm) {
+            (Ok(moved), _) => contender.moves.push(moved),
+            // Not to get through is a result: a peer's always, ours where the case allows for it.
+            (Err(why), _) if why.is_no_end() && limit.is_some() => contender.failed = Some(why.to_string()),
+            (Err(why @ BenchError::Deadline { .. }), Vm::Stock(..)) => {
+                contender.failed = Some(why.to_string())
+            }
+            (Err(why), _) => return Err(why),
+        }
+        Ok(())
+    }
+
+    fn boot(&self, way: Option<StockWay>, number: u32, tap: u8) -> Result<Vm, BenchError> {
+        let name = format!("{}{number}", way.map_or("ours", StockWay::name).replace(' ', "-"));
+        let guest = (self.guest)(&name, tap);
+        match way {
+            None => Ok(Vm::Ours(OurVm::boot(self.stage, &guest, tap)?)),
+            Some(way) => Ok(Vm::Stock(Box::new(StockVm::boot(self.stage, &guest, tap)?), way)),
+        }
+    }
+
+    fn memory_mib(&self) -> u32 {
+        (self.guest)("", 0).memory_mib
+    }
+
+    /// The guest's own word on its memory.
+    fn check(&self, vm: &Vm) -> Result<(), BenchError> {
+        let console = vm.console(self.stage);
+        match load::bad_pages(&console) {
+            0 => Ok(()),
+            bad => Err(BenchError::unexpected(format!("the guest found {bad} bad pages"), console)),
+        }
+    }
+}
+
+fn told<'a>(pair: u32, pairs: u32, contenders: impl Iterator<Item = &'a Contender>) -> String {
+    let one = |c: &Contender| {
+        let last = c.moves.last();
+        let figure = |m: Metric| last.and_then(|l| l.figures.get(m)).unwrap_or(f64::NAN);
+        format!("{} {:.0} ms, down {:.1}", c.name, figure(Metric::TotalTime), figure(Metric::Downtime))
+    };
+    format!("pair {pair} of {pairs}: {}", contenders.map(one).collect::<Vec<_>>().join("; "))
+}

@@ -1,0 +1,97 @@
+//! Row 1: an idle guest moves; nothing but its memory and the link decide.
+
+use sterna_lab::GuestSpec;
+
+use super::Run;
+use crate::BenchError;
+use crate::contest::Contest;
+use crate::figures::Metric;
+use crate::load;
+use crate::results::{Case, Goal, Limit, RowResult};
+use crate::stage::{Link, PageStreams, Stage};
+use crate::stock::StockWay;
+
+/// RAM of the guest.
+pub(super) const MEMORY_MIB: u32 = 512;
+/// What TCP carries over a link of 1 Gbit/s, headers not counted, in bytes per millisecond.
+pub(super) const LINK_BYTES_PER_MS: f64 = 957e6 / 8.0 / 1e3;
+
+/// A guest that sleeps on filled memory.
+pub(super) fn guest(stage: &Stage, name: &str) -> GuestSpec {
+    let fill = format!("--fill={}", load::fill_mib(MEMORY_MIB));
+    GuestSpec {
+        programs: vec![load::memory(&[&fill, "--dirty=0", "--sleep"])],
+        ..load::plain(stage, name, MEMORY_MIB)
+    }
+}
+
+/// The same with a beacon, for a client that watches.
+fn watched(stage: &Stage, name: &str) -> GuestSpec {
+    let mut guest = guest(stage, name);
+    guest.nic = Some(load::nic(stage, 0));
+    guest.programs.push(load::beacon(stage));
+    guest
+}
+
+pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
+    let clear = case(run, "in the clear", PageStreams::Clear)?;
+    let encrypted = case(run, "encrypted", PageStreams::Encrypted)?;
+    let goals = vec![
+        Goal::at_most("total time, ours / stock pre-copy", clear.ratio(Metric::TotalTime, 0), 1.01),
+        Goal::at_most("CPU seconds, ours / stock pre-copy", clear.ratio(Metric::Cpu, 0), 0.8),
+        Goal::at_most(
+            "encrypted: total time, ours / stock pre-copy",
+            encrypted.ratio(Metric::TotalTime, 0),
+            1.01,
+        ),
+    ];
+    let notes = vec![
+        "Total time includes the start of the target's QEMU on both sides, and for ours the pre-check, TLS and the attach."
+            .to_owned(),
+        "Stock QEMU encrypts nothing; like is compared with like in the case `in the clear`. When nothing is said, ours encrypts."
+            .to_owned(),
+        "The blackout is of one more move each, of a guest that sends a datagram every millisecond: work, to an idle one."
+            .to_owned(),
+    ];
+    Ok(RowResult { cases: vec![clear, encrypted], goals, notes, ..RowResult::default() })
+}
+
+fn case(run: &Run<'_>, name: &str, streams: PageStreams) -> Result<Case, BenchError> {
+    run.tell(name);
+    let stage = Stage::up(run.kit, Link::Gigabit, streams, 1)?;
+    let guest = |name: &str, _| guest(&stage, name);
+    let contest = Contest {
+        stage: &stage,
+        workload: format!(
+            "{MEMORY_MIB} MiB of private RAM, {} of it noise, one vCPU that sleeps, q35 with a serial port",
+            load::fill_mib(MEMORY_MIB)
+        ),
+        guest: &guest,
+        peers: match (streams, run.extent.quick) {
+            (PageStreams::Clear, false) => &[StockWay::Precopy, StockWay::Multifd],
+            _ => &[StockWay::Precopy],
+        },
+    };
+    let mut case = contest.idle(run, run.extent.pairs)?;
+    let watched = |name: &str, _| watched(&stage, name);
+    let contest = Contest { guest: &watched, peers: &[StockWay::Precopy], ..contest };
+    contest.watched(run, &mut case)?;
+    case.limits.extend(limit(&case));
+    case.name = name.to_owned();
+    stage.lab.down()?;
+    Ok(case)
+}
+
+/// The pages that stock QEMU had to send as bytes, at the speed of the link. It compresses nothing, so that no compression can
+/// be mistaken for a fast link; what ours saves by it may go below.
+pub(super) fn limit(case: &Case) -> Option<Limit> {
+    let last =
+        case.peers().first()?.moves.iter().rev().find(|m| m.figures.get(Metric::TotalTime).is_some())?;
+    let pages = last.report.pointer("/ram/normal")?.as_f64()?;
+    let value = pages * 4096.0 / LINK_BYTES_PER_MS;
+    Some(Limit {
+        metric: Metric::TotalTime,
+        value,
+        text: "pages that are not zero / link (957 Mbit/s)".to_owned(),
+    })
+}

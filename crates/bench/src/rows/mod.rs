@@ -1,0 +1,225 @@
+//! What can be measured: each row in a file of its own.
+
+mod demo;
+mod downtime;
+mod growth;
+mod guestperf;
+mod idle;
+mod papers;
+mod plane;
+mod rate;
+mod servers;
+mod tracking;
+
+use std::str::FromStr;
+use std::time::Instant;
+
+use crate::facts::HostFacts;
+use crate::ours::Progress;
+use crate::results::{Results, RowResult};
+use crate::{BenchError, Kit};
+
+/// A row. Numbers are those of the project's list of benchmarks, and stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Row {
+    /// The demo, pair after pair.
+    Demo,
+    /// Whether a bandwidth limit is kept.
+    Rate,
+    /// 1: an idle guest moves.
+    Idle,
+    /// 2: for how long it is stopped.
+    Downtime,
+    /// 17: how fast pages move where no link limits.
+    Plane,
+    /// 18: what tracking costs a guest that writes.
+    Tracking,
+    /// How the cost grows with size, writes and the number of VMs.
+    Growth,
+    /// The scenarios of QEMU's own guestperf.
+    Guestperf,
+    /// What clients of a server see of its move.
+    Servers,
+    /// What papers say, and where that is measured here.
+    Papers,
+}
+
+impl Row {
+    /// All of them, in the order in which they run.
+    pub const ALL: [Row; 10] = [
+        Row::Demo,
+        Row::Rate,
+        Row::Idle,
+        Row::Downtime,
+        Row::Plane,
+        Row::Tracking,
+        Row::Growth,
+        Row::Guestperf,
+        Row::Servers,
+        Row::Papers,
+    ];
+
+    /// Those that run when none is named: the others take long, need more packages, or measure nothing.
+    pub const DEFAULT: [Row; 7] =
+        [Row::Demo, Row::Rate, Row::Idle, Row::Downtime, Row::Plane, Row::Tracking, Row::Growth];
+
+    /// Its name on the command line.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Row::Demo => "demo",
+            Row::Rate => "rate",
+            Row::Idle => "idle",
+            Row::Downtime => "downtime",
+            Row::Plane => "plane",
+            Row::Tracking => "tracking",
+            Row::Growth => "growth",
+            Row::Guestperf => "guestperf",
+            Row::Servers => "servers",
+            Row::Papers => "papers",
+        }
+    }
+
+    /// Its number, where it has one.
+    #[must_use]
+    pub fn number(self) -> Option<u8> {
+        match self {
+            Row::Demo | Row::Rate | Row::Growth | Row::Guestperf | Row::Servers | Row::Papers => None,
+            Row::Idle => Some(1),
+            Row::Downtime => Some(2),
+            Row::Plane => Some(17),
+            Row::Tracking => Some(18),
+        }
+    }
+
+    /// What it measures.
+    #[must_use]
+    pub fn title(self) -> &'static str {
+        match self {
+            Row::Demo => "A VM with a server under load moves between two hosts at 1 Gbit/s",
+            Row::Rate => "How well a bandwidth limit is kept",
+            Row::Idle => "An idle guest of 512 MiB moves at 1 Gbit/s",
+            Row::Downtime => {
+                "How long an idle guest of 512 MiB is stopped, with few devices and with a full q35"
+            }
+            Row::Plane => "How fast the pages of a guest of 1 GiB move where no link limits",
+            Row::Tracking => "What tracking costs a guest that writes",
+            Row::Growth => {
+                "How the cost grows with the size of a guest, with what it writes, and with the number of guests"
+            }
+            Row::Guestperf => "The scenarios of QEMU's guestperf, 32 times smaller",
+            Row::Servers => "What clients of Redis, of a web server and of iperf3 see of a move",
+            Row::Papers => "What papers say, and where that is measured here",
+        }
+    }
+}
+
+impl FromStr for Row {
+    type Err = String;
+
+    /// By name or number.
+    fn from_str(text: &str) -> Result<Row, String> {
+        let named = |row: &&Row| row.name() == text || row.number().is_some_and(|n| n.to_string() == text);
+        Row::ALL.iter().find(named).copied().ok_or_else(|| {
+            let names: Vec<String> = Row::ALL
+                .iter()
+                .map(|r| r.number().map_or(r.name().to_owned(), |n| format!("{n} ({})", r.name())))
+                .collect();
+            format!("there is no row {text}; there are {}", names.join(", "))
+        })
+    }
+}
+
+/// How thorough a run is.
+#[derive(Debug, Clone, Copy)]
+pub struct Extent {
+    /// Pairs of one move of ours and one of each peer's, which alternate.
+    pub pairs: u32,
+    /// Only as much as shows that it works.
+    pub quick: bool,
+    /// How ours shows its progress.
+    pub progress: Progress,
+}
+
+/// What a row works with.
+pub(crate) struct Run<'a> {
+    pub(crate) kit: &'a Kit,
+    pub(crate) extent: Extent,
+    pub(crate) tell: &'a dyn Fn(&str),
+}
+
+impl Run<'_> {
+    pub(crate) fn tell(&self, line: &str) {
+        (self.tell)(line);
+    }
+}
+
+/// Runs rows one after the other. What happens is told to `tell`, line by line; each result to `done`.
+///
+/// A row that fails is a result that says so: the others run all the same.
+pub fn run(
+    kit: &Kit,
+    rows: &[Row],
+    extent: Extent,
+    tell: &dyn Fn(&str),
+    done: &dyn Fn(&RowResult),
+) -> Results {
+    let host = HostFacts::gather(kit, &kit.packages.qemu_72);
+    let mut results = Results { host, pairs: (!extent.quick).then_some(extent.pairs), rows: Vec::new() };
+    for row in rows {
+        tell(&format!(
+            "row {}: {}",
+            row.number().map_or(row.name().to_owned(), |n| n.to_string()),
+            row.title()
+        ));
+        let began = Instant::now();
+        let run = Run { kit, extent, tell };
+        let result = one(*row, &run)
+            .unwrap_or_else(|why| RowResult { not_run: Some(why.to_string()), ..RowResult::default() });
+        let result = RowResult {
+            name: row.name().to_owned(),
+            number: row.number(),
+            title: row.title().to_owned(),
+            took_s: began.elapsed().as_secs_f64(),
+            ..result
+        };
+        done(&result);
+        results.rows.push(result);
+    }
+    results
+}
+
+fn one(row: Row, run: &Run<'_>) -> Result<RowResult, BenchError> {
+    match row {
+        Row::Demo => demo::run(run),
+        Row::Rate => rate::run(run),
+        Row::Idle => idle::run(run),
+        Row::Downtime => downtime::run(run),
+        Row::Plane => plane::run(run),
+        Row::Tracking => tracking::run(run),
+        Row::Growth => growth::run(run),
+        Row::Guestperf => guestperf::run(run),
+        Row::Servers => servers::run(run),
+        Row::Papers => Ok(papers::result()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_by_default_runs_in_the_same_order() {
+        let default: Vec<Row> = Row::ALL.into_iter().filter(|r| Row::DEFAULT.contains(r)).collect();
+        assert_eq!(default, Row::DEFAULT);
+    }
+
+    #[test]
+    fn rows_are_known_by_name_and_number_and_others_are_said_to_be_missing() {
+        assert_eq!(
+            ("demo".parse(), "17".parse(), "plane".parse()),
+            (Ok(Row::Demo), Ok(Row::Plane), Ok(Row::Plane))
+        );
+        assert!("3".parse::<Row>().unwrap_err().contains("no row 3; there are demo, rate, 1 (idle)"));
+    }
+}
