@@ -57,7 +57,11 @@ fn clear(process: &Process, installer: &Installer, at: usize, region: &Region) -
             }
         }
     }
-    if dirty.is_empty() { Ok(()) } else { installer.discard(at, &dirty).map_err(|why| explain(&why)) }
+    if !dirty.is_empty() {
+        installer.discard(at, &dirty).map_err(|why| explain(&why))?;
+    }
+    installer.is_zero_now(at);
+    Ok(())
 }
 
 /// A run in pieces of one batch.

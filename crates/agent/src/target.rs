@@ -129,9 +129,13 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
         Ok(_) => {}
         Err(why) => reasons.push(reason("host", why.to_string())),
     }
-    if let Err(refusals) = command_line(host, offer) {
-        reasons.extend(refusals);
-    }
+    let huge = match command_line(host, offer) {
+        Ok(argv) => sterna_vmm::qemu::huge_pages(&argv),
+        Err(refusals) => {
+            reasons.extend(refusals);
+            Vec::new()
+        }
+    };
     reasons.extend(image_reasons(host, offer));
     let wants = if offer.clear_pages { PageStreams::Clear } else { PageStreams::Encrypted };
     if wants != host.config().tls.page_streams {
@@ -148,7 +152,7 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
         ));
     }
     let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
-    let lacking = sterna_vmm::qemu::target_reasons(ram_bytes).into_iter();
+    let lacking = sterna_vmm::qemu::target_reasons(ram_bytes, &huge).into_iter();
     reasons.extend(lacking.map(|found| reason(&crate::offer::word(&found.code), found.text)));
     reasons
 }

@@ -186,7 +186,18 @@ impl Segment {
         rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type != HUGETLBFS_MAGIC)
     }
 
-    fn failed(&self, process: &Process, source: io::Error) -> BackingError {
+    /// The size of the pages behind it, if they are huge ones of hugetlbfs.
+    pub(crate) fn huge_page_bytes(&self, file: &File) -> Option<u64> {
+        let fs = rustix::fs::fstatfs(file).ok().filter(|fs| fs.f_type == HUGETLBFS_MAGIC)?;
+        u64::try_from(fs.f_bsize).ok().filter(|bytes| bytes.is_power_of_two())
+    }
+
+    /// Addresses of the mapping that the segment is a part of.
+    pub(crate) fn mapping(&self) -> (u64, u64) {
+        self.map
+    }
+
+    pub(crate) fn failed(&self, process: &Process, source: io::Error) -> BackingError {
         BackingError::File { pid: process.pid(), addr: self.start, source }
     }
 }

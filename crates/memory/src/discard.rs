@@ -8,6 +8,7 @@
 //! | anonymous | long runs are given back by an injected `madvise(MADV_DONTNEED)`, one attach for all; short ones become zeros |
 //! | private, nothing in the file | the same: nothing lies under the page |
 //! | private, the file has data there | zeros, for giving the page back would uncover the file's bytes |
+//! | huge pages of hugetlbfs | zeros, and whole ones that hold nothing any more are given back ([`crate::huge_target`]) |
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -38,6 +39,7 @@ impl Installer {
             for (part, piece) in plan.pieces(span) {
                 let run = plan.region.run(piece.addr, piece.end());
                 match part.segment.kind {
+                    _ if let Some(huge) = &part.huge => self.discard_huge(plan, part, huge, piece)?,
                     Kind::Anonymous => uncovered.push(run),
                     Kind::Shared => self.punch(plan, part, piece)?,
                     Kind::Private => self.discard_private(plan, part, run, &mut uncovered)?,
@@ -119,7 +121,7 @@ impl Installer {
     }
 
     /// Gives spans back; those that were not, because the kernel refuses (locked memory) or no thread could be had.
-    fn dontneed<'a>(&self, spans: &'a [Span]) -> Result<&'a [Span], InstallError> {
+    pub(crate) fn dontneed<'a>(&self, spans: &'a [Span]) -> Result<&'a [Span], InstallError> {
         match self.attach.dontneed(&self.process, spans) {
             Ok(done) => Ok(&spans[done.ranges.min(spans.len())..]),
             Err(e @ AttachError::Gone { .. }) => Err(e.into()),
@@ -137,7 +139,7 @@ impl Installer {
         Ok(())
     }
 
-    fn overwrite(&self, span: Span) -> Result<(), InstallError> {
+    pub(crate) fn overwrite(&self, span: Span) -> Result<(), InstallError> {
         let mut at = span.addr;
         while at < span.end() {
             let len = (span.end() - at).min(ZEROS.len() as u64);

@@ -14,6 +14,7 @@ use std::sync::Mutex;
 use crate::attach::{Attach, AttachError};
 use crate::backing::{self, Access, BackingError, Kind, Segment};
 use crate::copy::{self, CopyError};
+use crate::huge_target::HugePages;
 use crate::page::{PAGE, PageRun, Region, Span};
 use crate::populated::{PopulatedError, present};
 use crate::process::{Process, ProcessError};
@@ -72,6 +73,19 @@ pub enum InstallError {
         #[source]
         source: io::Error,
     },
+    /// A huge page of hugetlbfs could not be had.
+    #[error(
+        "cannot write the huge page at {addr:#x} of process {pid}; are any left (HugePages_Free of /proc/meminfo)?"
+    )]
+    HugePage {
+        /// The process's pid.
+        pid: i32,
+        /// Where the write failed.
+        addr: u64,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
     /// The caller named pages that are not there.
     #[error("region {region} has no pages {first}..{first}+{pages}")]
     OutOfRange {
@@ -104,7 +118,7 @@ pub struct Installer {
 /// A region and how to write its parts.
 pub(crate) struct Plan {
     pub(crate) region: Region,
-    parts: Vec<Part>,
+    pub(crate) parts: Vec<Part>,
 }
 
 /// A part of a region with one kind of memory behind it.
@@ -112,6 +126,8 @@ pub(crate) struct Part {
     pub(crate) segment: Segment,
     pub(crate) file: Option<File>,
     pub(crate) way: Way,
+    /// Where the way is [`Way::Huge`].
+    pub(crate) huge: Option<HugePages>,
 }
 
 /// How pages are put in place.
@@ -123,6 +139,8 @@ pub(crate) enum Way {
     Fill,
     /// By a write into the file: no page is zeroed first and no page table is filled, which is half as much work again.
     Store,
+    /// By an ordinary write, with a note of what a huge page holds: one that holds nothing any more is given back whole.
+    Huge,
 }
 
 impl Installer {
@@ -163,6 +181,7 @@ impl Installer {
 
     /// Ends it: the process keeps its pages, and nothing of ours. Dropping does the same, without telling whether it worked.
     pub fn finish(self) -> Result<(), InstallError> {
+        self.give_huge_back()?;
         let Some(uffd) = &self.uffd else { return Ok(()) };
         for span in self.regions.iter().flat_map(Plan::filled) {
             match uffd.unregister(span) {
@@ -205,6 +224,9 @@ impl Installer {
     }
 
     fn place(&self, plan: &Plan, part: &Part, addr: u64, bytes: &[u8]) -> Result<(), InstallError> {
+        if let Some(huge) = &part.huge {
+            return self.place_huge(huge, addr, bytes);
+        }
         let (Way::Store, Some(file)) = (part.way, &part.file) else {
             return self.fill(plan, addr, bytes);
         };
@@ -305,28 +327,30 @@ impl Plan {
 }
 
 fn plan(process: &Process, region: Region) -> Result<Plan, InstallError> {
-    let parts = backing::segments(process, &region)?.into_iter().map(|segment| part(process, segment));
+    let parts =
+        backing::segments(process, &region)?.into_iter().map(|segment| part(process, &region, segment));
     Ok(Plan { region, parts: parts.collect::<Result<_, _>>()? })
 }
 
-fn part(process: &Process, segment: Segment) -> Result<Part, InstallError> {
-    let (file, way) = match segment.kind {
-        Kind::Anonymous => (None, Way::Write),
-        Kind::Private => {
-            let file = segment.open(process, Access::Read)?;
-            let way = if segment.fillable(&file) { Way::Fill } else { Way::Write };
-            (Some(file), way)
-        }
-        Kind::Shared => match segment.open(process, Access::ReadWrite) {
-            Ok(file) => {
-                let way = if segment.storable(&file) { Way::Store } else { Way::Write };
-                (Some(file), way)
-            }
-            // Sealed or read-only for us: all is done through the mapping.
-            Err(_) => (Some(segment.open(process, Access::Read)?), Way::Write),
-        },
+fn part(process: &Process, region: &Region, segment: Segment) -> Result<Part, InstallError> {
+    let file = match segment.kind {
+        Kind::Anonymous => None,
+        Kind::Private => Some((segment.open(process, Access::Read)?, Access::Read)),
+        // Sealed or read-only for us: all is done through the mapping.
+        Kind::Shared => Some(match segment.open(process, Access::ReadWrite) {
+            Ok(file) => (file, Access::ReadWrite),
+            Err(_) => (segment.open(process, Access::Read)?, Access::Read),
+        }),
     };
-    Ok(Part { segment, file, way })
+    let huge = file.as_ref().and_then(|(file, _)| segment.huge_page_bytes(file));
+    let huge = huge.map(|page| HugePages::open(process, region, &segment, page)).transpose()?;
+    let way = match &file {
+        Some(_) if huge.is_some() => Way::Huge,
+        Some((file, _)) if segment.kind == Kind::Private && segment.fillable(file) => Way::Fill,
+        Some((file, Access::ReadWrite)) if segment.storable(file) => Way::Store,
+        _ => Way::Write,
+    };
+    Ok(Part { segment, file: file.map(|(file, _)| file), way, huge })
 }
 
 fn register(process: &Process, plans: &[Plan], attach: &Attach) -> Result<Option<Uffd>, InstallError> {

@@ -25,6 +25,8 @@ mod digest;
 mod discard;
 mod footprint;
 mod helper;
+mod huge;
+mod huge_target;
 mod install;
 mod page;
 mod populated;

@@ -1,9 +1,10 @@
 //! Which pages of a region can differ from zero. The others are holes and are never read: reading a hole of a memfd, also by
-//! `process_vm_readv`, allocates it.
+//! `process_vm_readv`, allocates it. Huge pages of hugetlbfs are asked for in a way of their own ([`crate::huge`]).
 
 use std::io;
 
 use crate::backing::{self, Access, BackingError, Kind};
+use crate::huge;
 use crate::page::{PAGE, PageRun, Region, append_run, normalise};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{PRESENT, PageMap, Query, SWAPPED, ZERO};
@@ -47,15 +48,19 @@ pub enum PopulatedError {
 pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Result<(), PopulatedError> {
     out.clear();
     let mut files = false;
+    let mut scanner = PageMap::new(process.open_proc("pagemap")?);
     for segment in backing::segments(process, region)? {
         if segment.kind != Kind::Anonymous {
-            let file = segment.open(process, Access::Read)?;
-            segment.data(process, &file, |start, end| out.push(region.run(start, end)))?;
             files = true;
+            let file = segment.open(process, Access::Read)?;
+            if let Some(page) = segment.huge_page_bytes(&file) {
+                huge::populated(&mut scanner, process, region, &segment, page, out)?;
+                continue;
+            }
+            segment.data(process, &file, |start, end| out.push(region.run(start, end)))?;
         }
+        present(&mut scanner, process, region, segment.start, segment.end, out)?;
     }
-    let mut scanner = PageMap::new(process.open_proc("pagemap")?);
-    present(&mut scanner, process, region, region.base, region.end(), out)?;
     if files {
         normalise(out);
     }

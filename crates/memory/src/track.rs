@@ -3,7 +3,8 @@
 use std::io;
 
 use crate::attach::{Attach, AttachError};
-use crate::page::{PageRun, Region, append_run};
+use crate::huge;
+use crate::page::{PageRun, Region, Span, append_run};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{Action, PRESENT, PageMap, Query, SWAPPED, WRITTEN, ZERO};
 use crate::sys::uffd::{TRACK_FEATURES, Uffd};
@@ -101,6 +102,8 @@ pub enum TrackError {
 pub struct WpAsyncTracker {
     process: Process,
     regions: Vec<Region>,
+    /// Which of them are in huge pages of hugetlbfs.
+    huge: Vec<bool>,
     uffd: Uffd,
     scanner: PageMap,
 }
@@ -115,7 +118,8 @@ impl WpAsyncTracker {
             result => result?,
         };
         let scanner = PageMap::new(process.open_proc("pagemap")?);
-        let mut tracker = WpAsyncTracker { process: process.try_clone()?, regions, uffd, scanner };
+        let huge = regions.iter().map(|region| huge::is_huge(process, region)).collect();
+        let mut tracker = WpAsyncTracker { process: process.try_clone()?, regions, huge, uffd, scanner };
         for index in 0..tracker.regions.len() {
             tracker.scan(index, Action::Rearm, 0, |_, _| {})?;
         }
@@ -141,11 +145,28 @@ impl WpAsyncTracker {
         let (pid, base, bytes) = (self.process.pid(), region.base, region.bytes);
         result.map_err(|source| TrackError::Scan { pid, base, bytes, source })
     }
+
+    /// Takes the markers away that discards have left in huge pages, where they look like pages that the kernel is moving
+    /// (see [`crate::huge`]). One that does move counts as written from now on. Where it fails, the markers stay.
+    fn clear_markers(&mut self, region: &Region) {
+        let query = Query { all: SWAPPED, none: PRESENT | WRITTEN, ..Query::default() };
+        let mut markers = Vec::new();
+        let found = |start, end, _| markers.push(Span { addr: start, len: end - start });
+        let scanned = self.scanner.scan(query, region.base, region.end(), found);
+        let cleared = scanned.and_then(|()| markers.iter().try_for_each(|span| self.uffd.unprotect(*span)));
+        if let Err(error) = cleared {
+            tracing::debug!(%error, base = region.base, "markers of discarded huge pages stay");
+        }
+    }
 }
 
 impl Tracker for WpAsyncTracker {
     fn collect(&mut self, region: usize, out: &mut Vec<PageRun>) -> Result<(), TrackError> {
-        self.scan(region, Action::Rearm, 0, |run, _| append_run(out, run))
+        self.scan(region, Action::Rearm, 0, |run, _| append_run(out, run))?;
+        if self.huge[region] {
+            self.clear_markers(&self.regions[region].clone());
+        }
+        Ok(())
     }
 
     fn collect_sorted(

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use common::{Stage, chain, versions};
 use proptest::prelude::*;
-use sterna_vmm::qemu::{CommandLine, CommandLineError, HostMap, Launch, Refusal, TargetPolicy};
+use sterna_vmm::qemu::{CommandLine, CommandLineError, HostMap, Launch, Refusal, TargetPolicy, huge_pages};
 use sterna_vmm::{Code, RunState, Vmm, difference};
 use tempfile::TempDir;
 
@@ -542,4 +542,26 @@ proptest! {
             prop_assert_eq!(&CommandLine::parse(line.to_argv()).unwrap(), &line);
         }
     }
+}
+
+#[test]
+fn huge_pages_are_counted_by_size() {
+    let of = |words: &str| {
+        // As a target runs it.
+        let argv: Vec<String> = format!("{words} -incoming defer -S").split(' ').map(str::to_owned).collect();
+        huge_pages(&argv)
+            .into_iter()
+            .map(|pages| (pages.page_bytes >> 20, pages.bytes >> 20))
+            .collect::<Vec<_>>()
+    };
+    let memfd = "q -object memory-backend-memfd,id=ram,size=1G,hugetlb=";
+    assert_eq!(of(&format!("{memfd}on,hugetlbsize=2M")), [(2, 1024)]);
+    assert_eq!(of(&format!("{memfd}true,hugetlbsize=1G")), [(1024, 1024)]);
+    assert_eq!(of(&format!("{memfd}on")).len(), 1, "the kernel's own size");
+    assert_eq!(of(&format!("{memfd}off")), []);
+    assert_eq!(of(&format!("{memfd}on,hugetlbsize=2M,reserve=off")), []);
+    assert_eq!(of("q -m 512 -mem-path /tmp -object memory-backend-ram,id=a,size=1G"), []);
+    let json =
+        r#"{"qom-type":"memory-backend-memfd","id":"a","size":4194304,"hugetlb":true,"hugetlbsize":2097152}"#;
+    assert_eq!(of(&format!("q -object {json}")), [(2, 4)]);
 }

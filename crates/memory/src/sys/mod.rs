@@ -9,3 +9,4 @@ pub(crate) mod pagemap;
 pub(crate) mod ptrace;
 pub(crate) mod signals;
 pub(crate) mod uffd;
+pub(crate) mod window;

@@ -1,15 +1,16 @@
-//! The ioctls of a userfaultfd that belongs to another process's memory.
+//! The ioctls of a userfaultfd that belongs to another process's memory, or to a window of our own.
 //!
 //! Source: ioctl_userfaultfd(2), the kernel's Documentation/admin-guide/mm/userfaultfd.rst and `fs/userfaultfd.c`. Every
-//! address is one of the *other* process; only the source of a copy is ours.
+//! address is one of the *other* process; only the source of a copy is ours, and the windows that [`super::window`] makes.
 
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::OwnedFd;
 
 use linux_raw_sys::general::{
-    UFFD_API, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, UFFD_FEATURE_WP_UNPOPULATED,
-    UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_WP, uffdio_api, uffdio_copy, uffdio_range, uffdio_register,
+    UFFD_API, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_WP,
+    uffdio_api, uffdio_continue, uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect,
     uffdio_zeropage,
 };
 use linux_raw_sys::ioctl;
@@ -20,7 +21,8 @@ use crate::page::Span;
 
 const _: () = assert!(size_of::<uffdio_api>() == 24 && size_of::<uffdio_range>() == 16);
 const _: () = assert!(size_of::<uffdio_register>() == 32 && size_of::<uffdio_zeropage>() == 32);
-const _: () = assert!(size_of::<uffdio_copy>() == 40);
+const _: () = assert!(size_of::<uffdio_copy>() == 40 && size_of::<uffdio_continue>() == 32);
+const _: () = assert!(size_of::<uffdio_writeprotect>() == 24);
 
 /// `USERFAULTFD_IOC_NEW`, `_IO(0xAA, 0)`: on `/dev/userfaultfd`, makes a userfaultfd for the calling process.
 pub(crate) const IOC_NEW: u64 = 0xAA00;
@@ -33,11 +35,14 @@ pub(crate) const TRACK_FEATURES: u64 =
 /// the process; with WP_ASYNC even a stray protection resolves in the kernel, so nothing ever waits for us.
 pub(crate) const INSTALL_FEATURES: u64 = (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_HUGETLBFS_SHMEM) as u64;
 
-/// A userfaultfd of another process.
+/// The features that a look into a file of huge pages asks for.
+pub(crate) const LOOK_FEATURES: u64 = UFFD_FEATURE_MINOR_HUGETLBFS as u64;
+
+/// A userfaultfd: of another process, or of a window of our own into a file ([`super::window`]).
 #[derive(Debug)]
 pub(crate) struct Uffd(OwnedFd);
 
-/// How far a copy or a zeroing got, and why it stopped there.
+/// How far a copy, a zeroing or a mapping got, and why it stopped there.
 pub(crate) struct Progress {
     pub(crate) bytes: u64,
     pub(crate) stopped: Option<io::Error>,
@@ -48,7 +53,8 @@ impl Uffd {
     pub(crate) fn own() -> io::Result<OwnedFd> {
         let flags = UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
         // SAFETY:
-        // - The descriptor is only asked for features; no memory of ours is ever registered with it.
+        // - The descriptor is asked for features; the only memory of ours that is ever registered with one is that of a
+        //   `Window`, which nothing in this process reads or writes, so that no thread of ours can wait for its faults.
         Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
     }
 
@@ -62,8 +68,22 @@ impl Uffd {
 
     /// Registers the span for write-protect events, which WP_ASYNC resolves in the kernel.
     pub(crate) fn register_wp(&self, span: Span) -> io::Result<()> {
-        let mut arg = uffdio_register { range: range(span), mode: UFFDIO_REGISTER_MODE_WP.into(), ioctls: 0 };
+        self.register(span, UFFDIO_REGISTER_MODE_WP)
+    }
+
+    /// Registers the span, shared memory of a file, for events where the file has a page that is not mapped.
+    pub(crate) fn register_minor(&self, span: Span) -> io::Result<()> {
+        self.register(span, UFFDIO_REGISTER_MODE_MINOR)
+    }
+
+    fn register(&self, span: Span, mode: u32) -> io::Result<()> {
+        let mut arg = uffdio_register { range: range(span), mode: mode.into(), ioctls: 0 };
         self.call(ioctl::UFFDIO_REGISTER, &mut arg)
+    }
+
+    /// Takes the protection from the pages of the span, and from places without a page their markers.
+    pub(crate) fn unprotect(&self, span: Span) -> io::Result<()> {
+        self.call(ioctl::UFFDIO_WRITEPROTECT, &mut uffdio_writeprotect { range: range(span), mode: 0 })
     }
 
     /// Undoes the registration of the span; its pages are writable again at once.
@@ -84,6 +104,13 @@ impl Uffd {
         let mut arg = uffdio_zeropage { range: range(span), mode: 0, zeropage: 0 };
         let result = self.call(ioctl::UFFDIO_ZEROPAGE, &mut arg);
         progress(result, arg.zeropage, span.len)
+    }
+
+    /// Maps the pages that the file behind the span has: EFAULT stops it where the file has none, EEXIST where one is mapped.
+    pub(crate) fn map_existing(&self, span: Span) -> Progress {
+        let mut arg = uffdio_continue { range: range(span), mode: 0, mapped: 0 };
+        let result = self.call(ioctl::UFFDIO_CONTINUE, &mut arg);
+        progress(result, arg.mapped, span.len)
     }
 
     fn call<T: Argument>(&self, opcode: u32, arg: &mut T) -> io::Result<()> {
@@ -115,6 +142,8 @@ impl Argument for uffdio_range {}
 impl Argument for uffdio_register {}
 impl Argument for uffdio_copy {}
 impl Argument for uffdio_zeropage {}
+impl Argument for uffdio_continue {}
+impl Argument for uffdio_writeprotect {}
 
 struct Call<'a, T> {
     opcode: u32,

@@ -1,7 +1,7 @@
 //! The victim's side: commands line by line on standard input, one answer each on standard output.
 //!
 //! - `map KIND PAGES PATH` -> base in hex. Kinds: `anon`, `anon-thp`, `anon-small`, `memfd-private`, `memfd-shared`,
-//!   `file-private`, `file-shared`, `anon-shared`.
+//!   `file-private`, `file-shared`, `anon-shared`, and `huge-private`, `huge-shared`: a memfd in huge pages of 2 MiB.
 //! - `fill FIRST PAGES SEED`, `verify FIRST PAGES SEED`, `zero FIRST PAGES` (how many pages are all zero), `blocks`,
 //!   `store FIRST PAGES SEED` (into the file, not through the mapping), `scatter SEED COUNT`, `comb APART` (a byte to each APARTth page), `drop FIRST PAGES`
 //! - `sit KIND` -> sits in a system call over and over until the next line; then how often, and what was wrong.
@@ -62,11 +62,12 @@ struct Memory {
     pages: usize,
     file: Option<File>,
     shared: bool,
+    huge: bool,
 }
 
 fn serve() {
     reply("ready");
-    let mut memory = Memory { base: std::ptr::null_mut(), pages: 0, file: None, shared: false };
+    let mut memory = Memory { base: std::ptr::null_mut(), pages: 0, file: None, shared: false, huge: false };
     let mut line = String::new();
     loop {
         line.clear();
@@ -107,6 +108,11 @@ fn map(kind: &str, pages: usize, path: &str) -> Memory {
             // SAFETY: the name is a valid C string; the descriptor is new and owned by nobody else.
             Some(unsafe { File::from_raw_fd(libc::memfd_create(c"victim".as_ptr(), 0)) })
         }
+        "huge" => {
+            let flags = libc::MFD_HUGETLB | libc::MFD_HUGE_2MB;
+            // SAFETY: the name is a valid C string; the descriptor is new and owned by nobody else.
+            Some(unsafe { File::from_raw_fd(libc::memfd_create(c"victim".as_ptr(), flags)) })
+        }
         "file" => {
             Some(File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap())
         }
@@ -131,7 +137,7 @@ fn map(kind: &str, pages: usize, path: &str) -> Memory {
         // SAFETY: the range was just mapped.
         assert_eq!(unsafe { libc::madvise(base, len, advice) }, 0);
     }
-    Memory { base: base.cast(), pages, file, shared }
+    Memory { base: base.cast(), pages, file, shared, huge: kind.starts_with("huge") }
 }
 
 impl Memory {
@@ -148,7 +154,27 @@ impl Memory {
 
     fn store(&self, first: u64, count: u64, seed: u64) -> String {
         let file = self.file.as_ref().unwrap();
+        if self.huge {
+            return self.store_huge(file, first, count, seed);
+        }
         (first..first + count).for_each(|p| file.write_all_at(&content(seed, p), p * PAGE as u64).unwrap());
+        "ok".into()
+    }
+
+    /// hugetlbfs has no write(2): through another mapping, which is gone after.
+    fn store_huge(&self, file: &File, first: u64, count: u64, seed: u64) -> String {
+        let (len, rights) = (self.pages * PAGE, libc::PROT_READ | libc::PROT_WRITE);
+        let flags = libc::MAP_SHARED | libc::MAP_NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice, written within its bounds and unmapped by its length.
+        unsafe {
+            let base = libc::mmap(std::ptr::null_mut(), len, rights, flags, file.as_raw_fd(), 0);
+            assert_ne!(base, libc::MAP_FAILED);
+            for page in first..first + count {
+                let to = base.cast::<u8>().add(page as usize * PAGE);
+                std::ptr::copy_nonoverlapping(content(seed, page).as_ptr(), to, PAGE);
+            }
+            libc::munmap(base, len);
+        }
         "ok".into()
     }
 
@@ -201,8 +227,8 @@ impl Memory {
         // SAFETY: plain numbers.
         let punch =
             |file: &File| unsafe { libc::fallocate(file.as_raw_fd(), mode, offset as i64, len as i64) };
-        // As QEMU does: what is backed by a descriptor is punched, and what is private is dropped too.
-        let result = match (&self.file, self.shared) {
+        // As QEMU does: what is backed by a descriptor is punched, and what is private is dropped too unless it is huge.
+        let result = match (&self.file, self.shared || self.huge) {
             (None, true) => advise(libc::MADV_REMOVE),
             (None, false) => advise(libc::MADV_DONTNEED),
             (Some(file), true) => punch(file),

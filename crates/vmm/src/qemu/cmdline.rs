@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use super::huge::{self, HugePages};
 use super::images::{self, Image};
 use super::keyval::Settings;
 use super::launch::QMP_SOCKET;
@@ -88,6 +89,12 @@ pub struct CommandLine {
 impl CommandLine {
     /// Reads a command line; the first argument is the program.
     pub fn parse(argv: Vec<String>) -> Result<Self, CommandLineError> {
+        let line = Self::read(argv)?;
+        line.check_never()?;
+        Ok(line)
+    }
+
+    fn read(argv: Vec<String>) -> Result<Self, CommandLineError> {
         check_limits(&argv)?;
         let mut args = argv.into_iter();
         let program = args.next().filter(|program| !program.is_empty()).ok_or(CommandLineError::Empty)?;
@@ -95,9 +102,7 @@ impl CommandLine {
         while let Some(arg) = args.next() {
             options.push(parse_option(arg, &mut args)?);
         }
-        let line = Self { program, options };
-        line.check_never()?;
-        Ok(line)
+        Ok(Self { program, options })
     }
 
     /// The command line as it was read.
@@ -233,6 +238,42 @@ impl Opt {
     fn shown(&self) -> String {
         self.to_args().join(" ")
     }
+}
+
+/// The huge pages of hugetlbfs that this host must have for a command line in its own words, as it is executed
+/// ([`CommandLine::for_target`]).
+pub fn huge_pages(argv: &[String]) -> Vec<HugePages> {
+    let Ok(line) = CommandLine::read(argv.to_vec()) else { return Vec::new() };
+    let folder = line.options.iter().rev().find(|option| option.name == "mem-path");
+    let main = line.settings_of("m").filter_map(|settings| settings.value("size")).last();
+    let main = main.map_or(Some(RAM_BYTES_DEFAULT), |size| size_bytes(&size, 20).ok());
+    let of_main = folder.and_then(|option| huge::in_folder(option.value.as_deref()?, main?));
+    of_main.into_iter().chain(line.settings_of("object").filter_map(|object| huge_object(&object))).collect()
+}
+
+/// What a memory object takes of huge pages. One that reserves nothing (`reserve=off`) takes them as it can.
+fn huge_object(object: &Settings) -> Option<HugePages> {
+    let pairs = object.pairs();
+    let value =
+        |key: &str| pairs.iter().rev().find(|(known, _)| known == key).map(|(_, value)| value.as_str());
+    let size = |key: &str| value(key).and_then(|size| size_bytes(size, 0).ok());
+    if value("reserve").is_some_and(is_off) {
+        return None;
+    }
+    match value("qom-type")? {
+        "memory-backend-memfd" if value("hugetlb").is_some_and(|word| !is_off(word)) => {
+            let page_bytes =
+                size("hugetlbsize").filter(|bytes| *bytes > 0).or_else(huge::default_page_bytes)?;
+            Some(HugePages { page_bytes, bytes: size("size")? })
+        }
+        "memory-backend-file" => huge::in_folder(value("mem-path")?, size("size")?),
+        _ => None,
+    }
+}
+
+/// As QEMU reads a truth value (`qapi_bool_parse`).
+fn is_off(word: &str) -> bool {
+    matches!(word, "off" | "no" | "false" | "n")
 }
 
 fn is_machine(name: &str) -> bool {

@@ -9,6 +9,7 @@ mod cmdline;
 mod devices;
 mod disks;
 mod fingerprint;
+mod huge;
 mod images;
 mod keyval;
 mod launch;
@@ -29,7 +30,8 @@ use rustix::net::sockopt::socket_peercred;
 use serde_json::{Value, json};
 use sterna_memory::Process;
 
-pub use cmdline::{CommandLine, CommandLineError};
+pub use cmdline::{CommandLine, CommandLineError, huge_pages};
+pub use huge::HugePages;
 pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use policy::{HostMap, Refusal, TargetPolicy};

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use super::Qemu;
 use super::fingerprint::{all_devices, children};
+use super::huge::{self, HugePages};
 use super::qmp::Version;
 use crate::Vmm;
 use crate::types::{Code, Layout, Reason, RunState, VmmError};
@@ -20,6 +21,9 @@ const VERSION_MIN: Version = Version::new(6, 2);
 const VERSION_END: Version = Version::new(11, 0);
 /// What a target keeps free for QEMU itself and the migration: QEMU has 60 to 150 MiB besides the guest's RAM.
 const RESERVE_BYTES: u64 = 256 << 20;
+
+/// The size of huge pages that is moved.
+const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// `UFFD_FEATURE_WP_ASYNC` of linux/userfaultfd.h.
 const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
@@ -66,11 +70,12 @@ pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
     Ok(reasons)
 }
 
-/// Every reason why this host cannot take a VM of this much RAM. What its files and options are wrong about,
+/// Every reason why this host cannot take a VM of this much RAM, of which so much is in huge pages. What its files and options are wrong about,
 /// [`CommandLine::for_target`](super::CommandLine::for_target) tells.
-pub fn target_reasons(ram_bytes: u64) -> Vec<Reason> {
-    let mut reasons = Vec::new();
-    let needed = ram_bytes.saturating_add(RESERVE_BYTES);
+pub fn target_reasons(ram_bytes: u64, huge: &[HugePages]) -> Vec<Reason> {
+    let mut reasons = huge::reasons(huge);
+    let in_huge_pages = huge.iter().fold(0u64, |sum, pages| sum.saturating_add(pages.bytes));
+    let needed = ram_bytes.saturating_sub(in_huge_pages).saturating_add(RESERVE_BYTES);
     match available_bytes() {
         Some(available) if available >= needed => {}
         Some(available) => reasons.push(Reason::new(
@@ -241,14 +246,16 @@ fn layout_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
     }
 }
 
-/// What the guest gives back of huge pages shows in no table that can be trusted while it runs.
+/// Huge pages of another size than was tried. They would travel whole, too: each write of the guest sends one.
 fn huge_page_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
-    for block in layout.blocks.iter().filter(|block| block.page_bytes > sterna_memory::PAGE) {
+    let tried = [sterna_memory::PAGE, HUGE_PAGE_BYTES];
+    for block in layout.blocks.iter().filter(|block| !tried.contains(&block.page_bytes)) {
         let text = format!(
-            "RAM block {} is in huge pages of {} KiB (hugetlbfs), which are not moved exactly; use memory without \
-             hugetlb= or a folder of hugetlbfs (transparent huge pages do move)",
+            "RAM block {} is in huge pages of {} KiB (hugetlbfs), which were never tried; use those of {} KiB \
+             (hugetlbsize=2M), or memory without huge pages",
             block.name,
-            block.page_bytes >> 10
+            block.page_bytes >> 10,
+            HUGE_PAGE_BYTES >> 10
         );
         reasons.push(Reason::new(Code::Layout, text));
     }
@@ -282,6 +289,7 @@ fn is_async(fdinfo: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::types::Block;
 
     #[test]
     fn versions_outside_of_what_was_tried_are_refused() {
@@ -347,9 +355,30 @@ mod tests {
 
     #[test]
     fn a_target_without_the_memory_says_so() {
-        assert_eq!(target_reasons(0), []);
-        let reasons = target_reasons(u64::MAX);
+        assert_eq!(target_reasons(0, &[]), []);
+        let reasons = target_reasons(u64::MAX, &[]);
         assert_eq!(reasons.len(), 1);
         assert_eq!(reasons[0].code, Code::Memory);
+    }
+
+    #[test]
+    fn huge_pages_of_other_sizes_are_refused() {
+        let refused = |page_bytes| {
+            let block = Block { name: "ram".into(), bytes: 1 << 30, page_bytes, hva: None };
+            let (layout, mut reasons) = (Layout { blocks: vec![block] }, Vec::new());
+            huge_page_reasons(&layout, &mut reasons);
+            !reasons.is_empty()
+        };
+        assert!(!refused(4096) && !refused(2 << 20));
+        assert!(refused(1 << 30) && refused(64 << 10));
+    }
+
+    /// Memory of the pool is not what is available besides.
+    #[test]
+    fn huge_pages_are_looked_for_in_the_pool() {
+        let huge = HugePages { page_bytes: HUGE_PAGE_BYTES, bytes: 1 << 50 };
+        let reasons = target_reasons(1 << 50, &[huge]);
+        assert_eq!(reasons.len(), 1, "{reasons:?}");
+        assert!(reasons[0].text.contains("huge pages of 2048 KiB"), "{reasons:?}");
     }
 }
