@@ -177,9 +177,8 @@ impl Contest<'_> {
         match (vm.migrate_within(self.stage, limit), &vm) {
             (Ok(moved), _) => contender.moves.push(moved),
             // Not to get through is a result: a peer's always, ours where the case allows for it.
-            (Err(why), _) if why.is_no_end() && limit.is_some() => contender.failed = Some(why.to_string()),
-            (Err(why @ BenchError::Deadline { .. }), Vm::Stock(..)) => {
-                contender.failed = Some(why.to_string())
+            (Err(why), vm) if why.is_no_end() && (limit.is_some() || matches!(vm, Vm::Stock(..))) => {
+                contender.failed = Some(why.to_string());
             }
             (Err(why), _) => return Err(why),
         }

@@ -179,9 +179,6 @@ impl StockVm {
         meter.watch_whole(target.process());
         self.begin(stage, &mut target, order)?;
         let stopped = self.wait_completed(order)?;
-        if stopped.is_some() {
-            target.qmp.execute("cont", json!({}))?;
-        }
         wait_running(&mut target)?;
         let running = began.elapsed();
         // QEMU counts from its own stop, and not from ours.
@@ -281,29 +278,30 @@ impl StockVm {
                 }
                 // From the switch on there is no way back: cancelling would end the guest.
                 _ if now >= switched.map_or(end, |at| at + LIMIT) => {
-                    self.cancel()?;
+                    self.cancel(stopped)?;
                     let what = format!("{} ({report})", order.way.name());
                     return Err(BenchError::Deadline { what, limit: order.limit });
                 }
                 _ if switched.is_none() && tuning.rounds_max.is_some_and(|max| rounds > max) => {
-                    self.cancel()?;
-                    return Err(BenchError::NoEnd {
-                        what: format!("{} ({report})", order.way.name()),
-                        rounds,
-                    });
+                    self.cancel(stopped)?;
+                    let what = format!("{} ({report})", order.way.name());
+                    return Err(BenchError::NoEnd { what, rounds });
                 }
                 _ => std::thread::sleep(ASK),
             }
         }
     }
 
-    /// Ends a migration, and waits until the guest is alone again.
-    fn cancel(&mut self) -> Result<(), BenchError> {
+    /// Ends a migration, and waits until the guest is alone again; if it was stopped, it runs again.
+    fn cancel(&mut self, stopped: Option<Instant>) -> Result<(), BenchError> {
         self.qemu.qmp.execute("migrate_cancel", json!({}))?;
         let end = Instant::now() + CANCELLED;
         loop {
             let report = self.qemu.qmp.execute("query-migrate", json!({}))?;
             match word(&report) {
+                "cancelled" if stopped.is_some() => {
+                    return Ok(self.qemu.qmp.execute("cont", json!({})).map(drop)?);
+                }
                 "cancelled" => return Ok(()),
                 "cancelling" if Instant::now() < end => std::thread::sleep(ASK),
                 _ => return Err(BenchError::unexpected("a cancelled migration", report.to_string())),
@@ -324,18 +322,21 @@ fn start(
     Ok(Running::start(&stage.lab, host, &stage.kit.packages.qemu_72, guest, tap, arrival)?)
 }
 
+/// A guest that was stopped before it left comes as it was, and is let go on as soon as it is there: `cont` before that is lost.
 fn wait_running(target: &mut Running) -> Result<(), BenchError> {
     let end = Instant::now() + LIMIT;
-    while word(&target.qmp.execute("query-status", json!({}))?) != "running" {
-        if Instant::now() >= end {
-            return Err(BenchError::Deadline {
-                what: "the guest's start at the target".to_owned(),
-                limit: LIMIT,
-            });
+    loop {
+        let report = target.qmp.execute("query-status", json!({}))?;
+        match word(&report) {
+            "running" => return Ok(()),
+            "paused" => drop(target.qmp.execute("cont", json!({}))?),
+            _ if Instant::now() >= end => {
+                let what = "the guest did not start at the target";
+                return Err(BenchError::unexpected(what, report.to_string()));
+            }
+            _ => std::thread::sleep(ASK),
         }
-        std::thread::sleep(ASK);
     }
-    Ok(())
 }
 
 fn figures(source: &mut Running) -> Result<Value, BenchError> {

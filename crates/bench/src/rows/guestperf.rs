@@ -11,7 +11,10 @@ mod scenario;
 
 use std::time::Duration;
 
+use rustix::process::Signal;
+use serde_json::json;
 use sterna_lab::GuestSpec;
+use sterna_lab::process::ProcessId;
 
 use self::scenario::{Means, SCENARIOS, Scenario};
 use super::Run;
@@ -33,8 +36,10 @@ const PATIENCE: Duration = Duration::from_millis(9375);
 /// guestperf's.
 const ROUNDS_MAX: u64 = 30;
 const ROUNDS: u64 = 5;
-/// Post-copy after so many rounds.
+/// What the link carries, in MiB/s.
 const LINK_MIB: u64 = 114;
+/// A guest writes at its full pace within one of its slices of 10 ms.
+const RESUMED: Duration = Duration::from_millis(200);
 /// In a quick run.
 const QUICK: &[&str] = &["pause-iters-1", "post-copy-iters-1", "compr-multifd-channels-4"];
 /// What QEMU 7.2 lacks.
@@ -43,6 +48,7 @@ const NO_DIRTY_LIMIT: &str = "not run: the capability dirty-limit is of QEMU 8.1
 pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
     let stage = Stage::up(run.kit, Link::Gigabit, PageStreams::Encrypted, 1)?;
     let mut ours = OurVm::boot(&stage, &guest(&stage, "ours"), 0)?;
+    let mut held = hold(&stage, &ours)?;
     let mut stock = StockVm::boot(&stage, &guest(&stage, "stock"), 0)?;
     let mut cases = Vec::new();
     for scenario in SCENARIOS.iter().filter(|s| !run.extent.quick || QUICK.contains(&s.name)) {
@@ -52,7 +58,12 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         case.contenders = match scenario.order() {
             None => vec![skipped(own), skipped(peer)],
             Some(order) => {
-                vec![by_ours(&stage, &mut ours, scenario, own)?, by_stock(&stage, &mut stock, order, peer)?]
+                stock.qemu.qmp.execute("stop", json!({}))?;
+                resume(held);
+                let own = by_ours(&stage, &mut ours, scenario, own)?;
+                held = hold(&stage, &ours)?;
+                stock.qemu.qmp.execute("cont", json!({}))?;
+                vec![own, by_stock(&stage, &mut stock, order, peer)?]
             }
         };
         run.tell(&format!(
@@ -63,6 +74,8 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         cases.push(case);
     }
     run.tell("ours once more, untimed, with --verify");
+    stock.qemu.qmp.execute("stop", json!({}))?;
+    resume(held);
     let verified = ours.verify_with(&stage, &ours::Order::with(&["--verify", "--timeout", "1"]));
     judge(&mut cases, verified, [&ours.console(&stage), &stock.console()])?;
     ours.stop(&stage)?;
@@ -83,7 +96,7 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
 fn guest(stage: &Stage, name: &str) -> GuestSpec {
     let written = [format!("--fill={WRITTEN_MIB}"), format!("--dirty={WRITTEN_MIB}")];
     let programs =
-        vec![load::memory(&[&written[0], &written[1], "--rate=0", "--mode=sequential", "--write=dense"])];
+        vec![load::memory(&[&written[0], &written[1], "--rate=0", "--mode=sequential", "--write=mixed"])];
     GuestSpec { programs, ..load::plain(stage, name, MEMORY_MIB) }
 }
 
@@ -97,6 +110,21 @@ fn by_ours(
     let order = ours::Order { options: scenario.options(), ..order };
     load::warm_memory(MEMORY_MIB);
     with(contender, vm.migrate(stage, &order, Progress::Sampled).map(|(moved, _)| moved))
+}
+
+/// A guest that works all the time would take a processor from the other's move. Stock QEMU is told to stop its own; ours has
+/// an agent that speaks to its QEMU, so that the process is held, of which the agent learns nothing.
+/// It must not be asked for its VMs meanwhile.
+fn hold(stage: &Stage, vm: &OurVm) -> Result<ProcessId, BenchError> {
+    let qemu = stage.agents(vm.way).0.qemu(&vm.name)?;
+    qemu.signal(Signal::STOP);
+    Ok(qemu)
+}
+
+/// Lets it go on, and gives it time to write at its pace.
+fn resume(qemu: ProcessId) {
+    qemu.signal(Signal::CONT);
+    std::thread::sleep(RESUMED);
 }
 
 fn by_stock(
@@ -166,7 +194,9 @@ impl Scenario {
                 (StockWay::Compress, Tuning { threads: Some(threads), ..Tuning::default() })
             }
             Means::Xbzrle { cache_percent } => {
-                let cache_bytes = Some((u64::from(WRITTEN_MIB) << 20) * cache_percent / 100);
+                // QEMU takes only powers of two.
+                let bytes = (u64::from(WRITTEN_MIB) << 20) * cache_percent / 100;
+                let cache_bytes = Some(1 << bytes.ilog2());
                 (StockWay::Xbzrle, Tuning { cache_bytes, ..Tuning::default() })
             }
             Means::Multifd { channels } => {
@@ -230,6 +260,7 @@ mod tests {
         let channels = named("compr-multifd-channels-8");
         assert_eq!(channels.order().unwrap().tuning.channels, Some(8));
         assert!(channels.options().ends_with(&["--parallel-connections".to_owned(), "8".to_owned()]));
+        assert_eq!(named("compr-xbzrle-cache-20").order().unwrap().tuning.cache_bytes, Some(4 << 20));
         assert_eq!(named("pause-iters-20").order().unwrap().tuning.stop_after, Some(20));
     }
 

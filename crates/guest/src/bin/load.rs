@@ -1,6 +1,6 @@
 //! A memory load that watches itself.
 //!
-//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense --seed=N --check --churn=MIB
+//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense|mixed --seed=N --check --churn=MIB
 //! --sleep --spin`
 //!
 //! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
@@ -93,7 +93,8 @@ impl Load {
         let write = match options.word("write", "sparse") {
             "sparse" => Write::Sparse,
             "dense" => Write::Dense,
-            other => return Err(format!("--write={other}: sparse or dense")),
+            "mixed" => Write::Mixed,
+            other => return Err(format!("--write={other}: sparse, dense or mixed")),
         };
         let seconds = options.number("for", 0)?;
         let churned = mib(options.number("churn", 0)?)?;
