@@ -211,8 +211,9 @@ impl Outgoing {
         let checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
         let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
+        let is_late = began.elapsed() > FIRST_MESSAGE_WITHIN / 2;
         let mut connection = connecting.join().map_err(|_| unreachable("its thread panicked"))?;
-        if began.elapsed() > FIRST_MESSAGE_WITHIN / 2 {
+        if is_late && connection.is_ok() {
             // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
             connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
         }
