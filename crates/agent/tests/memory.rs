@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, SetRequest};
 use sterna_agent::{Agent, Mechanism};
+use sterna_lab::HugePages;
 use sterna_lab::guest::{GuestSpec, Program, Ram};
 use sterna_lab::qmp::Qmp;
 use sterna_memory::{Process, Region, populated};
@@ -48,7 +49,7 @@ const AFTER_HAND_OFF_MAX: u64 = 4 << 20;
 /// hugetlbfs, mapped shared and private: there and back, proved equal, and at no time in more huge pages than before.
 #[test]
 fn huge_pages_move() {
-    let _pool = Pool::reserve(2 * HUGE_PAGES);
+    let _pool = HugePages::reserve(2 * HUGE_PAGES).unwrap();
     for (version, ram) in [
         ("7.2", Ram::SharedHuge),
         ("10.0", Ram::PrivateHuge),
@@ -71,7 +72,7 @@ fn huge_pages_move() {
 /// A folder of hugetlbfs, shared by an object and private by `-mem-path`: the target sees in the folder what it needs.
 #[test]
 fn files_of_hugetlbfs_move() {
-    let _pool = Pool::reserve(2 * HUGE_PAGES);
+    let _pool = HugePages::reserve(2 * HUGE_PAGES).unwrap();
     let options = "-object memory-backend-file,id=m0,share=on,size=192M,mem-path=DIR -numa node,memdev=m0";
     for (version, options) in [("7.2", options), ("10.0", "-mem-path DIR")] {
         let world = World::new(version);
@@ -108,7 +109,7 @@ impl Drop for Hugetlbfs {
 /// A target whose pool is too small says so before anything is started.
 #[test]
 fn too_few_huge_pages_are_refused() {
-    let _pool = Pool::reserve(HUGE_PAGES);
+    let _pool = HugePages::reserve(HUGE_PAGES).unwrap();
     let world = World::new("7.2");
     let folder = Hugetlbfs::mount(world.path("huge"));
     let (a, b) = (world.agent("a"), world.agent("b"));
@@ -199,39 +200,8 @@ fn moves_on(world: &World, from: &Arc<Agent>, to: &Agent) {
     assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
 }
 
-/// Huge pages of the machine that are reserved as long as this lives.
-struct Pool(u32);
-
 /// A QEMU with 192 MiB.
-const HUGE_PAGES: u32 = 100;
-/// How many pages of 2 MiB the machine keeps (Documentation/admin-guide/mm/hugetlbpage.rst).
-const POOL: &str = "/proc/sys/vm/nr_hugepages";
-
-impl Pool {
-    fn reserve(pages: u32) -> Self {
-        let (before, now) = Self::change(|pool| pool + pages);
-        let pool = Self(now.saturating_sub(before));
-        let wanted = before + pages;
-        assert!(now >= wanted, "the machine's memory is in pieces: {now} huge pages of {wanted}");
-        pool
-    }
-
-    /// Changes the number of pages; what it was and is. Tests in other processes take turns.
-    fn change(to: impl FnOnce(u32) -> u32) -> (u32, u32) {
-        let turn = std::fs::File::create(std::env::temp_dir().join("sterna-test-huge-pages.lock")).unwrap();
-        turn.lock().unwrap();
-        let pages = || std::fs::read_to_string(POOL).unwrap().trim().parse::<u32>().unwrap();
-        let before = pages();
-        std::fs::write(POOL, to(before).to_string()).unwrap();
-        (before, pages())
-    }
-}
-
-impl Drop for Pool {
-    fn drop(&mut self) {
-        Self::change(|pool| pool.saturating_sub(self.0));
-    }
-}
+const HUGE_PAGES: u64 = 100;
 
 /// A balloon gives back pages that were sent; what the target holds of them is not zero.
 #[test]
@@ -260,7 +230,7 @@ fn free_pages_are_reported_between_rounds() {
 /// Huge pages are given back whole. What a discard leaves in the page tables looks as pages do that the kernel moves.
 #[test]
 fn free_huge_pages_are_reported_between_rounds() {
-    let _pool = Pool::reserve(2 * (REPORTING_MIB / 2 + 4));
+    let _pool = HugePages::reserve(u64::from(REPORTING_MIB) + 8).unwrap();
     follows_discards("10.0", Ram::SharedHuge, Giving::ByReports);
     follows_discards("7.2", Ram::PrivateHuge, Giving::ByReports);
 }

@@ -152,7 +152,7 @@ impl Contest<'_> {
             run.tell(&format!("{name}, watched by a client"));
             let mut vm = self.boot(way, WATCHED, 0)?;
             let client = load::listen(self.stage)?;
-            load::warm_memory(self.memory_mib() * 2);
+            load::warm_memory(self.memory_mib());
             let mut moved = vm.migrate(self.stage)?;
             std::thread::sleep(load::AFTER);
             let seen = Seen::of(client.finish()?, moved.window)?;
@@ -172,8 +172,8 @@ impl Contest<'_> {
         vm: &mut Vm,
         limit: Option<Duration>,
     ) -> Result<(), BenchError> {
-        load::warm_memory(self.memory_mib() + self.memory_mib() / 2);
         std::thread::sleep(REST);
+        load::warm_memory(self.memory_mib());
         match (vm.migrate_within(self.stage, limit), &vm) {
             (Ok(moved), _) => contender.moves.push(moved),
             // Not to get through is a result: a peer's always, ours where the case allows for it.

@@ -219,7 +219,7 @@ fn migrate(
     // The command ends with the migration; what the agent writes down after it, such as the split, is asked for.
     let said = if said.id.is_empty() { said } else { parsed(&from.status(&said.id)?)? };
     let mut figures = Figures::default();
-    let sending_ms = said.total_time - said.setup_time - said.downtime.unwrap_or(0.0);
+    let sending_ms = said.total_time - said.setup_time;
     for (metric, value) in [
         (Metric::TotalTime, total.as_secs_f64() * 1e3),
         (Metric::SetupTime, said.setup_time),

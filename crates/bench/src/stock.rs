@@ -194,7 +194,7 @@ impl StockVm {
         self.way = self.way.turned();
         let told = |name: &str| report.get(name).and_then(Value::as_f64).unwrap_or(f64::NAN);
         let pages = report.pointer("/ram/normal").and_then(Value::as_f64).unwrap_or(f64::NAN);
-        let sending_ms = told("total-time") - told("setup-time") - told("downtime");
+        let sending_ms = told("total-time") - told("setup-time");
         let mut figures = Figures::default();
         for (metric, value) in [
             (Metric::TotalTime, total_ms),

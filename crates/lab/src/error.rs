@@ -44,6 +44,14 @@ pub enum LabError {
         #[source]
         source: std::io::Error,
     },
+    /// The machine's memory is in pieces.
+    #[error("the kernel finds {found} huge pages of {wanted}: its memory is in pieces, or full")]
+    TooFewHugePages {
+        /// How many were asked for.
+        wanted: u64,
+        /// How many could be reserved.
+        found: u64,
+    },
     /// Debian packages are missing and only root can install them.
     #[error("these Debian packages are missing: {}\nrun as root: apt-get install --no-install-recommends {}",
         .packages.join(" "), .packages.join(" "))]

@@ -13,6 +13,7 @@ pub mod bare;
 pub mod client;
 pub mod error;
 pub mod guest;
+pub mod huge;
 pub mod image;
 pub mod net;
 pub mod packages;
@@ -25,6 +26,7 @@ pub mod stock;
 
 pub use error::LabError;
 pub use guest::{Arrival, GuestSpec, Machine, Ram, Running};
+pub use huge::HugePages;
 pub use net::{Host, Lab, LabSpec, LinkBytes};
 pub use packages::Packages;
 pub use place::LabDir;

@@ -4,8 +4,8 @@
 
 mod common;
 
-use common::pool::Pool;
 use common::{Victim, attach, content, pages, run};
+use sterna_lab::HugePages;
 use sterna_memory::{
     Installer, PAGE, PageRun, Region, Tracker, WpAsyncTracker, digest, footprint, populated,
 };
@@ -18,8 +18,8 @@ const COUNT: u64 = 16;
 const KINDS: [&str; 2] = ["huge-shared", "huge-private"];
 
 /// The pool goes last: what the victim still holds cannot be given back.
-fn mapped(kind: &str) -> (Pool, Victim, Region) {
-    let pool = Pool::reserve(COUNT + 4);
+fn mapped(kind: &str) -> (HugePages, Victim, Region) {
+    let pool = HugePages::reserve(COUNT + 4).unwrap();
     let mut victim = Victim::start();
     let region = victim.map(kind, COUNT * HUGE, "");
     (pool, victim, region)

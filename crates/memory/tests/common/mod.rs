@@ -7,7 +7,6 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 #![allow(unreachable_pub, reason = "shared by test files, none of which is a library")]
 
-pub mod pool;
 pub mod qemu;
 pub mod victim;
 
