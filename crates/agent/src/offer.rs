@@ -5,14 +5,15 @@ use crate::control::{self, explain};
 use crate::host::Host;
 use crate::pages::{SentHashes, SentPages, SourceBlock, Writers};
 use crate::registry::{Vm, VmRecord};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use sterna_engine::handoff::Activity;
 use sterna_engine::source::Outcome;
 use sterna_engine::wire::message::{Block, Image, Offer, Reason};
 use sterna_engine::wire::{Message, batch};
-use sterna_memory::{PAGE, Region, is_anonymous};
-use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, changed_parts, mark_images};
-use sterna_vmm::{Layout, RunState, Shape, Vmm};
+use sterna_memory::{Backing, PAGE, Region};
+use sterna_vmm::qemu::{CommandLine, ImageProof, MarkedImages, Qemu, changed_parts, mark_images};
+use sterna_vmm::{Fingerprint, Layout, RunState, Shape, Vmm, VmmError};
 
 /// Everything the pre-check found out about a VM.
 pub(crate) struct Checked {
@@ -34,6 +35,37 @@ pub(crate) fn activity_of(state: &RunState) -> Option<Activity> {
     }
 }
 
+/// What QEMU says of a VM.
+struct Looked {
+    reasons: Vec<sterna_vmm::Reason>,
+    shape: Shape,
+    layout: Layout,
+    state: RunState,
+    reads_directly: bool,
+    fingerprint: Fingerprint,
+    machine: String,
+    cpu: String,
+    version: String,
+    parts: BTreeSet<String>,
+}
+
+impl Looked {
+    fn at(qemu: &mut Qemu) -> Result<Self, VmmError> {
+        Ok(Self {
+            reasons: qemu.source_reasons()?,
+            shape: qemu.shape()?,
+            layout: qemu.layout()?,
+            state: qemu.status()?,
+            reads_directly: qemu.reads_directly()?,
+            fingerprint: qemu.fingerprint()?,
+            machine: qemu.machine_type()?,
+            cpu: qemu.cpu_model()?,
+            version: qemu.version().to_string(),
+            parts: qemu.parts()?,
+        })
+    }
+}
+
 /// Looks at the VM from all sides without touching it, and at the target if something speaks against the move already,
 /// so that every reason is told at once.
 pub(crate) fn check(
@@ -44,21 +76,14 @@ pub(crate) fn check(
     (peer, address): (&str, &str),
 ) -> Result<Checked, Outcome> {
     let failed = |why: String| Outcome::Failed(why);
-    let reasons = host.with_qemu(vm, |qemu| qemu.source_reasons()).map_err(failed)?;
-    let mut reasons: Vec<Reason> = reasons.into_iter().map(to_wire).collect();
-    let shape = host.with_qemu(vm, |qemu| qemu.shape()).map_err(failed)?;
-    let layout = host.with_qemu(vm, |qemu| qemu.layout()).map_err(failed)?;
-    let (state, direct) =
-        host.with_qemu(vm, |qemu| Ok((qemu.status()?, qemu.reads_directly()?))).map_err(failed)?;
-    let direct = direct && host.config().has(Mechanism::DirectIo);
+    let looked = host.with_qemu(vm, |qemu| qemu.at_once(Looked::at)).map_err(failed)?;
+    let Looked { shape, layout, state, fingerprint, .. } = looked;
+    let mut reasons: Vec<Reason> = looked.reasons.into_iter().map(to_wire).collect();
+    let direct = looked.reads_directly && host.config().has(Mechanism::DirectIo);
     let writers = if direct { Writers::Disks } else { Writers::Processors };
-    let fingerprint = host.with_qemu(vm, |qemu| qemu.fingerprint()).map_err(failed)?;
-    let (machine, cpu, version) = host
-        .with_qemu(vm, |qemu| Ok((qemu.machine_type()?, qemu.cpu_model()?, qemu.version().to_string())))
-        .map_err(failed)?;
     let record = vm.record();
-    let parts = host.with_qemu(vm, |qemu| qemu.parts()).map_err(failed)?;
-    let changed = record.parts.as_ref().map(|launched| changed_parts(launched, &parts)).unwrap_or_default();
+    let changed =
+        record.parts.as_ref().map(|launched| changed_parts(launched, &looked.parts)).unwrap_or_default();
     reasons.extend(changed.into_iter().map(to_wire));
     let images = images(&record).unwrap_or_else(|found| {
         reasons.extend(found);
@@ -69,8 +94,8 @@ pub(crate) fn check(
         vm: record.name,
         generation: record.generation,
         argv: record.argv,
-        machine,
-        cpu,
+        machine: looked.machine,
+        cpu: looked.cpu,
         blocks: layout
             .blocks
             .iter()
@@ -79,7 +104,7 @@ pub(crate) fn check(
         fingerprint: crate::host::fingerprint_lines(&fingerprint),
         streams,
         verify,
-        qemu: version,
+        qemu: looked.version,
         images: images.proofs.iter().map(image_of).collect(),
         clear_pages: host.config().tls.page_streams == PageStreams::Clear,
     };
@@ -127,7 +152,7 @@ fn source_blocks(
         blocks.push(SourceBlock {
             index: index as u16,
             region,
-            anonymous: is_anonymous(&process, &region).map_err(|why| explain(&why))?,
+            backing: Backing::of(&process, &region).map_err(|why| explain(&why))?,
             provable: !block.is_rebuilt(),
             sent: SentPages::new(pages),
             hashes: (writers == Writers::Disks).then(|| SentHashes::new(pages)),

@@ -19,7 +19,7 @@ use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
-use sterna_vmm::{Code, RunState, Vmm, difference};
+use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 
 /// How often the clock is looked at while nothing happens.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -395,7 +395,9 @@ impl Arriving<'_> {
             let text = format!("on {}: {}", self.host.name(), older.text);
             return Ok(vec![Reason { code: crate::offer::word(&older.code), text }]);
         }
-        let mut fingerprint = qemu.fingerprint().map_err(|why| explain(&why))?;
+        let looked =
+            qemu.at_once(|qemu| Ok::<_, VmmError>((qemu.fingerprint()?, qemu.parts()?, qemu.layout()?)));
+        let (mut fingerprint, parts, layout) = looked.map_err(|why| explain(&why))?;
         let mut offered = fingerprint_of(&self.offer.fingerprint);
         if is_upgrade(&self.offer.qemu, qemu.version()) {
             // Each version brings firmware of its own, which it reads for itself when the guest boots anew.
@@ -407,13 +409,11 @@ impl Arriving<'_> {
             let reason = |text| Reason { code: "fingerprint".into(), text };
             return Ok(differences.into_iter().map(reason).collect());
         }
-        let parts = qemu.parts().map_err(|why| explain(&why))?;
         if let Some(vm) = &self.vm {
             let written = self.host.registry().update(vm, |record| record.parts = Some(parts));
             written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
-        let layout = qemu.layout().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
         self.sinks = Some(Arc::new(sinks(&self.host, &process, &self.offer, &layout)?));
         Ok(Vec::new())

@@ -2,6 +2,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
 use procfs::process::MMPermissions;
@@ -145,15 +146,17 @@ impl Segment {
         fds.flatten().map(|fd| fd.path()).find(|path| std::fs::metadata(path).is_ok_and(same))
     }
 
-    /// Calls `found(start, end)` with the addresses of each stretch that has data in the file, ascending, in whole pages.
+    /// Calls `found(start, end)` with the addresses of each stretch of `within` that has data in the file, ascending, in whole
+    /// pages.
     pub(crate) fn data(
         &self,
         process: &Process,
         file: &File,
+        within: Range<u64>,
         mut found: impl FnMut(u64, u64),
     ) -> Result<(), BackingError> {
-        let end = self.offset + (self.end - self.start);
-        let mut at = self.offset;
+        let end = self.offset + (within.end - self.start);
+        let mut at = self.offset + (within.start - self.start);
         while at < end {
             let from = match seek(file, SeekFrom::Data(at)) {
                 Ok(from) => from,

@@ -95,7 +95,7 @@ impl Installer {
         let (mut data, mut within) = (Vec::new(), Vec::new());
         if let Some(file) = &part.file {
             let found = |start, end| data.push(plan.region.run(start, end));
-            part.segment.data(&self.process, file, found)?;
+            part.segment.data(&self.process, file, part.segment.start..part.segment.end, found)?;
         }
         intersection(&data, &[run], &mut within);
         Ok(within)

@@ -43,7 +43,7 @@ pub use footprint::{Footprint, FootprintError, Mapping, footprint};
 pub use helper::helper_main;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
-pub use populated::{PopulatedError, is_anonymous, populated};
+pub use populated::{Backing, PopulatedError, mapped, populated, with_data};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};
 pub use track::{TrackError, Tracker, WpAsyncTracker};

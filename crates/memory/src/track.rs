@@ -24,7 +24,8 @@ pub trait Tracker: Send {
     /// Collects like [`Tracker::collect`] and tells in the same pass what the pages are: those that hold something are
     /// appended to `pages`, those that read as zero because nothing is there to `holes`. Runs of each list are ascending.
     ///
-    /// Only for a region that [`crate::is_anonymous`]: behind others, a page that is not mapped may still have content.
+    /// In a region that is not [`crate::Backing::Anonymous`] a page that is not mapped may still have content
+    /// ([`crate::with_data`]). Not for huge pages of hugetlbfs.
     fn collect_sorted(
         &mut self,
         region: usize,

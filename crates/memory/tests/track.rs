@@ -9,7 +9,8 @@ use std::collections::BTreeSet;
 use common::qemu::{Qemu, executables};
 use common::{PATIENCE, Victim, attach, pages, run, wait_until};
 use sterna_memory::{
-    PAGE, PageRun, Region, TrackError, Tracker, WpAsyncTracker, digest, footprint, is_zero, populated,
+    PAGE, PageRun, Region, TrackError, Tracker, WpAsyncTracker, digest, footprint, is_zero, mapped,
+    populated, with_data,
 };
 
 const PAGES: u64 = 4096;
@@ -26,7 +27,7 @@ const KINDS: [&str; 8] = [
 ];
 
 /// A victim with mapped memory of a kind, and the directory that holds its file, if any.
-fn mapped(kind: &str, count: u64) -> (Victim, Region, tempfile::TempDir) {
+fn made(kind: &str, count: u64) -> (Victim, Region, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let mut victim = Victim::start();
     let region = victim.map(kind, count, dir.path().join("ram").to_str().unwrap());
@@ -68,7 +69,7 @@ fn peek(tracker: &mut WpAsyncTracker) -> BTreeSet<u64> {
 fn fragmented_memory_is_reported_once_and_in_order() {
     const APART: u64 = 3;
     for count in [700, 20_000] {
-        let (mut victim, region, _dir) = mapped("anon-small", count * APART);
+        let (mut victim, region, _dir) = made("anon-small", count * APART);
         let ascending = |runs: &[PageRun]| runs.windows(2).all(|w| w[0].end() < w[1].first);
         let want: BTreeSet<u64> = (0..count).map(|n| n * APART).collect();
         let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
@@ -86,7 +87,7 @@ fn fragmented_memory_is_reported_once_and_in_order() {
 #[test]
 fn tracking_is_exact_for_every_kind_of_memory() {
     for kind in KINDS {
-        let (mut victim, region, _dir) = mapped(kind, PAGES);
+        let (mut victim, region, _dir) = made(kind, PAGES);
         // Some pages are populated before, some are touched for the first time while tracked.
         victim.tell("fill 100 2000 1");
         let before = footprint(&victim.process).unwrap();
@@ -108,7 +109,7 @@ fn tracking_is_exact_for_every_kind_of_memory() {
 
 #[test]
 fn several_regions_are_told_apart() {
-    let (mut victim, region, _dir) = mapped("anon", PAGES);
+    let (mut victim, region, _dir) = made("anon", PAGES);
     let half = |first| Region { base: region.base + first * PAGE, bytes: 1000 * PAGE };
     let mut tracker = WpAsyncTracker::start(&victim.process, vec![half(0), half(2000)], &attach()).unwrap();
     victim.tell("fill 999 1002 1");
@@ -124,7 +125,7 @@ fn several_regions_are_told_apart() {
 #[test]
 fn discards_show_in_what_is_populated() {
     for kind in ["anon", "memfd-private", "memfd-shared"] {
-        let (mut victim, region, _dir) = mapped(kind, PAGES);
+        let (mut victim, region, _dir) = made(kind, PAGES);
         victim.tell("fill 0 1000 1");
         let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
         victim.tell("drop 100 50");
@@ -146,7 +147,7 @@ fn discards_show_in_what_is_populated() {
 #[test]
 fn holes_stay_holes_while_tracked_and_read() {
     for kind in KINDS {
-        let (mut victim, region, _dir) = mapped(kind, PAGES);
+        let (mut victim, region, _dir) = made(kind, PAGES);
         victim.tell("fill 10 5 1");
         let tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
         let (blocks, pss) = (victim.blocks(), victim.process.pss_bytes().unwrap());
@@ -175,7 +176,7 @@ fn holes_stay_holes_while_tracked_and_read() {
 #[test]
 fn what_is_only_in_the_file_is_populated() {
     for kind in ["memfd-shared", "memfd-private", "file-shared", "file-private"] {
-        let (mut victim, region, _dir) = mapped(kind, PAGES);
+        let (mut victim, region, _dir) = made(kind, PAGES);
         victim.tell("store 700 3 9");
         let mut runs = Vec::new();
         populated(&victim.process, &region, &mut runs).unwrap();
@@ -190,12 +191,12 @@ fn what_is_only_in_the_file_is_populated() {
 
 #[test]
 fn the_digest_depends_on_content_alone() {
-    let (mut one, region, _dir) = mapped("anon-thp", PAGES);
+    let (mut one, region, _dir) = made("anon-thp", PAGES);
     one.tell("fill 5 600 1");
     one.tell("fill 3000 1 7");
     let first = digest(&one.process, &region).unwrap();
     for kind in KINDS {
-        let (mut two, region, _dir) = mapped(kind, PAGES);
+        let (mut two, region, _dir) = made(kind, PAGES);
         two.tell("fill 0 1000 2");
         two.tell("fill 5 600 1");
         two.tell("fill 3000 1 7");
@@ -210,7 +211,7 @@ fn the_digest_depends_on_content_alone() {
 
 #[test]
 fn a_tracker_of_a_dead_process_says_so() {
-    let (victim, region, _dir) = mapped("anon", 64);
+    let (victim, region, _dir) = made("anon", 64);
     let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
     victim.process.kill().unwrap();
     assert!(victim.process.wait_exit(PATIENCE));
@@ -222,7 +223,7 @@ fn a_tracker_of_a_dead_process_says_so() {
 
 #[test]
 fn memory_tracked_by_another_is_busy_and_free_again_after() {
-    let (victim, region, _dir) = mapped("anon", 64);
+    let (victim, region, _dir) = made("anon", 64);
     let tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
     let second = WpAsyncTracker::start(&victim.process, vec![region], &attach());
     assert!(matches!(second.err(), Some(TrackError::Busy { .. })));
@@ -236,7 +237,7 @@ fn memory_tracked_by_another_is_busy_and_free_again_after() {
 fn a_leftover_of_ours_is_closed_and_nobody_elses() {
     const WP_ASYNC_UNPOPULATED_SHMEM: u64 = 1 << 15 | 1 << 13 | 1 << 12;
     const SOMEBODY_ELSES: u64 = 1 << 12;
-    let (mut victim, region, _dir) = mapped("anon", 64);
+    let (mut victim, region, _dir) = made("anon", 64);
     let before = footprint(&victim.process).unwrap();
     victim.tell(&format!("leftover {WP_ASYNC_UNPOPULATED_SHMEM}"));
     assert!(footprint(&victim.process).unwrap() != before);
@@ -252,7 +253,7 @@ fn a_leftover_of_ours_is_closed_and_nobody_elses() {
 
 #[test]
 fn nonsense_regions_are_errors() {
-    let (victim, region, _dir) = mapped("anon", 64);
+    let (victim, region, _dir) = made("anon", 64);
     for bad in [
         Region { base: region.base + 1, bytes: PAGE },
         Region { base: region.base, bytes: 0 },
@@ -267,7 +268,7 @@ fn nonsense_regions_are_errors() {
 /// The death of whoever tracks ends the tracking.
 #[test]
 fn a_killed_tracker_leaves_the_process_as_it_was() {
-    let (mut victim, region, _dir) = mapped("memfd-shared", 256);
+    let (mut victim, region, _dir) = made("memfd-shared", 256);
     victim.tell("fill 0 256 1");
     let before = footprint(&victim.process).unwrap();
     for _ in 0..20 {
@@ -335,5 +336,29 @@ fn real_qemus_are_tracked_and_left_as_they_were() {
             assert_eq!(before.descriptors, after.descriptors, "{what}");
             assert!(!after.mappings.iter().any(|m| m.flags.contains("uw")), "{what}: {after:#?}");
         }
+    }
+}
+
+/// What was read or written through the mapping and is no hole yet is mapped; of the rest the file tells.
+#[test]
+fn what_was_read_and_is_not_mapped_any_more_may_be_a_hole() {
+    for kind in ["memfd-shared", "file-shared", "memfd-private"] {
+        let (mut victim, region, _dir) = made(kind, PAGES);
+        victim.tell("store 0 1000 1");
+        let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
+        let mut there = Vec::new();
+        mapped(&victim.process, &region, &mut there).unwrap();
+        assert!(pages(&there).is_empty(), "{kind}: {there:?}");
+        snapshot(&victim, &region);
+        mapped(&victim.process, &region, &mut there).unwrap();
+        assert!(pages(&there).is_superset(&(0..1000).collect()), "{kind}: {there:?}");
+        let (mut written, mut absent) = (Vec::new(), Vec::new());
+        tracker.collect_sorted(0, &mut written, &mut absent).unwrap();
+        assert!(written.is_empty() && absent.is_empty(), "{kind}: reading counts as a write");
+        victim.tell("drop 100 50");
+        mapped(&victim.process, &region, &mut there).unwrap();
+        assert!(pages(&there).is_disjoint(&(100..150).collect()), "{kind}: {there:?}");
+        let found = with_data(&victim.process, &region, &[run(90, 20), run(140, 200), run(990, 30)]).unwrap();
+        assert_eq!(found, [run(90, 10), run(150, 190), run(990, 10)], "{kind}");
     }
 }

@@ -10,10 +10,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::PollFlags;
 use rustls::pki_types::CertificateDer;
 
 use crate::session::Session;
-use crate::{Counters, Reader, Result, Shutdown, TransportError, Writer, pki};
+use crate::{Counters, Operation, Reader, Result, Shutdown, TransportError, Writer, pki};
 
 /// How long a refused peer gets to fetch our reason before the socket closes: closing with unread data resets
 /// the connection, and a reset overtakes the alert that says why.
@@ -123,6 +124,11 @@ impl Connection {
     /// Sets the kernel's send buffer. Small ones keep control over what is under way; without a call the kernel tunes it.
     pub fn set_send_buffer(&self, bytes: usize) -> Result<()> {
         self.reader.session().set_send_buffer(bytes)
+    }
+
+    /// Waits until the kernel takes more to send.
+    pub fn wait_for_room(&self, deadline: Option<Instant>) -> Result<()> {
+        self.reader.session().wait(PollFlags::OUT, deadline, Operation::Write)
     }
 
     /// Bounds every later read, write and flush. `None` waits for as long as the peer is there.

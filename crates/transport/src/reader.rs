@@ -9,12 +9,16 @@ use std::time::Instant;
 
 use rustix::event::PollFlags;
 
-use crate::session::Session;
+use crate::session::{RECORD_SIZE_MAX, Session};
 use crate::writer::Cover;
 use crate::{Counters, Operation, Result, Shutdown, TransportError};
 
 /// How much one receive asks for: sixteen full records, so that the system call does not weigh.
 const WIRE_BUFFER_SIZE: usize = 256 * 1024;
+
+/// For how much of what is known to come a reader is not woken before it is there: a link that is slower than we are brings
+/// a few kilobytes at a time, and each waking costs more than copying them.
+const LOW_WATER_MAX: usize = 256 * 1024;
 
 /// Receives. One thread may read while another writes.
 #[derive(Debug)]
@@ -28,6 +32,10 @@ pub struct Reader {
     deferred: Option<TransportError>,
     is_torn: bool,
     cover: Cover,
+    /// How much must still come for what is being read.
+    wanted: usize,
+    /// What the socket knows of it.
+    low_water: usize,
 }
 
 /// What TLS has for the caller.
@@ -49,6 +57,8 @@ impl Reader {
             deferred: None,
             is_torn: false,
             cover: Cover::Encrypted,
+            wanted: 0,
+            low_water: 1,
         }
     }
 
@@ -99,7 +109,10 @@ impl Reader {
     /// Fills the buffer from `filled` on, and moves `filled` along: after `TimedOut` call it again with both.
     pub fn read_resumable(&mut self, buffer: &mut [u8], filled: &mut usize) -> Result<()> {
         while let Some(rest) = buffer.get_mut(*filled..).filter(|rest| !rest.is_empty()) {
-            match self.read(rest)? {
+            self.wanted = rest.len();
+            let read = self.read(rest);
+            self.wanted = 0;
+            match read? {
                 0 => return Err(TransportError::Closed { peer: self.session.peer().to_owned() }),
                 count => *filled += count,
             }
@@ -126,9 +139,19 @@ impl Reader {
                     return Err(TransportError::Truncated { peer: self.session.peer().to_owned() });
                 }
                 Some(count) => return Ok(count),
-                None => self.session.wait(PollFlags::IN, self.deadline, Operation::Read)?,
+                None => self.wait(self.wanted, Operation::Read)?,
             }
         }
+    }
+
+    /// Waits until so much can be taken, or there is something to be told. It must be sure to come.
+    fn wait(&mut self, wanted: usize, operation: Operation) -> Result<()> {
+        let low_water = wanted.clamp(1, LOW_WATER_MAX);
+        // Where the kernel refuses, we are woken more often.
+        if low_water != self.low_water && self.session.set_receive_low_water(low_water).is_ok() {
+            self.low_water = low_water;
+        }
+        self.session.wait(PollFlags::IN, self.deadline, operation)
     }
 
     /// Ends the connection from any thread.
@@ -250,7 +273,8 @@ impl Reader {
                 self.end = count;
                 return Ok(());
             }
-            self.session.wait(PollFlags::IN, self.deadline, operation)?;
+            // A part of it may wait in a record of which TLS has the beginning already.
+            self.wait(self.wanted.saturating_sub(2 * RECORD_SIZE_MAX), operation)?;
         }
     }
 }

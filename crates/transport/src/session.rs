@@ -11,6 +11,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use nix::libc;
+use nix::sys::socket::SetSockOpt;
+use nix::{setsockopt_impl, sockopt_impl};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use socket2::{SockRef, TcpKeepalive};
@@ -34,6 +37,15 @@ const SLICES_PER_CALL: usize = 1024;
 
 /// One record's plaintext (RFC 8446 section 5.1).
 pub(crate) const RECORD_SIZE_MAX: usize = 16 * 1024;
+
+sockopt_impl!(
+    /// SO_RCVLOWAT, which the libraries do not know.
+    ReceiveLowWater,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_RCVLOWAT,
+    usize
+);
 
 /// Bytes on the wire, ciphertext and record headers included, readable from any thread.
 #[derive(Clone, Debug, Default)]
@@ -142,6 +154,11 @@ impl Session {
         SockRef::from(&self.socket)
             .set_send_buffer_size(bytes)
             .map_err(|source| TransportError::from_socket(&self.peer, Operation::Write, source))
+    }
+
+    /// Wakes a waiting reader only when so many bytes are there (SO_RCVLOWAT, socket(7)), or the stream ends.
+    pub(crate) fn set_receive_low_water(&self, bytes: usize) -> io::Result<()> {
+        Ok(ReceiveLowWater.set(&self.socket, &bytes)?)
     }
 
     pub(crate) fn shut_down(&self) {

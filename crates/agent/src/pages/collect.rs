@@ -14,7 +14,10 @@
 use super::{SendSet, SourceBlock, intersect, merge, subtract};
 use crate::control::explain;
 use std::sync::Arc;
-use sterna_memory::{Attach, PageRun, Process, Region, Tracker, WpAsyncTracker, populated};
+use sterna_memory::{
+    Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
+    populated, with_data,
+};
 
 /// Who may write the VM's memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,20 +95,27 @@ impl Collector {
 
     /// Pages that were written, and pages that were sent and are holes now.
     fn changed(&mut self, at: usize) -> Result<(Vec<PageRun>, Vec<PageRun>), String> {
-        let block = &self.blocks[at];
-        let (mut pages, mut holes) = (Vec::new(), Vec::new());
-        let scanned = match block.anonymous {
-            true => self.tracker.collect_sorted(at, &mut pages, &mut holes),
-            false => self.tracker.collect(at, &mut pages),
-        };
-        scanned.map_err(|why| format!("the VM's memory cannot be scanned: {}", explain(&why)))?;
-        let (sent, anonymous) = (self.sent(at), block.anonymous);
-        if anonymous {
-            return Ok((pages, intersect(&holes, &sent)));
+        let Self { process, blocks, tracker, .. } = self;
+        let block = &blocks[at];
+        let unscanned = |why: TrackError| format!("the VM's memory cannot be scanned: {}", explain(&why));
+        let (mut pages, mut absent) = (Vec::new(), Vec::new());
+        if block.backing == Backing::HugePages {
+            tracker.collect(at, &mut pages).map_err(unscanned)?;
+            let there = self.populated(at)?;
+            return Ok((intersect(&pages, &there), subtract(&self.sent(at), &there)));
         }
-        // A discard in a file is not reported as a write: what was sent and is not there any more is a hole.
-        let there = self.populated(at)?;
-        Ok((intersect(&pages, &there), subtract(&sent, &there)))
+        tracker.collect_sorted(at, &mut pages, &mut absent).map_err(unscanned)?;
+        if block.backing == Backing::Anonymous {
+            return Ok((pages, intersect(&absent, &self.sent(at))));
+        }
+        // A discard in a file is not reported as a write. But what was sent was read through the mapping: it is mapped, or it is
+        // a hole, or the kernel has reclaimed it. Which, the file tells.
+        let mut there = Vec::new();
+        mapped(process, &block.region, &mut there).map_err(|why| unseen(&why))?;
+        let gone = subtract(&self.sent(at), &there);
+        let data = with_data(&self.process, &self.blocks[at].region, &merge(&gone, &absent));
+        let data = data.map_err(|why| unseen(&why))?;
+        Ok((merge(&pages, &intersect(&absent, &data)), subtract(&gone, &data)))
     }
 
     /// What the target may hold of a block. While the VM is being stopped the senders are still at work: what they were given
@@ -120,8 +130,7 @@ impl Collector {
 
     fn populated(&self, block: usize) -> Result<Vec<PageRun>, String> {
         let mut pages = Vec::new();
-        populated(&self.process, &self.blocks[block].region, &mut pages)
-            .map_err(|why| format!("the VM's memory cannot be looked at: {}", explain(&why)))?;
+        populated(&self.process, &self.blocks[block].region, &mut pages).map_err(|why| unseen(&why))?;
         Ok(pages)
     }
 
@@ -167,4 +176,8 @@ impl Collector {
     pub(crate) fn stop(self) -> Result<(), String> {
         self.tracker.stop().map_err(|why| explain(&why))
     }
+}
+
+fn unseen(why: &PopulatedError) -> String {
+    format!("the VM's memory cannot be looked at: {}", explain(why))
 }

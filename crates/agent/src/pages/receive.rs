@@ -14,6 +14,9 @@ use sterna_transport::{Connection, Shutdown};
 /// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
 const READ_WITHIN: Duration = Duration::from_secs(180);
 
+/// How often a stream tells that pages come.
+const TELL_EVERY: Duration = Duration::from_millis(100);
+
 /// Where the pages of a block go.
 #[derive(Debug)]
 pub(crate) enum Sink {
@@ -71,9 +74,15 @@ impl Receiver {
             unpacked: vec![0; PAYLOAD_BYTES_MAX],
         };
         let thread = std::thread::spawn(move || {
+            let mut told: Option<Instant> = None;
             loop {
                 match receiving.frame() {
-                    Ok(received) => tell(received),
+                    // Pages only show that the stream lives.
+                    Ok(Received::Pages) if told.is_some_and(|at| at.elapsed() < TELL_EVERY) => {}
+                    Ok(received) => {
+                        told = Some(Instant::now());
+                        tell(received);
+                    }
                     Err(end) => return tell(end),
                 }
             }

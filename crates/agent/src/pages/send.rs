@@ -13,7 +13,7 @@ use sterna_engine::units::Bytes;
 use sterna_engine::wire::batch::{
     BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch, encode_lz4_batch,
 };
-use sterna_memory::{PAGE, PageRun, Process, Reader, Region, Span, is_zero};
+use sterna_memory::{Backing, PAGE, PageRun, Process, Reader, Region, Span, is_zero};
 use sterna_transport::{Connection, Pacer, Shutdown};
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -22,8 +22,12 @@ const WRITE_WITHIN: Duration = Duration::from_secs(120);
 /// Bytes a stream's socket may queue. Autotuning keeps milliseconds of queue that the last round would wait for.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 
-/// How much of a batch is compressed to see whether the rest should be: four pages.
-const SAMPLE_BYTES: usize = 16 << 10;
+/// Pages that travel at once: 256 KiB stay in a processor's own cache on their way from the guest to the socket, and at the
+/// other end from the socket to the guest. Half of it doubles the cost of all that is done once a batch.
+const BATCH_PAGES_MAX: u64 = 64;
+
+/// How much of a batch is compressed to see whether the rest should be: two pages.
+const SAMPLE_BYTES: usize = 8 << 10;
 
 /// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
 /// want the same core the guest gets nine tenths of it.
@@ -94,8 +98,8 @@ pub(crate) struct SourceBlock {
     pub(crate) index: u16,
     /// Where it is in the QEMU.
     pub(crate) region: Region,
-    /// Whether it is memory without a file: then one scan tells all about it.
-    pub(crate) anonymous: bool,
+    /// What it is made of.
+    pub(crate) backing: Backing,
     /// Whether the target proves it equal when asked: not what it makes anew from its own firmware files.
     pub(crate) provable: bool,
     /// What the target holds of it.
@@ -175,6 +179,7 @@ impl Senders {
                     pacer: pacer.clone(),
                     counters: counters.clone(),
                     compression: Compression::default(),
+                    waited: Duration::ZERO,
                 },
                 streams: count,
                 reader: Reader::new(process).map_err(|why| why.to_string())?,
@@ -187,13 +192,14 @@ impl Senders {
                 packed: vec![0; get_maximum_output_size(PAYLOAD_BYTES_MAX)],
             };
             let failed = failed.clone();
-            senders.threads.push(std::thread::spawn(move || {
+            let thread = std::thread::Builder::new().name(format!("pages-out-{stream}")).spawn(move || {
                 while let Ok(job) = jobs.recv() {
                     if let Err(why) = sender.round(&job) {
                         return failed(why);
                     }
                 }
-            }));
+            });
+            senders.threads.push(thread.map_err(|why| format!("no thread can be started: {why}"))?);
             senders.jobs.push(tell);
         }
         Ok(senders)
@@ -226,6 +232,8 @@ struct Link {
     pacer: Arc<Pacer>,
     counters: Arc<SendCounters>,
     compression: Compression,
+    /// Since the last write, for room in the socket.
+    waited: Duration,
 }
 
 /// Whether a page that the target has is sent once more.
@@ -286,7 +294,7 @@ impl Sender {
         let mut pages = 0;
         for mut run in self.share(block, runs) {
             while run.pages > 0 {
-                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, PAGES_PER_STRIPE);
+                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, BATCH_PAGES_MAX);
                 let take = run.pages.min(limit.saturating_sub(pages));
                 if take > 0 {
                     self.pending.push(PageRun { first: run.first, pages: take });
@@ -309,6 +317,7 @@ impl Sender {
         }
         let spans: Vec<Span> = self.pending.iter().map(|run| block.region.span(*run)).collect();
         let bytes: usize = spans.iter().map(|span| span.len as usize).sum();
+        self.link.wait_for_room()?;
         self.reader
             .read(&spans, &mut self.buffer[..bytes])
             .map_err(|why| format!("the guest's memory cannot be read: {why}"))?;
@@ -420,15 +429,28 @@ impl Sender {
 }
 
 impl Link {
+    /// Waits until the socket takes more: what is read before would be cold, and old, when it can go.
+    fn wait_for_room(&mut self) -> Result<(), String> {
+        let began = Instant::now();
+        let waited = self.connection.wait_for_room(Some(began + WRITE_WITHIN));
+        self.waited += began.elapsed();
+        waited.map_err(|why| self.failed(&why))
+    }
+
+    fn failed(&self, why: &sterna_transport::TransportError) -> String {
+        format!("page stream {} to the target failed: {why}", self.stream)
+    }
+
     /// Writes a frame in its turn, and learns what the link takes.
     fn write(&mut self, parts: &[IoSlice<'_>]) -> Result<(), String> {
         let (bytes, began) = (parts.iter().map(|part| part.len()).sum(), Instant::now());
         self.pacer.acquire(bytes);
         self.connection.set_write_deadline(Some(Instant::now() + WRITE_WITHIN));
         let written = self.connection.write_vectored(parts);
-        written.map_err(|why| format!("page stream {} to the target failed: {why}", self.stream))?;
+        written.map_err(|why| self.failed(&why))?;
         self.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        self.compression.wrote(Bytes(bytes as u64), began.elapsed());
+        let took = std::mem::take(&mut self.waited) + began.elapsed();
+        self.compression.wrote(Bytes(bytes as u64), took);
         Ok(())
     }
 }

@@ -11,6 +11,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -309,11 +310,9 @@ fn drive_parts(disks: &Value) -> impl Iterator<Item = String> + '_ {
 fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
     let mut names = roms(&qemu.hmp("info roms", "list its ROMs")?);
     // Only PCI devices have option ROMs, and asking each of the dozens of others takes longer than all the rest.
-    let listed =
-        qemu.ask("qom-list-types", json!({ "implements": "pci-device" }), "list its kinds of devices")?;
-    let pci: BTreeSet<&str> =
-        listed.as_array().into_iter().flatten().filter_map(|t| t["name"].as_str()).collect();
-    for device in all_devices(qemu)?.into_iter().filter(|device| pci.contains(device.class.as_str())) {
+    let found = all_devices(qemu)?;
+    let pci = pci_classes(qemu, &found)?;
+    for device in found.into_iter().filter(|device| pci.contains(&device.class)) {
         if let Ok(Value::String(file)) = qemu.qom(&device.path, "romfile", "tell of a device") {
             names.insert((file, "option ROM".to_owned()));
         }
@@ -324,6 +323,23 @@ fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
         names.iter().map(|(name, size)| firmware_line(name, size, &folders)).collect::<io::Result<_>>()
     });
     lines.map_err(|source| VmmError::Host { operation: "reading QEMU's firmware files", source })
+}
+
+/// Which of the devices' classes are of PCI devices. A QEMU takes 30 ms to tell, since it makes all its classes for that; the
+/// next one of the same program and with the same devices would say the same.
+fn pci_classes(qemu: &mut Qemu, devices: &[Device]) -> Result<BTreeSet<String>, VmmError> {
+    let classes: BTreeSet<String> = devices.iter().map(|device| device.class.clone()).collect();
+    let program = PathBuf::from(format!("/proc/{}/exe", qemu.process.pid()));
+    let known = program
+        .metadata()
+        .map_err(|source| VmmError::Host { operation: "looking at QEMU's program", source })?;
+    let key = (known.dev(), known.ino(), known.modified().ok(), classes);
+    remember(&PCI_CLASSES, &key, || {
+        let listed =
+            qemu.ask("qom-list-types", json!({ "implements": "pci-device" }), "list its kinds of devices")?;
+        let listed = listed.as_array().into_iter().flatten().filter_map(|kind| kind["name"].as_str());
+        Ok(listed.filter(|class| key.3.contains(*class)).map(str::to_owned).collect())
+    })
 }
 
 /// Reads `info roms`: lines that end with `size=0x002400 name="kvmvapic.bin"`.
@@ -354,15 +370,19 @@ type Memory<K, V> = Mutex<BTreeMap<K, V>>;
 static DIGESTS: Memory<(PathBuf, u64, Option<SystemTime>), String> = Mutex::new(BTreeMap::new());
 /// What each program has said of its folders before: asking starts the program.
 static FOLDERS: Memory<Vec<String>, Vec<PathBuf>> = Mutex::new(BTreeMap::new());
+/// A program, and classes of devices.
+type ClassKey = (u64, u64, Option<SystemTime>, BTreeSet<String>);
+/// Which of the classes are of PCI devices.
+static PCI_CLASSES: Memory<ClassKey, BTreeSet<String>> = Mutex::new(BTreeMap::new());
 /// When a memory of answers is emptied: it only saves time.
 const REMEMBERED_MAX: usize = 1024;
 
 /// The remembered answer, or a new one that is remembered.
-fn remember<K: Ord + Clone, V: Clone>(
+fn remember<K: Ord + Clone, V: Clone, E>(
     memory: &Memory<K, V>,
     key: &K,
-    find: impl FnOnce() -> io::Result<V>,
-) -> io::Result<V> {
+    find: impl FnOnce() -> Result<V, E>,
+) -> Result<V, E> {
     if let Some(known) = memory.lock().unwrap_or_else(PoisonError::into_inner).get(key) {
         return Ok(known.clone());
     }
@@ -389,7 +409,7 @@ fn digest(path: &Path) -> io::Result<Option<String>> {
     let found = remember(&DIGESTS, &(path.to_owned(), known.len(), known.modified().ok()), || {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(file)?;
-        Ok(hasher.finalize().to_hex().to_string())
+        Ok::<_, io::Error>(hasher.finalize().to_hex().to_string())
     });
     found.map(Some)
 }
@@ -416,7 +436,7 @@ fn data_folders(pid: i32) -> io::Result<Vec<PathBuf>> {
     remember(&FOLDERS, &line, || {
         let mut command = Command::new(&program);
         let output = command.args(&line[1..]).args(["-L", "help"]).stdin(Stdio::null()).output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
+        Ok::<_, io::Error>(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
     })
 }
 

@@ -15,6 +15,8 @@ use crate::types::{Block, Layout, VmmError};
 
 /// How many pieces of one block are asked for. The firmware cuts the first megabyte of main memory into a dozen.
 const PIECES_MAX: usize = 32;
+/// How many answers are enough: more than one, since the guest may move a piece between the map and the question.
+const ANSWERS: usize = 4;
 /// How often the map is read when it changes under our hands.
 const TRIES_MAX: u32 = 4;
 /// How many blocks are believed: a VM with every slot full has a few hundred.
@@ -84,8 +86,11 @@ impl Qemu {
 
 /// Where a block begins, by each of its pieces; nothing when none of them is there any more.
 fn base(qemu: &mut Qemu, name: &str, pieces: &[Piece]) -> Result<Option<u64>, VmmError> {
-    let mut bases = BTreeSet::new();
+    let (mut bases, mut answers) = (BTreeSet::new(), 0);
     for piece in pieces.iter().take(PIECES_MAX) {
+        if answers == ANSWERS {
+            break;
+        }
         let line = format!("gpa2hva {:#x}", piece.gpa);
         // The guest may have put something else there meanwhile, or nothing (an error): another piece will tell.
         let answer = match qemu.qmp.hmp(&line, COMMAND_WITHIN) {
@@ -94,6 +99,7 @@ fn base(qemu: &mut Qemu, name: &str, pieces: &[Piece]) -> Result<Option<u64>, Vm
         };
         if let Some(hva) = parse_hva(&answer, &piece.region) {
             bases.insert(hva.wrapping_sub(piece.offset));
+            answers += 1;
         }
     }
     if bases.len() > 1 {

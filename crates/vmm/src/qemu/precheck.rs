@@ -200,8 +200,9 @@ fn device_reasons(qemu: &mut Qemu, reasons: &mut Vec<Reason>) -> Result<(), VmmE
             reasons.push(Reason::new(Code::Device, text));
         }
     }
+    let networks = qemu.hmp("info network", "list its networks")?;
     for net in ["vhost-user", "vhost-vdpa"] {
-        if qemu.hmp("info network", "list its networks")?.contains(&format!("type={net}")) {
+        if networks.contains(&format!("type={net}")) {
             let text =
                 format!("a network of type {net}: another process writes the VM's memory unseen; use a tap");
             reasons.push(Reason::new(Code::Device, text));
