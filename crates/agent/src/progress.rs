@@ -114,9 +114,11 @@ impl View {
 
     /// The target has loaded the VM, this long after the last scan.
     pub(crate) fn loaded(&mut self, since_scan: Duration, load: Duration) {
-        self.split("send", self.sent);
+        // Its word that it had everything may have waited here for other things to be done.
+        let sent = self.sent.min(since_scan.saturating_sub(load));
+        self.split("send", sent);
         self.split("load", load);
-        self.split("wait", since_scan.saturating_sub(self.sent + load));
+        self.split("wait", since_scan.saturating_sub(sent + load));
     }
 
     pub(crate) fn verified(&mut self, blocks: u32, asked: bool) {

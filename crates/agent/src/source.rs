@@ -502,12 +502,15 @@ impl Outgoing {
         self.activity = activity_of(&state).ok_or_else(|| {
             format!("the VM became {state} while it was being moved; it is left here as it is")
         })?;
+        // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
+        self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
         let collector = self.collector()?;
         collector.scan()?;
         Ok(Pages(collector.page_count()))
     }
 
     fn settle(&mut self) -> Result<Pages, String> {
+        self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
         self.collector()?.scan()?;
         self.qemu(|qemu| qemu.drain())?;
         let collector = self.collector()?;
@@ -518,8 +521,6 @@ impl Outgoing {
     /// Stops the VM, and saves its devices while what was written last is on its way already. The second scan is the last
     /// word, for saving may write RAM: virtio gives back what it has taken from its rings.
     fn stop(&mut self) -> Result<Pages, String> {
-        // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
-        self.check_shape()?;
         self.view.stopping();
         self.lap = Instant::now();
         self.stop_tried = true;
@@ -528,7 +529,11 @@ impl Outgoing {
             return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
         }
         self.split("stop");
-        let ticket = self.qemu(|qemu| qemu.save_begin())?;
+        // What has changed since the last scan is asked in the same breath: the answers come while pages travel.
+        let ticket = self.qemu(|qemu| {
+            let ticket = qemu.save_begin()?;
+            qemu.shape_begin().map(|()| ticket)
+        })?;
         let collector = self.collector()?;
         collector.scan()?;
         collector.settle();
@@ -561,12 +566,13 @@ impl Outgoing {
         control.send(&Message::StateEnd(end))?;
         self.view.device_state(self.state.len() as u64);
         self.state = Vec::new();
-        self.check_shape()?;
+        self.is_as_it_was(self.qemu(|qemu| qemu.shape_finish())?)?;
         self.collector()?.peek().map(Pages)
     }
 
-    fn check_shape(&self) -> Result<(), String> {
-        match Some(self.qemu(|qemu| qemu.shape())?) == self.shape {
+    /// Whether nothing came or went since the pre-check.
+    fn is_as_it_was(&self, shape: Shape) -> Result<(), String> {
+        match Some(shape) == self.shape {
             true => Ok(()),
             false => {
                 Err("a device, disk or memory of the VM came or went while it was being moved; try again"

@@ -285,7 +285,10 @@ impl Arriving<'_> {
         let receiver = Receiver::start(index, connection, sinks.clone(), move |received| {
             drop(tell.send(Event::Received(received)));
         });
-        self.receivers.insert(index, receiver);
+        match receiver {
+            Ok(receiver) => self.receivers.insert(index, receiver),
+            Err(why) => return Some(TargetInput::Failed(format!("no thread can be started: {why}"))),
+        };
         Some(TargetInput::Received)
     }
 
@@ -420,6 +423,8 @@ impl Arriving<'_> {
     }
 
     fn drop_streams(&mut self) {
+        // All of them before the first is waited for.
+        self.receivers.values().for_each(Receiver::cut);
         self.receivers.clear();
     }
 

@@ -60,7 +60,16 @@ pub trait Vmm: Send {
     /// [`fingerprint`](Vmm::fingerprint) was taken: take one then, compare it with one at the stop.
     ///
     /// QEMU does not know that we migrate, and lets everybody plug things in and out.
-    fn shape(&mut self) -> Result<Shape, VmmError>;
+    fn shape(&mut self) -> Result<Shape, VmmError> {
+        self.shape_begin()?;
+        self.shape_finish()
+    }
+
+    /// Begins to ask for [`Vmm::shape`] and does not wait: the answers come while other things are done.
+    fn shape_begin(&mut self) -> Result<(), VmmError>;
+
+    /// Waits for the answers. Out of order without [`Vmm::shape_begin`].
+    fn shape_finish(&mut self) -> Result<Shape, VmmError>;
 
     /// Gives the VMM a descriptor to keep, and tells its number in the VMM's process.
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError>;

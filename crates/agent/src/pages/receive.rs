@@ -61,7 +61,7 @@ impl Receiver {
         connection: Connection,
         sinks: Arc<Sinks>,
         tell: impl Fn(Received) + Send + 'static,
-    ) -> Self {
+    ) -> std::io::Result<Self> {
         let shutdown = connection.shutdown_handle();
         let mut receiving = Receiving {
             stream,
@@ -73,7 +73,8 @@ impl Receiver {
             payload: vec![0; PAYLOAD_BYTES_MAX],
             unpacked: vec![0; PAYLOAD_BYTES_MAX],
         };
-        let thread = std::thread::spawn(move || {
+        let named = std::thread::Builder::new().name(format!("pages-in-{stream}"));
+        let thread = named.spawn(move || {
             let mut told: Option<Instant> = None;
             loop {
                 match receiving.frame() {
@@ -87,14 +88,21 @@ impl Receiver {
                 }
             }
         });
-        Self { shutdown, thread: Some(thread) }
+        Ok(Self { shutdown, thread: Some(thread?) })
+    }
+}
+
+impl Receiver {
+    /// Cuts the stream; what was received of it is still installed.
+    pub(crate) fn cut(&self) {
+        self.shutdown.shutdown();
     }
 }
 
 impl Drop for Receiver {
     /// Cuts the stream and waits for the thread: nothing writes the QEMU's memory any more.
     fn drop(&mut self) {
-        self.shutdown.shutdown();
+        self.cut();
         if let Some(thread) = self.thread.take() {
             drop(thread.join());
         }

@@ -29,6 +29,8 @@ use crate::types::{Fingerprint, Shape, VmmError};
 const DEVICE_ROOTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
 /// Where QEMU keeps the devices of the machine itself, and those of old options such as `-vga`.
 const MACHINE_ROOT: &str = "/machine/unattached";
+/// What QEMU is asked for by the questions of a shape.
+const TELL_SHAPE: &str = "tell whether it has changed";
 /// How many devices are looked at: more than QEMU's buses take.
 const DEVICES_MAX: usize = 4096;
 /// The largest firmware file that is digested: UEFI firmware has 4 to 16 MiB.
@@ -57,9 +59,8 @@ pub(super) fn fingerprint(qemu: &mut Qemu) -> Result<Fingerprint, VmmError> {
 }
 
 /// What tells within the downtime whether a VM is still the one whose fingerprint was taken: a question or two for
-/// each kind of thing that can be plugged in, all of them under way at once.
-pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
-    let operation = "tell whether it has changed";
+/// each kind of thing that can be plugged in, all of them under way at once. The last is the one for its disks.
+pub(super) fn shape_begin(qemu: &mut Qemu) -> Result<(), VmmError> {
     let questions = [
         ("human-monitor-command", json!({ "command-line": "info ramblock" })),
         ("qom-list", json!({ "path": DEVICE_ROOTS[0] })),
@@ -67,24 +68,35 @@ pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
         ("query-memory-devices", Value::Null),
         ("query-cpus-fast", Value::Null),
         ("query-migrate", Value::Null),
+        ("query-block", Value::Null),
     ];
-    let mut tickets = Vec::new();
-    for (command, args) in questions {
-        tickets.push(qemu.qmp.send(command, args, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?);
+    // Those of a try that has ended meanwhile.
+    for ticket in std::mem::take(&mut qemu.shape) {
+        qemu.qmp.forget(&ticket);
     }
-    let disks = qemu.qmp.send("query-block", Value::Null, COMMAND_WITHIN);
-    let disks = disks.map_err(|e| qemu.explain(operation, e))?;
+    for (command, args) in questions {
+        let sent = qemu.qmp.send(command, args, COMMAND_WITHIN);
+        qemu.shape.push(sent.map_err(|e| qemu.explain(TELL_SHAPE, e))?);
+    }
+    Ok(())
+}
+
+pub(super) fn shape_finish(qemu: &mut Qemu) -> Result<Shape, VmmError> {
+    let tickets = std::mem::take(&mut qemu.shape);
+    let Some((disks, tickets)) = tickets.split_last() else {
+        return Err(VmmError::Order { operation: TELL_SHAPE, detail: "ask first" });
+    };
     let mut hasher = blake3::Hasher::new();
     for ticket in tickets {
         // A machine without memory devices refuses that question, each time in the same words.
-        let answer = match qemu.qmp.wait(&ticket, COMMAND_WITHIN) {
+        let answer = match qemu.qmp.wait(ticket, COMMAND_WITHIN) {
             Err(QmpError::Refused { desc, .. }) => desc,
-            answer => stable(answer.map_err(|e| qemu.explain(operation, e))?).to_string(),
+            answer => stable(answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?).to_string(),
         };
         hash_text(&mut hasher, &answer);
     }
     // The rest of that answer changes all the time.
-    let disks = qemu.qmp.wait(&disks, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    let disks = qemu.qmp.wait(disks, COMMAND_WITHIN).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
     drive_parts(&disks).for_each(|part| hash_text(&mut hasher, &part));
     Ok(Shape(*hasher.finalize().as_bytes()))
 }

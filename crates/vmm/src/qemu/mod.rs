@@ -69,6 +69,8 @@ pub struct Qemu {
     firmware: Option<BTreeSet<String>>,
     /// The cgroup that was made for it, to be removed after it.
     cgroup: Option<PathBuf>,
+    /// Questions for the VM's shape that are under way.
+    shape: Vec<Ticket>,
     /// Answers that were given during one look at the VM.
     seen: Option<BTreeMap<String, Value>>,
 }
@@ -97,7 +99,17 @@ impl Qemu {
         }
         let cgroup = launch::own_cgroup(expected);
         let (addresses, devices) = (BTreeMap::new(), Devices::default());
-        Ok(Self { qmp, process, log, addresses, devices, firmware: None, cgroup, seen: None })
+        Ok(Self {
+            qmp,
+            process,
+            log,
+            addresses,
+            devices,
+            firmware: None,
+            cgroup,
+            shape: Vec::new(),
+            seen: None,
+        })
     }
 
     /// The version that QEMU itself tells.
@@ -236,8 +248,12 @@ impl Vmm for Qemu {
         fingerprint::fingerprint(self)
     }
 
-    fn shape(&mut self) -> Result<Shape, VmmError> {
-        fingerprint::shape(self)
+    fn shape_begin(&mut self) -> Result<(), VmmError> {
+        fingerprint::shape_begin(self)
+    }
+
+    fn shape_finish(&mut self) -> Result<Shape, VmmError> {
+        fingerprint::shape_finish(self)
     }
 
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError> {

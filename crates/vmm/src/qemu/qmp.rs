@@ -271,6 +271,12 @@ impl Qmp {
         self.wait_by(ticket, Deadline::after(within))
     }
 
+    /// Forgets a command that was sent: its answer interests nobody any more.
+    pub fn forget(&mut self, ticket: &Ticket) {
+        self.waiting.remove(&ticket.id);
+        self.answers.remove(&ticket.id);
+    }
+
     /// The next event with one of these names; earlier events with other names stay for later.
     pub fn next_event(&mut self, names: &[&str], within: Duration) -> Result<Event, QmpError> {
         let deadline = Deadline::after(within);
