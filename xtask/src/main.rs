@@ -9,9 +9,11 @@ mod micro;
 mod packages;
 
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use cargo::Extent;
 use clap::{Args, Parser, Subcommand};
+use micro::Micro;
 use sterna_bench::Row;
 
 /// Sets up, demonstrates, tests and measures Sterna
@@ -39,7 +41,7 @@ enum Action {
     /// Measure the hot paths alone, one by one
     ///
     /// Needs root, to attach to processes. Exits with 1 if something is slower than at the revision that it is compared with.
-    Micro(micro::Micro),
+    Micro(Micro),
     /// Turn files of results into one page
     Report(Report),
     /// Check formatting, lints, licences and advisories
@@ -87,6 +89,9 @@ struct Bench {
     /// Write every raw sample as JSON
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// No rows, but the microbenchmarks of the hot paths, beside those of another revision: as `micro --compare`
+    #[arg(long, value_name = "REV", conflicts_with_all = ["rows", "pairs", "quick", "out", "programs"])]
+    compare: Option<String>,
     #[command(flatten)]
     built: Built,
 }
@@ -101,8 +106,18 @@ struct Report {
     out: PathBuf,
 }
 
-fn main() -> anyhow::Result<()> {
-    match Cli::parse().command {
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("{why:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(action: Action) -> anyhow::Result<()> {
+    match action {
         Action::Setup => packages::ensure().map(|ready| println!("{ready}")),
         Action::Test(test) => {
             let extent = if test.long { Extent::Long } else { Extent::Short };
@@ -110,6 +125,7 @@ fn main() -> anyhow::Result<()> {
         }
         Action::Lint => cargo::lint(),
         Action::Demo(demo) => measure::demo(&demo),
+        Action::Bench(Bench { compare: Some(revision), .. }) => micro::micro(&Micro::beside(revision)),
         Action::Bench(bench) => measure::bench(&bench),
         Action::Micro(micro) => micro::micro(&micro),
         Action::Report(report) => measure::report(&report.files, &report.out),

@@ -37,6 +37,13 @@ pub(crate) struct Micro {
     allow_regressions: bool,
 }
 
+impl Micro {
+    /// All of them, beside those of a revision.
+    pub(crate) fn beside(revision: String) -> Self {
+        Self { filter: None, compare: Some(revision), allow_regressions: false }
+    }
+}
+
 /// `cargo xtask micro`
 pub(crate) fn micro(arguments: &Micro) -> anyhow::Result<()> {
     let Some(rev) = &arguments.compare else { return here(arguments.filter.as_deref()) };

@@ -341,12 +341,13 @@ impl Target {
     fn on_running(&mut self, took: Duration) {
         let State::Starting { record } = self.state else { return };
         let generation = self.generation().unwrap_or_default();
-        self.actions.push_back(TargetAction::Announce);
+        // The source first, which waits for this to let its QEMU go; the network has not noticed anything yet.
         self.send(Message::Committed(Committed {
             generation,
             record_us: micros(record),
             resume_us: micros(took),
         }));
+        self.actions.push_back(TargetAction::Announce);
         self.record(Step::Running);
         self.state = State::Confirming;
     }

@@ -2,7 +2,8 @@
 //!
 //! guestperf moves a guest whose memory is overwritten with noise as fast as its processor can, 1 GiB of it, and looks which
 //! of QEMU's means against that ends the migration. This is the same 32 times smaller: memory, downtime limit and patience;
-//! the bandwidths are guestperf's. One VM of each goes there and back, from scenario to scenario.
+//! the bandwidths are guestperf's. Ours is one VM that goes there and back, from scenario to scenario. Stock QEMU gets a new one
+//! for each: after a migration that was given up, and others after it by other means, its guests were seen to miss writes.
 //!
 //! Ours has one means so far: `--timeout`, which stops the guest. It gets as long as the scenario's rounds over memory would
 //! take, and guestperf's default of 5 rounds where the scenario names none.
@@ -12,7 +13,6 @@ mod scenario;
 use std::time::Duration;
 
 use rustix::process::Signal;
-use serde_json::json;
 use sterna_lab::GuestSpec;
 use sterna_lab::process::ProcessId;
 
@@ -49,7 +49,6 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
     let stage = Stage::up(run.kit, Link::Gigabit, PageStreams::Encrypted, 1)?;
     let mut ours = OurVm::boot(&stage, &guest(&stage, "ours"), 0)?;
     let mut held = hold(&stage, &ours)?;
-    let mut stock = StockVm::boot(&stage, &guest(&stage, "stock"), 0)?;
     let mut cases = Vec::new();
     for scenario in SCENARIOS.iter().filter(|s| !run.extent.quick || QUICK.contains(&s.name)) {
         let mut case =
@@ -58,12 +57,10 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         case.contenders = match scenario.order() {
             None => vec![skipped(own), skipped(peer)],
             Some(order) => {
-                stock.qemu.qmp.execute("stop", json!({}))?;
                 resume(held);
                 let own = by_ours(&stage, &mut ours, scenario, own)?;
                 held = hold(&stage, &ours)?;
-                stock.qemu.qmp.execute("cont", json!({}))?;
-                vec![own, by_stock(&stage, &mut stock, order, peer)?]
+                vec![own, by_stock(&stage, order, peer)?]
             }
         };
         run.tell(&format!(
@@ -74,10 +71,10 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         cases.push(case);
     }
     run.tell("ours once more, untimed, with --verify");
-    stock.qemu.qmp.execute("stop", json!({}))?;
     resume(held);
     let verified = ours.verify_with(&stage, &ours::Order::with(&["--verify", "--timeout", "1"]));
-    judge(&mut cases, verified, [&ours.console(&stage), &stock.console()])?;
+    is_sound(&ours.console(&stage))?;
+    tell_verified(&mut cases, verified);
     ours.stop(&stage)?;
     stage.lab.down()?;
     let notes = vec![
@@ -112,9 +109,8 @@ fn by_ours(
     with(contender, vm.migrate(stage, &order, Progress::Sampled).map(|(moved, _)| moved))
 }
 
-/// A guest that works all the time would take a processor from the other's move. Stock QEMU is told to stop its own; ours has
-/// an agent that speaks to its QEMU, so that the process is held, of which the agent learns nothing.
-/// It must not be asked for its VMs meanwhile.
+/// A guest that works all the time would take a processor from the other's move. Ours has an agent that speaks to its QEMU, so
+/// that the process is held, of which the agent learns nothing. It must not be asked for its VMs meanwhile.
 fn hold(stage: &Stage, vm: &OurVm) -> Result<ProcessId, BenchError> {
     let qemu = stage.agents(vm.way).0.qemu(&vm.name)?;
     qemu.signal(Signal::STOP);
@@ -127,14 +123,13 @@ fn resume(qemu: ProcessId) {
     std::thread::sleep(RESUMED);
 }
 
-fn by_stock(
-    stage: &Stage,
-    vm: &mut StockVm,
-    order: stock::Order,
-    contender: Contender,
-) -> Result<Contender, BenchError> {
+fn by_stock(stage: &Stage, order: stock::Order, contender: Contender) -> Result<Contender, BenchError> {
+    let mut vm = StockVm::boot(stage, &guest(stage, "stock"), 0)?;
+    std::thread::sleep(RESUMED);
     load::warm_memory(MEMORY_MIB);
-    with(contender, vm.migrate(stage, order))
+    let contender = with(contender, vm.migrate(stage, order))?;
+    is_sound(&vm.console())?;
+    Ok(contender)
 }
 
 fn with(mut contender: Contender, moved: Result<Move, BenchError>) -> Result<Contender, BenchError> {
@@ -162,13 +157,17 @@ fn told(contender: &Contender) -> String {
 }
 
 /// The comparison of RAM belongs to all of them; it is told with the last one that ran.
-fn judge(cases: &mut [Case], verified: Verified, consoles: [&str; 2]) -> Result<(), BenchError> {
+fn tell_verified(cases: &mut [Case], verified: Verified) {
     if let Some(last) = cases.iter_mut().rev().find(|c| c.contenders.iter().any(|c| !c.moves.is_empty())) {
         last.verified = Some(verified);
     }
-    match consoles.iter().find(|c| load::bad_pages(c) > 0) {
-        None => Ok(()),
-        Some(bad) => Err(BenchError::unexpected("a guest found bad pages", *bad)),
+}
+
+/// The guest's own word on its memory.
+fn is_sound(console: &str) -> Result<(), BenchError> {
+    match load::bad_pages(console) {
+        0 => Ok(()),
+        _ => Err(BenchError::unexpected("a guest found bad pages", console)),
     }
 }
 

@@ -11,7 +11,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -321,14 +320,9 @@ fn drive_parts(disks: &Value) -> impl Iterator<Item = String> + '_ {
 /// that QEMU itself searches. A file that is not found is a line too, with its size as QEMU has it.
 fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
     let mut names = roms(&qemu.hmp("info roms", "list its ROMs")?);
-    // Only PCI devices have option ROMs, and asking each of the dozens of others takes longer than all the rest.
-    let found = all_devices(qemu)?;
-    let pci = pci_classes(qemu, &found)?;
-    for device in found.into_iter().filter(|device| pci.contains(&device.class)) {
-        if let Ok(Value::String(file)) = qemu.qom(&device.path, "romfile", "tell of a device") {
-            names.insert((file, "option ROM".to_owned()));
-        }
-    }
+    // All devices with their properties. To ask which kinds of devices are PCI devices would make QEMU load all its modules.
+    let tree = qemu.hmp("info qtree", "list its devices")?;
+    names.extend(option_roms(&tree).map(|file| (file.to_owned(), "option ROM".to_owned())));
     names.retain(|(name, _)| !name.is_empty());
     // What could not be read for want of descriptors must not be remembered as if it were not there.
     let lines = data_folders(qemu.process.pid()).and_then(|folders| {
@@ -337,21 +331,9 @@ fn firmware(qemu: &mut Qemu) -> Result<BTreeSet<String>, VmmError> {
     lines.map_err(|source| VmmError::Host { operation: "reading QEMU's firmware files", source })
 }
 
-/// Which of the devices' classes are of PCI devices. A QEMU takes 30 ms to tell, since it makes all its classes for that; the
-/// next one of the same program and with the same devices would say the same.
-fn pci_classes(qemu: &mut Qemu, devices: &[Device]) -> Result<BTreeSet<String>, VmmError> {
-    let classes: BTreeSet<String> = devices.iter().map(|device| device.class.clone()).collect();
-    let program = PathBuf::from(format!("/proc/{}/exe", qemu.process.pid()));
-    let known = program
-        .metadata()
-        .map_err(|source| VmmError::Host { operation: "looking at QEMU's program", source })?;
-    let key = (known.dev(), known.ino(), known.modified().ok(), classes);
-    remember(&PCI_CLASSES, &key, || {
-        let listed =
-            qemu.ask("qom-list-types", json!({ "implements": "pci-device" }), "list its kinds of devices")?;
-        let listed = listed.as_array().into_iter().flatten().filter_map(|kind| kind["name"].as_str());
-        Ok(listed.filter(|class| key.3.contains(*class)).map(str::to_owned).collect())
-    })
+/// Reads `info qtree`: PCI devices have a line `romfile = "efi-virtio.rom"`.
+fn option_roms(tree: &str) -> impl Iterator<Item = &str> {
+    tree.lines().filter_map(|line| line.trim().strip_prefix("romfile = \"")?.strip_suffix('"'))
 }
 
 /// Reads `info roms`: lines that end with `size=0x002400 name="kvmvapic.bin"`.
@@ -382,10 +364,6 @@ type Memory<K, V> = Mutex<BTreeMap<K, V>>;
 static DIGESTS: Memory<(PathBuf, u64, Option<SystemTime>), String> = Mutex::new(BTreeMap::new());
 /// What each program has said of its folders before: asking starts the program.
 static FOLDERS: Memory<Vec<String>, Vec<PathBuf>> = Mutex::new(BTreeMap::new());
-/// A program, and classes of devices.
-type ClassKey = (u64, u64, Option<SystemTime>, BTreeSet<String>);
-/// Which of the classes are of PCI devices.
-static PCI_CLASSES: Memory<ClassKey, BTreeSet<String>> = Mutex::new(BTreeMap::new());
 /// When a memory of answers is emptied: it only saves time.
 const REMEMBERED_MAX: usize = 1024;
 
@@ -463,6 +441,13 @@ mod tests {
         let expected = [("bios-256k.bin", "0x040000"), ("kvmvapic.bin", "0x002400")];
         let expected = expected.map(|(name, size)| (name.to_owned(), size.to_owned()));
         assert_eq!(roms(text), BTreeSet::from(expected));
+    }
+
+    #[test]
+    fn option_roms_are_read_from_the_tree_of_devices() {
+        let tree = "bus: main-system-bus\n  dev: VGA, id \"\"\n    vgamem_mb = 16 (0x10)\n    romfile = \"vgabios-stdvga.bin\"\n\
+                    \x20   romsize = 65536\n  dev: ICH9-LPC, id \"\"\n    romfile = \"\"\n";
+        assert_eq!(option_roms(tree).collect::<Vec<_>>(), ["vgabios-stdvga.bin", ""]);
     }
 
     #[test]

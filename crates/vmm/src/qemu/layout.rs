@@ -29,7 +29,8 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
         // The map is long and each piece a question: it is read again only for a block that would be missed.
         let known = |block: &Block| block.hva.is_some() || qemu.addresses.contains_key(&block.name);
         if qemu.addresses.is_empty() || blocks.iter().any(|block| !known(block) && !block.is_rebuilt()) {
-            let found = addresses_by_map(qemu, &blocks)?;
+            // Those that are known need not be asked for again: after a load each question is a part of the downtime.
+            let found = missing_addresses(qemu, &blocks)?;
             qemu.remember(found)?;
         }
         for block in blocks.iter_mut().filter(|block| block.hva.is_none()) {
@@ -40,12 +41,27 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
     Ok(Layout { blocks })
 }
 
-/// The addresses that the memory map gives away, by the blocks' names.
+/// The addresses of all blocks that the memory map gives away, by the blocks' names.
 pub(super) fn addresses_by_map(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, u64>, VmmError> {
+    addresses_of(qemu, blocks, &BTreeSet::new())
+}
+
+/// The same of the blocks that are not known yet.
+fn missing_addresses(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, u64>, VmmError> {
+    let known = qemu.addresses.keys().cloned().collect();
+    addresses_of(qemu, blocks, &known)
+}
+
+/// The addresses of the blocks but for some.
+fn addresses_of(
+    qemu: &mut Qemu,
+    blocks: &[Block],
+    without: &BTreeSet<String>,
+) -> Result<BTreeMap<String, u64>, VmmError> {
     // A guest that boots moves its cards' memory about between our questions: then the pieces disagree, once.
     let mut tries = 1..TRIES_MAX;
     loop {
-        match addresses_once(qemu, blocks) {
+        match addresses_once(qemu, blocks, without) {
             Err(VmmError::Layout { detail }) if tries.next().is_some() => {
                 tracing::debug!(detail, "asking again")
             }
@@ -54,7 +70,11 @@ pub(super) fn addresses_by_map(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTre
     }
 }
 
-fn addresses_once(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, u64>, VmmError> {
+fn addresses_once(
+    qemu: &mut Qemu,
+    blocks: &[Block],
+    without: &BTreeSet<String>,
+) -> Result<BTreeMap<String, u64>, VmmError> {
     let map = qemu.hmp("info mtree -f", "show its memory map")?;
     let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
     for piece in parse_pieces(&map) {
@@ -63,7 +83,7 @@ fn addresses_once(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, 
         }
     }
     let mut found = BTreeMap::new();
-    for (name, pieces) in pieces {
+    for (name, pieces) in pieces.into_iter().filter(|(name, _)| !without.contains(*name)) {
         if let Some(base) = base(qemu, name, &pieces)? {
             found.insert(name.to_owned(), base);
         }
