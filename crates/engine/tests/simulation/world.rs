@@ -294,7 +294,12 @@ impl World {
         }
     }
 
+    /// One that stands still already stays so for as long as it was going to: another end would bring what has waited for the
+    /// first one out of order, which no connection does.
     fn freeze(&mut self, host: usize) {
+        if self.frozen[host] > self.queue.now() {
+            return;
+        }
         let time = self.chance.spread(SECOND, FREEZE_MAX);
         self.note(|| format!("host {host} stands still for {} ms", time / MS));
         self.frozen[host] = self.queue.now() + time;
