@@ -47,7 +47,7 @@ enum Slot {
 }
 
 /// The records of one host.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(crate) struct FileJournal {
     folder: PathBuf,
 }
@@ -85,13 +85,6 @@ impl FileJournal {
         file.sync_all()?;
         std::fs::rename(fresh, path)?;
         File::open(&self.folder)?.sync_all()
-    }
-
-    /// Lets the disk write what waits in it, so that the commit, which is soon to follow, does not wait for others' data: that was
-    /// seen to take 20 to 80 ms of a stop of 15.
-    pub(crate) fn settle(&self, vm: &str) {
-        // Only time is lost where it fails; the commit tells of errors.
-        let _ = OpenOptions::new().write(true).open(self.path(vm)).and_then(|file| file.sync_data());
     }
 
     /// What is on disk about a VM, also when it is not as it should be.

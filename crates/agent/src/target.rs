@@ -9,7 +9,6 @@ use crate::pages::{Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
@@ -55,8 +54,6 @@ struct Arriving<'a> {
     state: Vec<u8>,
     /// Whether the VM stays paused once it is ours.
     paused: bool,
-    /// Writes what waits in the disk's queue.
-    settling: Option<JoinHandle<()>>,
     began: Instant,
 }
 
@@ -82,7 +79,6 @@ pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hel
         receivers: BTreeMap::new(),
         state: Vec::new(),
         paused: false,
-        settling: None,
         began: Instant::now(),
     };
     arriving.attach_control(connection);
@@ -250,22 +246,12 @@ impl Arriving<'_> {
             Event::Stream(index, connection) => self.add_stream(index, connection),
             Event::Received(Received::Pages) => Some(TargetInput::Received),
             Event::Received(Received::RoundEnd { stream, round }) => {
-                self.settle_disk();
                 Some(TargetInput::RoundEnd { stream, round })
             }
             // Once the last round is in, the streams have done their work.
             Event::Received(Received::Lost(_)) if self.receivers.is_empty() => None,
             Event::Received(Received::Lost(why)) => Some(TargetInput::Disconnected(why)),
             Event::Received(Received::Failed(why)) => Some(TargetInput::Failed(self.explain_failure(why))),
-        }
-    }
-
-    /// Any round may be the last: what waits in the disk's queue goes now, beside the load, and the commit finds none.
-    fn settle_disk(&mut self) {
-        if self.settling.as_ref().is_none_or(JoinHandle::is_finished) {
-            let (journal, vm) = (self.host.journal().clone(), self.offer.vm.clone());
-            let thread = std::thread::Builder::new().name("disk".to_owned());
-            self.settling = thread.spawn(move || journal.settle(&vm)).ok();
         }
     }
 
