@@ -37,8 +37,8 @@ pub(crate) fn activity_of(state: &RunState) -> Option<Activity> {
 
 /// What QEMU says of a VM.
 struct Looked {
-    reasons: Vec<sterna_vmm::Reason>,
     shape: Shape,
+    reasons: Vec<sterna_vmm::Reason>,
     layout: Layout,
     state: RunState,
     reads_directly: bool,
@@ -52,8 +52,9 @@ struct Looked {
 impl Looked {
     fn at(qemu: &mut Qemu) -> Result<Self, VmmError> {
         Ok(Self {
-            reasons: qemu.source_reasons()?,
+            // First of all: it is compared at the stop, so that what comes or goes while the rest is asked shows.
             shape: qemu.shape()?,
+            reasons: qemu.source_reasons()?,
             layout: qemu.layout()?,
             state: qemu.status()?,
             reads_directly: qemu.reads_directly()?,

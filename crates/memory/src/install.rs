@@ -113,9 +113,6 @@ pub struct Installer {
     pub(crate) attach: Attach,
     uffd: Option<Uffd>,
     scanners: Mutex<Vec<PageMap>>,
-    /// Whose turn it is to write into a file: the kernel lets one in at a time, and who waits for it there spins on a processor
-    /// that others could use.
-    storing: Mutex<()>,
 }
 
 /// A region and how to write its parts.
@@ -153,14 +150,7 @@ impl Installer {
         let regions = plans?;
         let uffd = register(process, &regions, attach)?;
         let (process, attach) = (process.try_clone()?, attach.clone());
-        Ok(Installer {
-            process,
-            regions,
-            attach,
-            uffd,
-            scanners: Mutex::default(),
-            storing: Mutex::default(),
-        })
+        Ok(Installer { process, regions, attach, uffd, scanners: Mutex::default() })
     }
 
     /// Writes pages: `bytes` are those of the runs, one after the other.
@@ -241,10 +231,7 @@ impl Installer {
             return self.fill(plan, addr, bytes);
         };
         let offset = part.segment.offset + (addr - part.segment.start);
-        let stored = {
-            let _turn = self.storing.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            file.write_all_at(bytes, offset)
-        };
+        let stored = file.write_all_at(bytes, offset);
         if !self.process.is_alive() {
             return Err(self.process.gone().into());
         }

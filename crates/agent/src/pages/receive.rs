@@ -90,9 +90,7 @@ impl Receiver {
         });
         Ok(Self { shutdown, thread: Some(thread?) })
     }
-}
 
-impl Receiver {
     /// Cuts the stream; what was received of it is still installed.
     pub(crate) fn cut(&self) {
         self.shutdown.shutdown();

@@ -23,7 +23,7 @@ const WRITE_WITHIN: Duration = Duration::from_secs(120);
 const SEND_BUFFER_BYTES: usize = 1 << 20;
 
 /// Pages that travel at once: 256 KiB stay in a processor's own cache on their way from the guest to the socket, and at the
-/// other end from the socket to the guest. Half of it doubles the cost of all that is done once a batch.
+/// other end from the socket to the guest.
 const BATCH_PAGES_MAX: u64 = 64;
 
 /// How much of a batch is compressed to see whether the rest should be: two pages.

@@ -325,21 +325,10 @@ pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
     qemu.qmp.forget_events();
     // A reader that is gone is QEMU refusing the state: its own reason is better than ours.
     let written = write_by(pipe, state, end);
-    // Asked before it is done, and answered right after: a question less to wait for.
-    let asked = qemu.qmp.send("query-status", Value::Null, COMMAND_WITHIN).ok();
     if written.is_err() || !wait_loaded(qemu, end)? {
         return Err(load_failed(qemu));
     }
-    let early = asked.and_then(|ticket| qemu.qmp.wait(&ticket, COMMAND_WITHIN).ok());
-    let early = early
-        .as_ref()
-        .and_then(|answer| answer["status"].as_str())
-        .map(|word| RunState::from(word.to_owned()));
-    let state = match early {
-        Some(state) if state != RunState::Inmigrate => state,
-        _ => qemu.status()?,
-    };
-    match state {
+    match qemu.status()? {
         RunState::Paused | RunState::Prelaunch => {
             qemu.devices.held = Held::Loaded;
             qemu.devices.disks = Disks::GivenUp;

@@ -368,11 +368,11 @@ static FOLDERS: Memory<Vec<String>, Vec<PathBuf>> = Mutex::new(BTreeMap::new());
 const REMEMBERED_MAX: usize = 1024;
 
 /// The remembered answer, or a new one that is remembered.
-fn remember<K: Ord + Clone, V: Clone, E>(
+fn remember<K: Ord + Clone, V: Clone>(
     memory: &Memory<K, V>,
     key: &K,
-    find: impl FnOnce() -> Result<V, E>,
-) -> Result<V, E> {
+    find: impl FnOnce() -> io::Result<V>,
+) -> io::Result<V> {
     if let Some(known) = memory.lock().unwrap_or_else(PoisonError::into_inner).get(key) {
         return Ok(known.clone());
     }
@@ -399,7 +399,7 @@ fn digest(path: &Path) -> io::Result<Option<String>> {
     let found = remember(&DIGESTS, &(path.to_owned(), known.len(), known.modified().ok()), || {
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(file)?;
-        Ok::<_, io::Error>(hasher.finalize().to_hex().to_string())
+        Ok(hasher.finalize().to_hex().to_string())
     });
     found.map(Some)
 }
@@ -426,7 +426,7 @@ fn data_folders(pid: i32) -> io::Result<Vec<PathBuf>> {
     remember(&FOLDERS, &line, || {
         let mut command = Command::new(&program);
         let output = command.args(&line[1..]).args(["-L", "help"]).stdin(Stdio::null()).output()?;
-        Ok::<_, io::Error>(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
+        Ok(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
     })
 }
 

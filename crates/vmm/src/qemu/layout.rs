@@ -30,7 +30,8 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
         let known = |block: &Block| block.hva.is_some() || qemu.addresses.contains_key(&block.name);
         if qemu.addresses.is_empty() || blocks.iter().any(|block| !known(block) && !block.is_rebuilt()) {
             // Those that are known need not be asked for again: after a load each question is a part of the downtime.
-            let found = missing_addresses(qemu, &blocks)?;
+            let known = qemu.addresses.keys().cloned().collect();
+            let found = addresses_by_map(qemu, &blocks, &known)?;
             qemu.remember(found)?;
         }
         for block in blocks.iter_mut().filter(|block| block.hva.is_none()) {
@@ -41,27 +42,16 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
     Ok(Layout { blocks })
 }
 
-/// The addresses of all blocks that the memory map gives away, by the blocks' names.
-pub(super) fn addresses_by_map(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, u64>, VmmError> {
-    addresses_of(qemu, blocks, &BTreeSet::new())
-}
-
-/// The same of the blocks that are not known yet.
-fn missing_addresses(qemu: &mut Qemu, blocks: &[Block]) -> Result<BTreeMap<String, u64>, VmmError> {
-    let known = qemu.addresses.keys().cloned().collect();
-    addresses_of(qemu, blocks, &known)
-}
-
-/// The addresses of the blocks but for some.
-fn addresses_of(
+/// The addresses that the memory map gives away, by the blocks' names: of all blocks but those that are `known`.
+pub(super) fn addresses_by_map(
     qemu: &mut Qemu,
     blocks: &[Block],
-    without: &BTreeSet<String>,
+    known: &BTreeSet<String>,
 ) -> Result<BTreeMap<String, u64>, VmmError> {
     // A guest that boots moves its cards' memory about between our questions: then the pieces disagree, once.
     let mut tries = 1..TRIES_MAX;
     loop {
-        match addresses_once(qemu, blocks, without) {
+        match addresses_once(qemu, blocks, known) {
             Err(VmmError::Layout { detail }) if tries.next().is_some() => {
                 tracing::debug!(detail, "asking again")
             }
@@ -73,7 +63,7 @@ fn addresses_of(
 fn addresses_once(
     qemu: &mut Qemu,
     blocks: &[Block],
-    without: &BTreeSet<String>,
+    known: &BTreeSet<String>,
 ) -> Result<BTreeMap<String, u64>, VmmError> {
     let map = qemu.hmp("info mtree -f", "show its memory map")?;
     let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
@@ -83,7 +73,7 @@ fn addresses_once(
         }
     }
     let mut found = BTreeMap::new();
-    for (name, pieces) in pieces.into_iter().filter(|(name, _)| !without.contains(*name)) {
+    for (name, pieces) in pieces.into_iter().filter(|(name, _)| !known.contains(*name)) {
         if let Some(base) = base(qemu, name, &pieces)? {
             found.insert(name.to_owned(), base);
         }

@@ -147,7 +147,7 @@ impl Qemu {
     /// second opinion since.
     pub fn addresses_by_map(&mut self) -> Result<BTreeMap<String, u64>, VmmError> {
         let blocks = self.layout()?.blocks;
-        layout::addresses_by_map(self, &blocks)
+        layout::addresses_by_map(self, &blocks, &BTreeSet::new())
     }
 
     /// Looks at the VM from several sides at once: what more than one of them asks for is asked once. A question takes QEMU the
