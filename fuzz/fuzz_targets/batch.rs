@@ -3,9 +3,10 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use sterna_engine::wire::patch;
 use sterna_engine::wire::batch::{
     BatchHeader, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Encoding, FrameKind, HEADER_BYTES, Layout, PAYLOAD_BYTES_MAX,
-    encode_batch, encode_lz4_batch,
+    encode_batch, encode_packed_batch,
 };
 
 /// Bytes of the input that make the layout: four blocks' pages in 24 bits each.
@@ -39,9 +40,13 @@ fuzz_target!(|data: &[u8]| {
             assert_eq!(pages, header.payload_bytes);
             encode_batch(header.block, header.round, &runs, &mut again);
         }
-        Encoding::Lz4 => {
+        packed => {
             assert!(header.payload_bytes < pages && pages <= PAYLOAD_BYTES_MAX);
-            encode_lz4_batch(header.block, header.round, &runs, header.payload_bytes, &mut again);
+            encode_packed_batch(header.block, header.round, &runs, (packed, header.payload_bytes), &mut again);
+            // What follows is as good a payload as any: it changes nothing outside its pages.
+            let _ = patch::decode(&rest[runs_bytes..], pages / 4096, |page, change| {
+                assert!(page < pages / 4096 && change.offset + change.bytes.len() <= 4096);
+            });
         }
     }
     assert_eq!(again, [raw.as_slice(), &rest[..runs_bytes]].concat(), "a batch has one form");

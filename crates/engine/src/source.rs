@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Recording -> Negotiating -> Offered -> Opening -> Arming -> Sending <-> Scanning,    the VM runs
-//!                                                                         Settling
+//!                                                                         Settling, Resting
 //!                                                                            |
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
 //!                                               |
@@ -15,9 +15,9 @@
 //! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
 
 use crate::handoff::{Activity, Choice, Generation, Ownership, Record, Step};
-use crate::policy::{Convergence, Observation, Verdict};
+use crate::policy::{Convergence, RateLimits, Stun};
 use crate::progress::{Progress, Status};
-use crate::units::{Bytes, Pages, Rate};
+use crate::units::{Bytes, Pages};
 use crate::wire::message::{Hello, Offer, Release, Text};
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN};
 use std::collections::VecDeque;
@@ -25,6 +25,9 @@ use std::time::Duration;
 
 mod interface;
 mod recover;
+mod rounds;
+
+use rounds::Rounds;
 
 pub use interface::{Outcome, SourceAction, SourceInput, SourceParameters};
 
@@ -52,8 +55,6 @@ const ASK_PAUSE_MIN: Duration = Duration::from_millis(100);
 const ASK_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// How long after the release an operator is told that the owner is not known.
 const ATTENTION_AFTER: Duration = Duration::from_secs(10);
-/// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
-const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
 /// Most page streams: the barrier set is a 64-bit mask, and more streams than this never helped anyone.
 pub const STREAMS_MAX: u32 = 64;
 
@@ -67,6 +68,8 @@ enum State {
     Sending { round: u32, began: Duration, sent_before: Bytes, barriers: u64 },
     Scanning { round_time: Duration },
     Settling,
+    /// Most of the last round was written again before it could go: the next one begins at the deadline.
+    Resting { pages: Pages },
     Stopping,
     Finishing { round: u32, barriers: u64, quiet: bool, loaded: bool },
     Releasing,
@@ -98,6 +101,8 @@ pub struct Source {
     choice: Option<Choice>,
     ended: Status,
     unsettled: Pages,
+    rounds: Rounds,
+    stun: Stun,
 }
 
 impl Source {
@@ -120,6 +125,8 @@ impl Source {
             downtime_limit: Duration::ZERO,
             timeout: None,
             activity: record.activity,
+            rate: RateLimits::default(),
+            auto_converge: false,
         };
         let mut source = Self::in_state(parameters, State::Over, now);
         source.released_at = Some(now);
@@ -132,6 +139,8 @@ impl Source {
         let ram_total = Bytes(parameters.offer.blocks.iter().map(|block| block.bytes).sum());
         Self {
             convergence: Convergence::new(parameters.downtime_limit, parameters.timeout),
+            rounds: Rounds::new(&parameters),
+            stun: Stun::new(parameters.auto_converge),
             parameters,
             state,
             began: now,
@@ -182,7 +191,9 @@ impl Source {
             State::Recording | State::Negotiating | State::Offered | State::Opening | State::Arming => {
                 Status::Setup
             }
-            State::Sending { .. } | State::Scanning { .. } | State::Settling => Status::Active,
+            State::Sending { .. } | State::Scanning { .. } | State::Settling | State::Resting { .. } => {
+                Status::Active
+            }
             State::Undoing(_) if self.cancelling => Status::Cancelling,
             State::Released | State::Asking { .. } if self.needs_attention(now) => Status::Unresolved,
             State::Undoing(_) => Status::Failed,
@@ -213,6 +224,7 @@ impl Source {
             }
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
+            SourceInput::Counted { normal, postponed } => self.on_counted(normal, postponed),
             SourceInput::Activity(activity) => self.on_activity(activity),
             SourceInput::Unsettled(pages) => self.unsettled = pages,
             SourceInput::Scanned(pages) => self.on_scanned(pages, now),
@@ -242,6 +254,8 @@ impl Source {
                 self.fail(Outcome::Cancelled);
             }
             SourceInput::DowntimeLimit(limit) => self.convergence.set_downtime_limit(limit),
+            SourceInput::RateLimits(limits) => self.on_rate_limits(limits),
+            SourceInput::AutoConverge(allowed) => self.stun.allow(allowed),
             SourceInput::Tick => self.on_tick(now),
             _ => {}
         }
@@ -336,13 +350,6 @@ impl Source {
         self.begin_round(1, pages, now);
     }
 
-    fn begin_round(&mut self, round: u32, pages: Pages, now: Duration) {
-        self.progress.rounds = round;
-        self.progress.ram_remaining = pages.bytes();
-        let state = State::Sending { round, began: now, sent_before: self.last_sent, barriers: 0 };
-        self.enter(state, SourceAction::SendRound(round), now, STALL_WAIT);
-    }
-
     fn on_sent(&mut self, bytes: Bytes, now: Duration) {
         if bytes == self.last_sent {
             return;
@@ -384,41 +391,11 @@ impl Source {
         }
     }
 
-    fn on_round_over(&mut self, began: Duration, sent_before: Bytes, now: Duration) {
-        let sent = Bytes(self.last_sent.0.saturating_sub(sent_before.0));
-        let round_time = now.saturating_sub(began);
-        if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
-            // Figures that come late say that nothing was sent: no bandwidth that would ever fit a limit.
-            let measured = Rate::measured(sent, round_time).filter(|rate| *rate > Rate(0));
-            self.progress.bandwidth = measured.or(self.progress.bandwidth);
-        }
-        self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
-    }
-
     /// Written down before the stop: whoever undoes it after a crash must know whether the VM ran.
     fn on_activity(&mut self, activity: Activity) {
         if matches!(self.state, State::Scanning { .. }) && self.parameters.activity != activity {
             self.parameters.activity = activity;
             self.record(Step::Sending);
-        }
-    }
-
-    fn on_scanned(&mut self, pages: Pages, now: Duration) {
-        let State::Scanning { round_time } = self.state else { return };
-        let bandwidth = self.progress.bandwidth.unwrap_or(Rate(1));
-        self.progress.dirty_pages_rate = (pages.0 as f64 / round_time.as_secs_f64().max(1e-6)) as u64;
-        self.progress.expected_downtime = Some(bandwidth.time_for(pages.bytes()));
-        self.progress.ram_remaining = pages.bytes();
-        let elapsed = now.saturating_sub(self.began);
-        let unsettled = self.unsettled.bytes();
-        match self.convergence.decide(Observation { residual: pages.bytes(), unsettled, bandwidth, elapsed })
-        {
-            Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
-            Verdict::Round => self.begin_round(self.progress.rounds + 1, pages, now),
-            Verdict::Stop => {
-                self.stopped_at = Some(now);
-                self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
-            }
         }
     }
 
@@ -510,6 +487,7 @@ impl Source {
             State::Released => self.ask(now),
             State::Asking { .. } => self.actions.push_back(SourceAction::Ask),
             State::Ending => self.actions.push_back(SourceAction::End),
+            State::Resting { pages } => self.begin_round(self.progress.rounds + 1, *pages, now),
             State::Undoing(_) | State::Over => {}
             state => {
                 let what = waiting_for(state);
@@ -539,6 +517,7 @@ impl Source {
         if stopped {
             self.actions.push_back(SourceAction::Resume);
         }
+        self.let_go();
         if self.connected && self.released_at.is_none() {
             self.actions.push_back(SourceAction::Send(Message::Abort(Text { text })));
         }

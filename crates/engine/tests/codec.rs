@@ -120,10 +120,10 @@ proptest! {
                     prop_assert_eq!(pages, header.payload_bytes);
                     encode_batch(header.block, header.round, &runs, &mut again);
                 }
-                batch::Encoding::Lz4 => {
+                packed => {
                     prop_assert!(pages > header.payload_bytes && pages <= PAYLOAD_BYTES_MAX);
-                    let payload = header.payload_bytes;
-                    batch::encode_lz4_batch(header.block, header.round, &runs, payload, &mut again);
+                    let packed = (packed, header.payload_bytes);
+                    batch::encode_packed_batch(header.block, header.round, &runs, packed, &mut again);
                 }
             }
             prop_assert_eq!(again, frame);

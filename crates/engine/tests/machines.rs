@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use std::collections::VecDeque;
 use std::time::Duration;
 use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step, answer};
+use sterna_engine::policy::RateLimits;
 use sterna_engine::source::{Outcome, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::target::{Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
@@ -122,6 +123,8 @@ struct SourceDriver {
     released: bool,
     proof: bool,
     owned_by_target: bool,
+    /// The part of its time that the guest has.
+    keep: u32,
     overs: u32,
 }
 
@@ -134,6 +137,8 @@ impl SourceDriver {
             downtime_limit: Duration::from_millis(300),
             timeout: None,
             activity: Activity::Running,
+            rate: RateLimits::default(),
+            auto_converge: true,
         };
         Self {
             source: Source::new(parameters, Duration::ZERO),
@@ -143,6 +148,7 @@ impl SourceDriver {
             released: false,
             proof: false,
             owned_by_target: false,
+            keep: 100,
             overs: 0,
         }
     }
@@ -183,9 +189,17 @@ impl SourceDriver {
                     self.honest.push_back(In::Message(Message::Loaded(Loaded::default())));
                 }
             }
+            SourceAction::Pace(_) => {}
+            SourceAction::Stun(keep) => {
+                assert!((5..=100).contains(&keep), "below the floor");
+                self.keep = keep;
+            }
             SourceAction::Scan => self.honest.push_back(In::Scanned(Pages(0))),
             SourceAction::Settle => self.honest.push_back(In::Settled(Pages(0))),
-            SourceAction::Stop => self.honest.push_back(In::Stopped(Pages(1))),
+            SourceAction::Stop => {
+                assert_eq!(self.keep, 100, "a guest that has little time stops late");
+                self.honest.push_back(In::Stopped(Pages(1)));
+            }
             SourceAction::Resume => {
                 assert!(!self.released || self.proof, "resumed after a release without proof");
                 self.honest.push_back(In::Resumed);
@@ -199,6 +213,7 @@ impl SourceDriver {
             }
             SourceAction::Over(outcome) => {
                 self.overs += 1;
+                assert_eq!(self.keep, 100, "the guest was left stunned");
                 let kept = outcome != Outcome::Completed;
                 assert!(!kept || !self.released || self.proof, "gave up a released VM: {outcome:?}");
                 assert_ne!(self.source.status(self.now) == Status::Completed, kept);

@@ -179,6 +179,19 @@ impl Installer {
         self.write(&gathered, &bytes[from..at])
     }
 
+    /// Changes parts of pages that were installed before: each `(offset in the region, bytes)` of `changes`, whose bytes lie one after
+    /// the other in `bytes`. A page that was not installed is made, and zero elsewhere.
+    pub fn patch(&self, region: usize, changes: &[(u64, u64)], bytes: &[u8]) -> Result<(), InstallError> {
+        let plan = self.checked(region, &[])?;
+        let out = |first: u64| InstallError::OutOfRange { region, first: first / PAGE, pages: 1 };
+        let mut spans = Vec::with_capacity(changes.len());
+        for &(offset, len) in changes {
+            let end = offset.checked_add(len).filter(|end| *end <= plan.region.bytes).ok_or_else(|| out(offset))?;
+            spans.push(Span { addr: plan.region.base + offset, len: end - offset });
+        }
+        self.write(&spans, bytes)
+    }
+
     /// Ends it: the process keeps its pages, and nothing of ours. Dropping does the same, without telling whether it worked.
     pub fn finish(self) -> Result<(), InstallError> {
         self.give_huge_back()?;

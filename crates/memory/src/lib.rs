@@ -6,6 +6,7 @@
 //! - [`Process`] names a process so that a reused pid is never taken for it.
 //! - [`Attach`] makes one of its threads execute a system call (in a helper binary, `sterna-attach`).
 //! - [`Tracker`] tells which pages were written; [`WpAsyncTracker`] does it with a userfaultfd that never blocks a fault.
+//! - [`Peeker`] tells a sender which pages were written already again; [`Throttle`] slows threads that write too fast.
 //! - [`populated`] tells which pages can differ from zero, so that holes are never read; [`Reader`] reads the others.
 //! - [`Installer`] writes and discards pages at the target without doubling its memory.
 //! - [`digest`] and [`footprint`] prove things: equal RAM, and a process left as it was found.
@@ -33,6 +34,7 @@ mod populated;
 mod preflight;
 mod process;
 mod sys;
+mod throttle;
 mod track;
 
 pub use attach::{Attach, AttachError};
@@ -46,4 +48,5 @@ pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use populated::{Backing, PopulatedError, mapped, populated, with_data};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};
-pub use track::{TrackError, Tracker, WpAsyncTracker};
+pub use throttle::{Throttle, first_writes};
+pub use track::{Peeker, TrackError, Tracker, WpAsyncTracker};

@@ -203,6 +203,36 @@ impl Tracker for WpAsyncTracker {
     }
 }
 
+/// Looks, without changing anything, at what was written since the tracker's last collect: a sender's own, one for each thread.
+pub struct Peeker {
+    process: Process,
+    scanner: PageMap,
+}
+
+impl Peeker {
+    /// For a process that is tracked.
+    pub fn new(process: &Process) -> Result<Peeker, TrackError> {
+        Ok(Peeker { process: process.try_clone()?, scanner: PageMap::new(process.open_proc("pagemap")?) })
+    }
+
+    /// Appends the pages of `within` that were written since the last collect, ascending. All pages between are looked at, so keep
+    /// it short.
+    ///
+    /// # Errors
+    /// [`TrackError::Scan`]; a process that is dead or no longer tracked has nothing written.
+    pub fn written(&mut self, region: &Region, within: PageRun, out: &mut Vec<PageRun>) -> Result<(), TrackError> {
+        let query = Query { all: WRITTEN, action: Action::Look, ..Query::default() };
+        let span = region.span(within);
+        let found = |start, end, _| append_run(out, region.run(start, end));
+        self.scanner.scan(query, span.addr, span.end(), found).map_err(|source| TrackError::Scan {
+            pid: self.process.pid(),
+            base: span.addr,
+            bytes: span.len,
+            source,
+        })
+    }
+}
+
 /// A userfaultfd of the process with all regions registered.
 fn register(process: &Process, regions: &[Region], attach: &Attach) -> Result<Uffd, TrackError> {
     let fd = attach.userfaultfd(process)?;

@@ -33,6 +33,8 @@ pub struct Observation {
     pub bandwidth: Rate,
     /// Time since the migration began.
     pub elapsed: Duration,
+    /// More rounds gain nothing: see [`super::RateLimits::is_exhausted`].
+    pub exhausted: bool,
 }
 
 /// What to do next.
@@ -98,6 +100,9 @@ impl Convergence {
         if downtime > self.downtime_limit {
             return Verdict::Round;
         }
+        if seen.exhausted {
+            return Verdict::Stop;
+        }
         self.rounds_after_fit += 1;
         self.stalls = if shrank { 0 } else { self.stalls + 1 };
         let floor = self.smallest.map_or(0, |smallest| smallest.0 + smallest.0 / 4);
@@ -118,7 +123,7 @@ mod tests {
 
     fn seen(residual: u64, unsettled: u64) -> Observation {
         let (residual, unsettled) = (Bytes(residual), Bytes(unsettled));
-        Observation { residual, unsettled, bandwidth: GIGABIT, elapsed: Duration::ZERO }
+        Observation { residual, unsettled, bandwidth: GIGABIT, elapsed: Duration::ZERO, exhausted: false }
     }
 
     fn rounds(rule: &mut Convergence, residuals: impl IntoIterator<Item = u64>) -> usize {
@@ -148,6 +153,14 @@ mod tests {
     fn a_residual_that_stays_is_accepted_after_a_few_rounds() {
         let mut rule = Convergence::new(Duration::from_millis(300), None);
         assert_eq!(rounds(&mut rule, std::iter::repeat_n(4 << 20, 50)), 3);
+    }
+
+    #[test]
+    fn a_residual_that_fits_is_not_shrunk_when_rounds_gain_nothing() {
+        let exhausted = |residual| Observation { exhausted: true, ..seen(residual, 0) };
+        let mut rule = Convergence::new(Duration::from_millis(300), None);
+        assert_eq!(rule.decide(exhausted(100 << 20)), Verdict::Round, "it does not fit");
+        assert_eq!(rule.decide(exhausted(30 << 20)), Verdict::Stop);
     }
 
     #[test]

@@ -2,6 +2,12 @@
 
 mod compression;
 mod convergence;
+mod delta;
+mod rate;
+mod stun;
 
-pub use compression::Compression;
+pub use compression::{Compression, Method};
 pub use convergence::{Convergence, Observation, Verdict};
+pub use delta::Delta;
+pub use rate::{RESIDUAL_MIN, RateLimits, STEP};
+pub use stun::{KEEP_ALL, KEEP_MIN, Seen, Stun, writers};

@@ -1,7 +1,8 @@
 //! What goes into the source's state machine, and what comes out of it.
 
 use crate::handoff::{Activity, Choice, MigrationId, Ownership, Record};
-use crate::units::{Bytes, Pages};
+use crate::policy::RateLimits;
+use crate::units::{Bytes, Pages, Rate};
 use crate::wire::Message;
 use crate::wire::message::{Offer, Reason};
 use std::time::Duration;
@@ -21,6 +22,10 @@ pub struct SourceParameters {
     pub timeout: Option<Duration>,
     /// What the VM does as the migration begins.
     pub activity: Activity,
+    /// How fast rounds are sent.
+    pub rate: RateLimits,
+    /// Whether a guest that writes faster than the link takes is slowed (QEMU's `auto-converge`).
+    pub auto_converge: bool,
 }
 
 /// What happens to the source.
@@ -40,6 +45,14 @@ pub enum SourceInput {
     Tracked(Pages),
     /// Figures have changed: bytes of page data and descriptors written to the streams so far.
     Sent(Bytes),
+    /// Pages so far that were sent as bytes, whole or as what has changed of them, and pages that were to be sent and wait for the
+    /// next round, because they had been written again.
+    Counted {
+        /// Sent.
+        normal: Pages,
+        /// Postponed.
+        postponed: Pages,
+    },
     /// What the VM does, as it was seen at a scan: its user may pause it and let it run again at any time.
     Activity(Activity),
     /// So many pages that were sent, and are not in the send-set, may have been changed unseen by disk I/O that was in
@@ -70,6 +83,10 @@ pub enum SourceInput {
     Cancel,
     /// The user changes the downtime limit.
     DowntimeLimit(Duration),
+    /// The user changes how fast rounds are sent.
+    RateLimits(RateLimits),
+    /// The user allows a guest that does not converge to be slowed, or not any more.
+    AutoConverge(bool),
     /// An operator decides who owns a VM that was released; answered by [`SourceAction::Reply`].
     Recover(Choice),
     /// Time has passed.
@@ -87,6 +104,11 @@ pub enum SourceAction {
     OpenStreams(u32),
     /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
     Track,
+    /// From now on send at this rate; `None` is as fast as the link takes it. A migration begins at its maximum.
+    Pace(Option<Rate>),
+    /// Let the guest's processors that write most have this part of their time, in percent; 100 is all, and needs no answer. Where it
+    /// cannot be done the migration goes on without.
+    Stun(u32),
     /// Move the send-set to the streams as this round, and end the round on each.
     SendRound(u32),
     /// Scan: the send-set becomes what was written since the last scan.

@@ -3,7 +3,7 @@
 //! ```text
 //! header (16)   kind, encoding, block, descriptor count, payload bytes, round
 //! descriptors   8 bytes a run: first page, pages, what the run is
-//! payload       the pages of all *bytes* runs, in order, as they are or as one LZ4 block
+//! payload       the pages of all *bytes* runs, in order: as they are, as one compressed block, or what has changed of each
 //! ```
 //!
 //! There is no message, header or allocation per page: a run of 256 pages costs 8 bytes.
@@ -70,6 +70,21 @@ pub enum Encoding {
     Raw,
     /// All pages as one block of the LZ4 block format, shorter than they are.
     Lz4,
+    /// All pages as one frame of Zstandard, shorter than they are.
+    Zstd,
+    /// What has changed of each page since it was sent last: see [`super::patch`].
+    Delta,
+}
+
+impl Encoding {
+    fn number(self) -> u8 {
+        match self {
+            Self::Raw => 0,
+            Self::Lz4 => 1,
+            Self::Zstd => 2,
+            Self::Delta => 3,
+        }
+    }
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
@@ -131,6 +146,8 @@ impl BatchHeader {
         let encoding = match raw.encoding {
             0 => Encoding::Raw,
             1 if kind == FrameKind::Batch => Encoding::Lz4,
+            2 if kind == FrameKind::Batch => Encoding::Zstd,
+            3 if kind == FrameKind::Batch => Encoding::Delta,
             other => return Err(WireError::Invalid { what: "encoding of a batch", got: other.into() }),
         };
         if raw.zero.get() != 0 {
@@ -160,10 +177,7 @@ impl BatchHeader {
         };
         let raw = RawHeader {
             kind,
-            encoding: match self.encoding {
-                Encoding::Raw => 0,
-                Encoding::Lz4 => 1,
-            },
+            encoding: self.encoding.number(),
             block: U16::new(self.block),
             descriptors: U16::new(u16::try_from(self.descriptors).unwrap_or(u16::MAX)),
             zero: U16::new(0),
@@ -184,15 +198,15 @@ pub fn encode_batch(block: u16, round: u32, runs: &[Descriptor], out: &mut Vec<u
     encode_head(block, round, runs, (Encoding::Raw, payload_bytes), out);
 }
 
-/// The same for pages that were compressed to `payload_bytes`, which is less than they have.
-pub fn encode_lz4_batch(
+/// The same for pages whose payload is written in another way, in `payload_bytes`, which is less than they have.
+pub fn encode_packed_batch(
     block: u16,
     round: u32,
     runs: &[Descriptor],
-    payload_bytes: usize,
+    packed: (Encoding, usize),
     out: &mut Vec<u8>,
 ) {
-    encode_head(block, round, runs, (Encoding::Lz4, payload_bytes), out);
+    encode_head(block, round, runs, packed, out);
 }
 
 fn encode_head(
@@ -261,7 +275,9 @@ impl Layout {
         let fits = match header.encoding {
             Encoding::Raw => payload == header.payload_bytes,
             // What it decompresses to is bounded like any other payload, and known before it is touched.
-            Encoding::Lz4 => payload <= PAYLOAD_BYTES_MAX && (1..payload).contains(&header.payload_bytes),
+            Encoding::Lz4 | Encoding::Zstd | Encoding::Delta => {
+                payload <= PAYLOAD_BYTES_MAX && (1..payload).contains(&header.payload_bytes)
+            }
         };
         if fits {
             return Ok(());
@@ -343,20 +359,23 @@ mod tests {
     }
 
     #[test]
-    fn a_compressed_payload_is_smaller_than_its_pages_and_they_fit_a_batch() {
+    fn a_packed_payload_is_smaller_than_its_pages_and_they_fit_a_batch() {
         let layout = Layout::new([1 << 30]);
-        let decode_lz4 = |pages: u16, payload_bytes: usize| {
-            let mut frame = Vec::new();
-            encode_lz4_batch(0, 1, &[run(0, pages, Content::Bytes)], payload_bytes, &mut frame);
-            decode(&layout, &frame).map(|(header, _)| header.encoding)
-        };
-        assert_eq!(decode_lz4(256, 1000), Ok(Encoding::Lz4));
-        assert!(decode_lz4(257, 1000).is_err(), "more than a batch holds");
-        assert!(decode_lz4(1, 4096).is_err(), "no smaller");
-        assert!(decode_lz4(1, 0).is_err(), "nothing");
-        let mut end = BatchHeader::round_end(1).encode();
-        end[1] = 1;
-        assert!(BatchHeader::decode(&end).is_err(), "a round end has no payload");
+        for encoding in [Encoding::Lz4, Encoding::Zstd, Encoding::Delta] {
+            let decode_packed = |pages: u16, payload_bytes: usize| {
+                let mut frame = Vec::new();
+                let runs = [run(0, pages, Content::Bytes)];
+                encode_packed_batch(0, 1, &runs, (encoding, payload_bytes), &mut frame);
+                decode(&layout, &frame).map(|(header, _)| header.encoding)
+            };
+            assert_eq!(decode_packed(256, 1000), Ok(encoding));
+            assert!(decode_packed(257, 1000).is_err(), "more than a batch holds");
+            assert!(decode_packed(1, 4096).is_err(), "no smaller");
+            assert!(decode_packed(1, 0).is_err(), "nothing");
+            let mut end = BatchHeader::round_end(1).encode();
+            end[1] = encoding.number();
+            assert!(BatchHeader::decode(&end).is_err(), "a round end has no payload");
+        }
     }
 
     proptest! {

@@ -7,6 +7,7 @@
 pub mod batch;
 pub mod control;
 pub mod message;
+pub mod patch;
 
 pub use batch::{BatchHeader, Descriptor, Encoding, FrameKind, Layout};
 pub use message::Message;

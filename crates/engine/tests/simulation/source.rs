@@ -11,6 +11,7 @@ use pages::Round;
 use std::collections::BTreeSet;
 use std::time::Duration;
 use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step};
+use sterna_engine::policy::RateLimits;
 use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{PAGE_BYTES, Pages};
 use sterna_engine::wire::Message;
@@ -100,6 +101,8 @@ impl World {
             downtime_limit: Duration::from_millis(300),
             timeout: Some(Duration::from_secs(30)),
             activity: Activity::Running,
+            rate: RateLimits::default(),
+            auto_converge: true,
         };
         self.note(|| format!("host {host} migrates the VM, {generation:?}"));
         let machine = Source::new(parameters, self.queue.instant());
@@ -199,6 +202,8 @@ impl World {
                 self.source_op(host, move |world| world.open_streams(host, streams))
             }
             SourceAction::Track => self.source_op(host, move |world| world.track(host)),
+            // The simulation has no rates, and a guest that is slowed is only slower.
+            SourceAction::Pace(_) | SourceAction::Stun(_) => {}
             SourceAction::SendRound(round) => self.send_pages(host, round, Round::Live),
             SourceAction::Scan => self.source_op(host, move |world| {
                 world.scan(host);

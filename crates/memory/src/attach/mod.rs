@@ -145,19 +145,37 @@ impl Attach {
         Ok(self.run(process, Op::MadviseDontneed { ranges })?.0)
     }
 
+    /// Begins what lasts as long as the connection that is returned.
+    pub(crate) fn begin(&self, process: &Process, op: Op) -> Result<UnixStream, AttachError> {
+        let (child, stream, answer) = self.ask(process, op)?;
+        // It ends when the connection does.
+        reap(child, false);
+        answer.map(|_| stream)
+    }
+
     fn run(&self, process: &Process, op: Op) -> Result<(Done, Option<OwnedFd>), AttachError> {
+        let (child, stream, answer) = self.ask(process, op)?;
+        drop(stream);
+        reap(child, !matches!(answer, Err(AttachError::NoAnswer { .. })));
+        answer
+    }
+
+    #[expect(clippy::type_complexity, reason = "taken apart at once by both callers")]
+    fn ask(
+        &self,
+        process: &Process,
+        op: Op,
+    ) -> Result<(Child, UnixStream, Result<(Done, Option<OwnedFd>), AttachError>), AttachError> {
         let pid = process.pid();
         let deadline_ms = self.deadline.as_millis().try_into().unwrap_or(u64::MAX);
         let request = Request { pid, start_time: process.start_time(), deadline_ms, op };
         let (child, mut stream) = start(&self.helper)?;
-        let answer = converse(&mut stream, &request, self.deadline.saturating_add(GRACE));
-        drop(stream);
-        reap(child, answer.is_ok());
-        let (answer, fd) = answer.map_err(|e| AttachError::NoAnswer { detail: e.to_string() })?;
-        match answer {
-            Answer::Done(done) => Ok((done, fd)),
-            Answer::Failed(failure) => Err(failed(pid, failure)),
-        }
+        let answer = match converse(&mut stream, &request, self.deadline.saturating_add(GRACE)) {
+            Err(why) => Err(AttachError::NoAnswer { detail: why.to_string() }),
+            Ok((Answer::Done(done), fd)) => Ok((done, fd)),
+            Ok((Answer::Failed(failure), _)) => Err(failed(pid, failure)),
+        };
+        Ok((child, stream, answer))
     }
 }
 

@@ -14,6 +14,12 @@ pub(crate) const MAX_RANGES: usize = 1 << 15;
 /// Descriptors closed in one request: leftovers are few, one per crash.
 pub(crate) const MAX_CLOSED: usize = 1024;
 
+/// Threads that are slowed together: QEMU's own limit of processors is below.
+pub(crate) const MAX_THREADS: usize = 1024;
+
+/// All of a thread's time, in percent.
+pub(crate) const KEEP_ALL: u32 = 100;
+
 /// What the helper shall do.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Request {
@@ -35,6 +41,8 @@ pub(crate) enum Op {
     Close { fds: Vec<i32> },
     /// Give ranges (address, length) of private memory back.
     MadviseDontneed { ranges: Vec<(u64, u64)> },
+    /// Give threads a control group of their own. The conversation goes on then, and the group ends with it.
+    Throttle { threads: Vec<i32> },
 }
 
 /// What the helper says.

@@ -1,10 +1,11 @@
-//! The helper process `sterna-attach`: one request, one attach, one answer.
+//! The helper process `sterna-attach`: one request, one attach, one answer; and [`throttle`], which lasts.
 //!
 //! It must not be ended in the middle, since a tracer's death would leave a thread of QEMU with our registers. So it first
 //! makes itself deaf to signals, takes a session of its own and moves into the target's cgroup; only a SIGKILL aimed at it
 //! could still end it. Its parent may die at any time: the work is finished, and the descriptor that nobody takes closes.
 
 mod inject;
+mod throttle;
 mod victim;
 
 use std::io::{self, IoSlice, Read};
@@ -20,7 +21,9 @@ use linux_raw_sys::general::{
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 
-use crate::attach::protocol::{Answer, Done, Failure, MAX_CLOSED, MAX_RANGES, MAX_REQUEST, Op, Request};
+use crate::attach::protocol::{
+    Answer, Done, Failure, MAX_CLOSED, MAX_RANGES, MAX_REQUEST, MAX_THREADS, Op, Request,
+};
 use crate::sys;
 use inject::Held;
 
@@ -41,13 +44,51 @@ pub fn helper_main() -> ExitCode {
     let Ok(mut stream) = io::stdin().as_fd().try_clone_to_owned().map(UnixStream::from) else {
         return ExitCode::FAILURE;
     };
-    let (answer, fd) = match read_request(&mut stream).and_then(|r| serve(&r)) {
+    let request = read_request(&mut stream);
+    if let Ok(Request { pid, start_time, op: Op::Throttle { threads }, .. }) = &request {
+        return throttled(&stream, *pid, *start_time, threads);
+    }
+    let (answer, fd) = match request.and_then(|r| serve(&r)) {
         Ok((done, fd)) => (Answer::Done(done), fd),
         Err(failure) => (Answer::Failed(failure), None),
     };
-    match send(&stream, &answer, fd.as_ref().map(AsFd::as_fd)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(_) => ExitCode::FAILURE,
+    code(send(&stream, &answer, fd.as_ref().map(AsFd::as_fd)))
+}
+
+fn code(sent: io::Result<()>) -> ExitCode {
+    if sent.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Slows threads as long as somebody wants it.
+fn throttled(stream: &UnixStream, pid: i32, start_time: u64, threads: &[i32]) -> ExitCode {
+    let group = are_of(pid, start_time, threads).and_then(|()| {
+        join_cgroup(pid);
+        throttle::Group::make(pid, threads)
+    });
+    match group {
+        Err(failure) => code(send(stream, &Answer::Failed(failure), None)),
+        Ok(group) => {
+            let sent = send(stream, &Answer::Done(Done::default()), None);
+            if sent.is_ok() {
+                throttle::obey(stream, &group);
+            }
+            drop(group);
+            code(sent)
+        }
+    }
+}
+
+/// Whether all threads are the process's, and it is the one that is meant.
+fn are_of(pid: i32, start_time: u64, threads: &[i32]) -> Result<(), Failure> {
+    if threads.is_empty() || threads.len() > MAX_THREADS {
+        return Err(Failure::Other { detail: "no threads, or too many in one request".into() });
+    }
+    if crate::process::start_time(pid).ok() != Some(start_time) {
+        return Err(Failure::Gone);
+    }
+    match threads.iter().find(|thread| !std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists()) {
+        Some(thread) => Err(Failure::Other { detail: format!("{thread} is no thread of it") }),
+        None => Ok(()),
     }
 }
 
@@ -94,6 +135,7 @@ fn check(request: &Request) -> Result<(), Failure> {
             refuse("not a pid to attach to")
         }
         Op::Close { fds } if fds.len() > MAX_CLOSED => refuse("too many descriptors in one request"),
+        Op::Throttle { .. } => refuse("a conversation, and no single call"),
         Op::MadviseDontneed { ranges } if ranges.len() > MAX_RANGES => {
             refuse("too many ranges in one request")
         }
@@ -135,6 +177,7 @@ fn perform(held: &mut Held, request: &Request) -> Result<(Done, Option<OwnedFd>)
             Ok((Done::default(), None))
         }
         Op::MadviseDontneed { ranges } => Ok((dontneed(held, ranges)?, None)),
+        Op::Throttle { .. } => Ok((Done::default(), None)),
     }
 }
 

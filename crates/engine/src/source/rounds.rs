@@ -1,0 +1,185 @@
+//! Rounds: how fast they go, what follows them, and what a guest that outruns them keeps of its time.
+
+use super::{LOCAL_WAIT, STALL_WAIT, Source, SourceAction, SourceParameters, State};
+use crate::policy::{KEEP_ALL, Observation, RateLimits, Seen, Verdict};
+use crate::units::{Bytes, Pages, Rate};
+use std::time::Duration;
+
+/// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
+const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
+/// The least time between two rounds when most pages of the first were written again before they could go. Scans that follow each other
+/// at once would only take the guest's time.
+const ROUND_MIN: Duration = Duration::from_millis(250);
+/// A round that reached this part of its pace, in percent, could have gone faster.
+const PACED: u64 = 90;
+
+/// What is known of the rounds so far.
+#[derive(Debug)]
+pub(super) struct Rounds {
+    /// The pace that the driver was told last.
+    pace: Option<Rate>,
+    /// How fast the guest wrote during the last round.
+    written: Option<Rate>,
+    /// What the link takes, from a round that no pace held back.
+    link: Option<Rate>,
+    /// The fastest round so far.
+    fastest: Option<Rate>,
+    /// Pages that went by in the last round, as if all had gone whole: more than the bandwidth where they shrink on their way.
+    throughput: Option<Rate>,
+    /// Pages that this round was to send.
+    pages: Pages,
+    normal: Pages,
+    normal_before: Pages,
+    postponed: Pages,
+    postponed_before: Pages,
+    stunned: bool,
+}
+
+impl Rounds {
+    pub(super) fn new(parameters: &SourceParameters) -> Self {
+        Self {
+            pace: parameters.rate.max,
+            written: None,
+            link: None,
+            fastest: None,
+            throughput: None,
+            pages: Pages(0),
+            normal: Pages(0),
+            normal_before: Pages(0),
+            postponed: Pages(0),
+            postponed_before: Pages(0),
+            stunned: false,
+        }
+    }
+
+    fn was_mostly_postponed(&self) -> bool {
+        (self.postponed.0 - self.postponed_before.0) * 2 > self.pages.0
+    }
+}
+
+impl Source {
+    pub(super) fn begin_round(&mut self, round: u32, pages: Pages, now: Duration) {
+        self.progress.rounds = round;
+        self.progress.ram_remaining = pages.bytes();
+        let rounds = &mut self.rounds;
+        rounds.pages = pages;
+        (rounds.normal_before, rounds.postponed_before) = (rounds.normal, rounds.postponed);
+        self.pace(self.parameters.rate.of_round(self.rounds.written));
+        let state = State::Sending { round, began: now, sent_before: self.last_sent, barriers: 0 };
+        self.enter(state, SourceAction::SendRound(round), now, STALL_WAIT);
+    }
+
+    pub(super) fn on_counted(&mut self, normal: Pages, postponed: Pages) {
+        self.rounds.normal = normal.max(self.rounds.normal);
+        self.rounds.postponed = postponed.max(self.rounds.postponed);
+        self.progress.postponed = self.rounds.postponed;
+    }
+
+    pub(super) fn on_round_over(&mut self, began: Duration, sent_before: Bytes, now: Duration) {
+        let sent = Bytes(self.last_sent.0.saturating_sub(sent_before.0));
+        let round_time = now.saturating_sub(began);
+        if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
+            // Figures that come late say that nothing was sent: no bandwidth that would ever fit a limit.
+            let measured = Rate::measured(sent, round_time).filter(|rate| *rate > Rate(0));
+            self.progress.bandwidth = measured.or(self.progress.bandwidth);
+            if let Some(measured) = measured {
+                self.learn_link(measured);
+            }
+        }
+        self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
+    }
+
+    fn learn_link(&mut self, measured: Rate) {
+        let rounds = &mut self.rounds;
+        rounds.fastest = rounds.fastest.max(Some(measured));
+        let held_back = rounds.pace.is_some_and(|pace| measured.0 >= pace.0 / 100 * PACED);
+        if !held_back {
+            rounds.link = Some(measured);
+        }
+    }
+
+    /// What the last round will go at, as far as it can be known: each round was at most that fast.
+    fn bandwidth_at_stop(&self) -> Rate {
+        let rounds = &self.rounds;
+        let seen = match self.parameters.rate.min {
+            Some(_) => rounds.link.or(rounds.fastest),
+            None => self.progress.bandwidth,
+        };
+        seen.max(rounds.throughput).or(self.progress.bandwidth).unwrap_or(Rate(1))
+    }
+
+    pub(super) fn on_scanned(&mut self, pages: Pages, now: Duration) {
+        let State::Scanning { round_time } = self.state else { return };
+        let residual = pages.bytes();
+        let written = Rate::measured(residual, round_time.max(Duration::from_micros(1))).unwrap_or(Rate(0));
+        self.rounds.written = Some(written);
+        let handled = Pages(self.rounds.normal.0 - self.rounds.normal_before.0).bytes();
+        if handled >= BANDWIDTH_SAMPLE_MIN {
+            self.rounds.throughput = Rate::measured(handled, round_time);
+        }
+        let bandwidth = self.bandwidth_at_stop();
+        self.progress.dirty_pages_rate = (pages.0 as f64 / round_time.as_secs_f64().max(1e-6)) as u64;
+        self.progress.expected_downtime = Some(bandwidth.time_for(residual));
+        self.progress.ram_remaining = residual;
+        let elapsed = now.saturating_sub(self.began);
+        let unsettled = self.unsettled.bytes();
+        let exhausted = self.parameters.rate.is_exhausted(written, residual, self.rounds.link);
+        let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
+        match self.convergence.decide(seen) {
+            Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
+            Verdict::Round => self.go_on(pages, Seen { written, bandwidth, fits: self.fits(residual) }, now, round_time),
+            Verdict::Stop => {
+                self.stopped_at = Some(now);
+                self.let_go();
+                self.pace(self.parameters.rate.of_stop());
+                self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
+            }
+        }
+    }
+
+    fn fits(&self, residual: Bytes) -> bool {
+        self.bandwidth_at_stop().time_for(residual) <= self.convergence.downtime_limit()
+    }
+
+    /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.
+    fn go_on(&mut self, pages: Pages, seen: Seen, now: Duration, round_time: Duration) {
+        if let Some(keep) = self.stun.decide(seen) {
+            self.progress.throttle = KEEP_ALL - keep;
+            self.rounds.stunned |= keep != KEEP_ALL;
+            self.actions.push_back(SourceAction::Stun(keep));
+        }
+        if !seen.fits && round_time < ROUND_MIN && self.rounds.was_mostly_postponed() {
+            self.state = State::Resting { pages };
+            self.wait(now, ROUND_MIN - round_time);
+        } else {
+            self.begin_round(self.progress.rounds + 1, pages, now);
+        }
+    }
+
+    /// The guest gets all of its time, if any was taken. Said again wherever a migration ends: what was said before may not have been
+    /// done any more.
+    pub(super) fn let_go(&mut self) {
+        self.stun.end();
+        self.progress.throttle = 0;
+        if self.rounds.stunned {
+            self.actions.push_back(SourceAction::Stun(KEEP_ALL));
+        }
+    }
+
+    /// The user's new limits count at once, for the round that goes on as well.
+    pub(super) fn on_rate_limits(&mut self, limits: RateLimits) {
+        self.parameters.rate = limits;
+        match self.state {
+            State::Sending { .. } => self.pace(limits.of_round(self.rounds.written)),
+            State::Stopping | State::Finishing { .. } => self.pace(limits.of_stop()),
+            _ => {}
+        }
+    }
+
+    fn pace(&mut self, pace: Option<Rate>) {
+        if self.rounds.pace != pace {
+            self.rounds.pace = pace;
+            self.actions.push_back(SourceAction::Pace(pace));
+        }
+    }
+}
