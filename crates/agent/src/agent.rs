@@ -143,6 +143,7 @@ impl Agent {
             incoming: false,
             leaving: None,
             parts: parts.ok(),
+            balloon: None,
         };
         if let Err(why) = layout {
             tracing::warn!(
@@ -322,6 +323,7 @@ impl Agent {
         if request.downtime_limit > DOWNTIME_LIMIT_MS_MAX {
             return Err(AgentError::Invalid(format!("downtime-limit is at most {DOWNTIME_LIMIT_MS_MAX} ms")));
         }
+        in_order(request.min_bandwidth, request.max_bandwidth)?;
         let sane = |seconds: f64| seconds.is_finite() && (0.0..1e9).contains(&seconds);
         if request.timeout.is_some_and(|seconds| !sane(seconds)) {
             return Err(AgentError::Invalid("timeout is a number of seconds".into()));
@@ -405,13 +407,23 @@ impl Agent {
         if request.downtime_limit.is_some_and(|limit| limit > DOWNTIME_LIMIT_MS_MAX) {
             return Err(AgentError::Invalid(format!("downtime-limit is at most {DOWNTIME_LIMIT_MS_MAX} ms")));
         }
-        if let Some(rate) = request.max_bandwidth {
-            job.pacer.set_rate(Some(rate).filter(|rate| *rate > 0));
-        }
-        if let Some(limit) = request.downtime_limit {
-            job.order(Order::DowntimeLimit(Duration::from_millis(limit)));
-        }
+        let (min, max) = {
+            let view = job.view.borrow();
+            (request.min_bandwidth.or(view.min_bandwidth), request.max_bandwidth.or(view.max_bandwidth))
+        };
+        in_order(min, max)?;
+        job.order(Order::Set(request));
         Ok(())
+    }
+}
+
+/// Limits of bandwidth in bytes per second, 0 for none.
+fn in_order(min: Option<u64>, max: Option<u64>) -> Result<(), AgentError> {
+    match (min, max.filter(|max| *max > 0)) {
+        (Some(min), Some(max)) if min > max => Err(AgentError::Invalid(format!(
+            "min-bandwidth ({min} bytes per second) is more than max-bandwidth ({max}): give both in order"
+        ))),
+        _ => Ok(()),
     }
 }
 

@@ -120,7 +120,10 @@ fn run(host: &Arc<Host>, vm: &Vm, record: &Record) -> Result<(), String> {
     let stored = host.journal().store(record).map_err(|why| why.to_string());
     let resumed = stored.and_then(|()| host.with_qemu(vm, |qemu| go_on(qemu, record.activity)));
     match &resumed {
-        Ok(()) => store(host, record, Step::Running),
+        Ok(()) => {
+            store(host, record, Step::Running);
+            crate::balloon::give_back(host, vm);
+        }
         Err(why) => {
             tracing::error!(vm = vm.name(), why, "the VM is ours and could not be resumed");
             vm.notify(Some(format!("it came from {} and could not be resumed: {why}", record.peer)));

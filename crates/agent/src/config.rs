@@ -49,6 +49,8 @@ pub enum Mechanism {
     Discards,
     /// Pages that hardware may have written unseen are looked at once more.
     DirectIo,
+    /// Pages that were written again are left for the next round.
+    Postponing,
 }
 
 /// Files in PEM.

@@ -134,6 +134,7 @@ impl Stray {
             incoming: false,
             leaving: None,
             parts: None,
+            balloon: None,
         }
     }
 }

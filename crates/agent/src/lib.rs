@@ -12,6 +12,7 @@
 
 mod agent;
 pub mod api;
+mod balloon;
 mod committed;
 pub mod config;
 mod control;

@@ -91,6 +91,26 @@ pub struct MigrateRequest {
     /// Most bytes per second on the wire (QEMU's `max-bandwidth`); no limit when absent.
     #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
     pub max_bandwidth: Option<u64>,
+    /// Bytes per second of the first round; later ones go faster only as far as the guest writes faster. Without it all rounds go at
+    /// the maximum.
+    #[serde(rename = "min-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub min_bandwidth: Option<u64>,
+    /// How much faster than the guest writes a round is sent, in bytes per second; 50 Mbit/s when absent.
+    #[serde(rename = "bandwidth-step", skip_serializing_if = "Option::is_none", default)]
+    pub bandwidth_step: Option<u64>,
+    /// Slows the guest's processors that write most where it would not converge (QEMU's `auto-converge`).
+    #[serde(rename = "auto-converge", default)]
+    pub auto_converge: bool,
+    /// Takes from the guest what it can do without, through its balloon, for the time of the move: its page cache does not travel then.
+    #[serde(default)]
+    pub balloon: bool,
+    /// How pages may be compressed.
+    #[serde(default)]
+    pub compression: CompressionMode,
+    /// Bytes of pages that the source keeps, to send of those that come again only what has changed; a quarter of the VM's RAM, but at most
+    /// 512 MiB, when absent, and 0 for none.
+    #[serde(rename = "delta-cache", skip_serializing_if = "Option::is_none", default)]
+    pub delta_cache: Option<u64>,
     /// Longest time the VM may be stopped, in milliseconds (QEMU's `downtime-limit`).
     #[serde(rename = "downtime-limit", default = "default_downtime_limit")]
     pub downtime_limit: u64,
@@ -105,6 +125,42 @@ pub struct MigrateRequest {
     pub parallel_connections: Option<u32>,
 }
 
+impl MigrateRequest {
+    /// Moves this VM to this host, in the way of those who ask for nothing in particular.
+    pub fn new(vm: impl Into<String>, host: impl Into<String>) -> Self {
+        Self {
+            vm: vm.into(),
+            host: host.into(),
+            max_bandwidth: None,
+            min_bandwidth: None,
+            bandwidth_step: None,
+            auto_converge: false,
+            balloon: false,
+            compression: CompressionMode::Auto,
+            delta_cache: None,
+            downtime_limit: default_downtime_limit(),
+            timeout: None,
+            verify: false,
+            parallel_connections: None,
+        }
+    }
+}
+
+/// How pages may be compressed. Whichever is allowed is used only where it is measured that pages arrive sooner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum CompressionMode {
+    /// The best of all, batch by batch.
+    #[default]
+    Auto,
+    /// Not at all.
+    None,
+    /// LZ4.
+    Lz4,
+    /// Zstandard.
+    Zstd,
+}
+
 /// QEMU's default `downtime-limit`, in milliseconds.
 pub fn default_downtime_limit() -> u64 {
     300
@@ -116,6 +172,12 @@ pub struct SetRequest {
     /// Most bytes per second on the wire; 0 takes the limit away.
     #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
     pub max_bandwidth: Option<u64>,
+    /// Bytes per second of rounds whose guest writes little; 0 sends all rounds at the maximum.
+    #[serde(rename = "min-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub min_bandwidth: Option<u64>,
+    /// Whether the guest may be slowed where it does not converge.
+    #[serde(rename = "auto-converge", skip_serializing_if = "Option::is_none", default)]
+    pub auto_converge: Option<bool>,
     /// Longest time the VM may be stopped, in milliseconds.
     #[serde(rename = "downtime-limit", skip_serializing_if = "Option::is_none", default)]
     pub downtime_limit: Option<u64>,
@@ -161,6 +223,18 @@ pub struct MigrationView {
     /// The bandwidth limit in force, in bytes per second.
     #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
     pub max_bandwidth: Option<u64>,
+    /// The least bandwidth in force, in bytes per second.
+    #[serde(rename = "min-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub min_bandwidth: Option<u64>,
+    /// Bytes per second that this round is sent at, where something limits it.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub pace: Option<u64>,
+    /// The part of their time that is taken from the guest's processors that write most, in percent.
+    #[serde(rename = "cpu-throttle-percentage", default)]
+    pub cpu_throttle_percentage: u32,
+    /// What a person should know of how it goes: what was asked for and cannot be done.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub notices: Vec<String>,
     /// RAM figures.
     pub ram: RamView,
     /// Bytes of device state.
@@ -196,13 +270,28 @@ pub struct RamView {
     pub remaining: u64,
     /// Bytes of RAM.
     pub total: u64,
-    /// Pages that needed no bytes: zero pages and holes.
+    /// Pages that needed no bytes: zero pages, holes, and those that the target has as they are.
     pub duplicate: u64,
     /// Pages sent as bytes.
     pub normal: u64,
     /// Those pages in bytes.
     #[serde(rename = "normal-bytes")]
     pub normal_bytes: u64,
+    /// Bytes that did not travel because their pages were written again before they could go.
+    #[serde(rename = "postponed-bytes", default)]
+    pub postponed_bytes: u64,
+    /// Bytes that the guest gave away for the move.
+    #[serde(rename = "balloon-bytes", default)]
+    pub balloon_bytes: u64,
+    /// Pages of which only what has changed was sent (QEMU's `xbzrle-cache.pages`).
+    #[serde(rename = "delta-pages", default)]
+    pub delta_pages: u64,
+    /// Bytes that this saved.
+    #[serde(rename = "delta-saved-bytes", default)]
+    pub delta_saved_bytes: u64,
+    /// Bytes that compression saved.
+    #[serde(rename = "compression-saved-bytes", default)]
+    pub compression_saved_bytes: u64,
     /// Pages written per second in the last round.
     #[serde(rename = "dirty-pages-rate")]
     pub dirty_pages_rate: u64,

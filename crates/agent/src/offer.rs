@@ -108,6 +108,7 @@ pub(crate) fn check(
         qemu: looked.version,
         images: images.proofs.iter().map(image_of).collect(),
         clear_pages: host.config().tls.page_streams == PageStreams::Clear,
+        balloon: 0,
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });

@@ -4,10 +4,11 @@ use crate::model::{MigrateRequest, MigrationView, RamView, ReasonView, Span};
 use crate::pages::SendCounters;
 use crate::registry::Vm;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use sterna_engine::Source;
 use sterna_engine::handoff::{Activity, MigrationId};
+use sterna_engine::policy::RateLimits;
 use sterna_engine::progress::Status;
 use sterna_engine::source::Outcome;
 use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
@@ -45,6 +46,10 @@ impl View {
             expected_downtime: None,
             downtime_limit: request.downtime_limit,
             max_bandwidth: request.max_bandwidth,
+            min_bandwidth: request.min_bandwidth,
+            pace: request.min_bandwidth.or(request.max_bandwidth),
+            cpu_throttle_percentage: 0,
+            notices: Vec::new(),
             ram: RamView { total: vm.record().ram_bytes, page_size: PAGE_BYTES, ..RamView::default() },
             device_state: 0,
             wire_bytes: 0,
@@ -97,6 +102,16 @@ impl View {
         self.shown.send_modify(|view| view.error_desc = Some(why.to_owned()));
     }
 
+    /// The guest has given so many bytes away for the move.
+    pub(crate) fn ballooned(&self, bytes: u64) {
+        self.shown.send_modify(|view| view.ram.balloon_bytes = bytes);
+    }
+
+    /// Something that was asked for cannot be done.
+    pub(crate) fn notice(&self, text: &str) {
+        self.shown.send_modify(|view| view.notices.push(text.to_owned()));
+    }
+
     /// The VM's QEMU here has ended by itself: nobody runs it.
     pub(crate) fn died(&mut self) {
         self.died = true;
@@ -143,7 +158,7 @@ impl View {
         now: Duration,
         counters: &SendCounters,
         wire_bytes: u64,
-        max_bandwidth: Option<u64>,
+        (limits, pace): (RateLimits, Option<u64>),
     ) {
         let progress = machine.progress();
         let (normal, status) = (counters.normal.load(Ordering::Relaxed), machine.status(now));
@@ -156,7 +171,10 @@ impl View {
             view.setup_time = ms(progress.setup_time);
             view.downtime = progress.downtime.map(ms);
             view.expected_downtime = progress.expected_downtime.map(ms);
-            view.max_bandwidth = max_bandwidth;
+            view.max_bandwidth = limits.max.map(|rate| rate.0);
+            view.min_bandwidth = limits.min.map(|rate| rate.0);
+            view.pace = pace;
+            view.cpu_throttle_percentage = progress.throttle;
             view.wire_bytes = wire_bytes;
             let transferred = counters.bytes.load(Ordering::Relaxed);
             view.ram.transferred = transferred;
@@ -165,6 +183,11 @@ impl View {
             view.ram.normal = normal;
             view.ram.normal_bytes = Pages(normal).bytes().0;
             view.ram.duplicate = counters.duplicate.load(Ordering::Relaxed);
+            let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            view.ram.postponed_bytes = Pages(count(&counters.postponed)).bytes().0;
+            view.ram.delta_pages = count(&counters.patched);
+            view.ram.delta_saved_bytes = count(&counters.patched_saved);
+            view.ram.compression_saved_bytes = count(&counters.packed_saved);
             view.ram.dirty_pages_rate = progress.dirty_pages_rate;
             view.ram.dirty_sync_count = progress.rounds;
             // The first round takes longest: until it is over, what it has moved so far tells.

@@ -41,6 +41,8 @@ pub(crate) fn recover(host: &Arc<Host>) -> Vec<(Arc<Vm>, Record)> {
         open.extend(recover_vm(host, record));
     }
     doubt::show_strays(host);
+    let settled = |vm: &Arc<Vm>| vm.migration().is_none() && !vm.is_released() && !vm.record().incoming;
+    host.registry().all().iter().filter(|vm| settled(vm)).for_each(|vm| crate::balloon::give_back(host, vm));
     // Last, when what waited for VMs that did not come has been ended too.
     sterna_vmm::qemu::sweep_scopes();
     open

@@ -55,6 +55,9 @@ pub(crate) struct VmRecord {
     /// What was plugged in when its QEMU started; unknown where an older version has written this.
     #[serde(default)]
     pub(crate) parts: Option<BTreeSet<String>>,
+    /// Bytes that its guest is to have again, where its balloon took some for a move.
+    #[serde(default)]
+    pub(crate) balloon: Option<u64>,
 }
 
 /// A try to move a VM away.

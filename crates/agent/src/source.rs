@@ -3,12 +3,13 @@
 //! The machine decides, this file acts: each [`SourceAction`] is one method here, and each outcome goes back as an input.
 //! Messages, failures of senders and the user's requests arrive through one channel.
 
+use crate::balloon;
 use crate::config::{Mechanism, PageStreams};
-use crate::control::{self, Arrival, CONNECT_WITHIN, Control, FIRST_MESSAGE_WITHIN, explain};
+use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
-use crate::model::{MigrateRequest, MigrationView};
-use crate::offer::{self, activity_of};
-use crate::pages::{Collector, Haste, Job, Part, SendCounters, Senders, SourceBlock, Writers};
+use crate::model::{MigrateRequest, MigrationView, SetRequest};
+use crate::offer::activity_of;
+use crate::pages::{Collector, Haste, Job, Part, SendCounters, SendOptions, Senders, SourceBlock, Writers};
 use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;
@@ -16,7 +17,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Activity, Choice, MigrationId, Record};
-use sterna_engine::source::{Outcome, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::policy::RateLimits;
+use sterna_engine::source::{Outcome, SourceAction, SourceInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, StateEnd, Stream};
@@ -27,8 +29,14 @@ use sterna_vmm::qemu::MarkedImages;
 use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
 
+mod pace;
+mod phase;
+mod prepare;
 mod unresolved;
 
+use pace::Slowed;
+
+pub(crate) use phase::phase;
 pub(crate) use unresolved::resolve;
 
 /// How often figures are refreshed while nothing else happens.
@@ -48,7 +56,7 @@ const LAST_WORDS_STOPPED: Duration = Duration::from_millis(300);
 #[derive(Clone, Debug)]
 pub(crate) enum Order {
     Cancel,
-    DowntimeLimit(Duration),
+    Set(SetRequest),
     Recover(Choice, mpsc::Sender<Result<(), String>>),
 }
 
@@ -64,7 +72,6 @@ enum Event {
 #[derive(Clone)]
 pub(crate) struct Handle {
     pub(crate) view: watch::Receiver<MigrationView>,
-    pub(crate) pacer: Arc<Pacer>,
     orders: mpsc::Sender<Event>,
 }
 
@@ -84,6 +91,11 @@ struct Outgoing {
     id: MigrationId,
     began: Instant,
     pacer: Arc<Pacer>,
+    rate: RateLimits,
+    options: SendOptions,
+    slowed: Slowed,
+    /// What the guest has and is to have again; 0 where nothing is taken from it.
+    balloon: u64,
     tell: mpsc::Sender<Event>,
     view: View,
     control: Option<Control>,
@@ -122,14 +134,13 @@ pub(crate) fn start(
     id: MigrationId,
     done: impl FnOnce() + Send + 'static,
 ) -> Handle {
-    let pacer = Arc::new(Pacer::new(request.max_bandwidth.filter(|rate| *rate > 0)));
     let (tell, events) = mpsc::channel();
     let (view, watch) = View::new(host.name(), vm, request, id);
-    let handle = Handle { view: watch, pacer: pacer.clone(), orders: tell.clone() };
+    let handle = Handle { view: watch, orders: tell.clone() };
     let (host, vm, request) = (host.clone(), vm.clone(), request.clone());
     std::thread::spawn(move || {
         let mut view = view;
-        match Outgoing::prepare(&host, &vm, &request, id, pacer, tell, &mut view) {
+        match Outgoing::prepare(&host, &vm, &request, id, tell, &mut view) {
             Err(outcome) => view.finish(&outcome),
             Ok((mut outgoing, machine)) => {
                 std::mem::swap(&mut outgoing.view, &mut view);
@@ -149,7 +160,7 @@ impl Outgoing {
         peer: String,
         address: String,
         id: MigrationId,
-        pacer: Arc<Pacer>,
+        rate: RateLimits,
         tell: mpsc::Sender<Event>,
         view: View,
         process: Process,
@@ -161,7 +172,11 @@ impl Outgoing {
             address,
             id,
             began: Instant::now(),
-            pacer,
+            pacer: Arc::new(Pacer::new(rate.max.map(|rate| rate.0))),
+            rate,
+            options: SendOptions::default(),
+            slowed: Slowed::default(),
+            balloon: 0,
             tell,
             view,
             control: None,
@@ -186,67 +201,6 @@ impl Outgoing {
             no_answer: String::new(),
             operator: None,
         }
-    }
-
-    /// The pre-check and the connection: nothing of the VM is touched, and every failure is a plain refusal.
-    fn prepare(
-        host: &Arc<Host>,
-        vm: &Arc<Vm>,
-        request: &MigrateRequest,
-        id: MigrationId,
-        pacer: Arc<Pacer>,
-        tell: mpsc::Sender<Event>,
-        view: &mut View,
-    ) -> Result<(Self, Source), Outcome> {
-        let began = Instant::now();
-        let peer = request.host.clone();
-        let address = host.address_of(&peer).map_err(Outcome::Failed)?;
-        let process = host.process_of(vm).map_err(Outcome::Failed)?;
-        let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
-        // Both take their time; a VM that may not move costs the target a handshake.
-        let connecting = {
-            let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
-            std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
-        };
-        let checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
-        tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
-        let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
-        let is_late = began.elapsed() > FIRST_MESSAGE_WITHIN / 2;
-        let mut connection = connecting.join().map_err(|_| unreachable("its thread panicked"))?;
-        if is_late && connection.is_ok() {
-            // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
-            connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
-        }
-        let connection = connection.map_err(|why| unreachable(&explain(&why)))?;
-        tracing::debug!(%id, phase = "connect", took = ?began.elapsed(), "source");
-        let mut outgoing = Self::new(
-            host.clone(),
-            vm.clone(),
-            peer.clone(),
-            address,
-            id,
-            pacer,
-            tell,
-            view.another(),
-            process,
-        );
-        outgoing.began = began;
-        outgoing.blocks = Arc::new(checked.blocks);
-        outgoing.shape = Some(checked.shape);
-        outgoing.writers = checked.writers;
-        outgoing.activity = checked.activity;
-        outgoing.images = checked.images;
-        outgoing.verify = request.verify;
-        outgoing.attach_control(connection);
-        let parameters = SourceParameters {
-            id,
-            peer,
-            offer: checked.offer,
-            downtime_limit: Duration::from_millis(request.downtime_limit),
-            timeout: request.timeout.map(Duration::from_secs_f64),
-            activity: checked.activity,
-        };
-        Ok((outgoing, Source::new(parameters, Duration::ZERO)))
     }
 
     fn attach_control(&mut self, connection: Connection) {
@@ -327,6 +281,7 @@ impl Outgoing {
         if let (SourceInput::Scanned(_), Some(collector)) = (&input, &self.collector) {
             machine.handle(SourceInput::Activity(self.activity), self.now());
             machine.handle(SourceInput::Unsettled(Pages(collector.unsettled_count())), self.now());
+            machine.handle(self.counted(), self.now());
         }
         machine.handle(input, self.now());
     }
@@ -343,10 +298,7 @@ impl Outgoing {
     fn obey(&mut self, machine: &mut Source, order: Order) {
         match order {
             Order::Cancel => machine.handle(SourceInput::Cancel, self.now()),
-            Order::DowntimeLimit(limit) => {
-                self.view.set_downtime_limit(limit);
-                machine.handle(SourceInput::DowntimeLimit(limit), self.now());
-            }
+            Order::Set(request) => self.change(machine, &request),
             Order::Recover(_, operator) if self.operator.is_some() => {
                 drop(operator.send(Err("somebody else is deciding about the VM at this moment".into())));
             }
@@ -392,6 +344,14 @@ impl Outgoing {
             SourceAction::Send(message) => self.message(&message),
             SourceAction::OpenStreams(count) => {
                 Some(settle(self.open_streams(count), |()| SourceInput::Opened))
+            }
+            SourceAction::Pace(rate) => {
+                self.pacer.set_rate(rate.map(|rate| rate.0));
+                None
+            }
+            SourceAction::Stun(keep) => {
+                self.stun(keep);
+                None
             }
             SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
             SourceAction::SendRound(round) => self.send_round(round),
@@ -453,6 +413,7 @@ impl Outgoing {
 
     /// Attaches, and starts with every page that may not be zero.
     fn track(&mut self) -> Result<Pages, String> {
+        self.shrink();
         let (blocks, attach) = (self.blocks.clone(), self.host.attach());
         let process = self.process.try_clone().map_err(|why| explain(&why))?;
         let mut collector = Collector::arm(process, blocks, &attach, self.writers)?;
@@ -468,8 +429,9 @@ impl Outgoing {
         let tell = self.tell.clone();
         let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
-        let (blocks, pacer, counters) = (self.blocks.clone(), self.pacer.clone(), self.counters.clone());
-        self.senders = Some(Senders::start(streams, &self.process, blocks, pacer, counters, failed)?);
+        let how = (self.pacer.clone(), self.options);
+        self.senders =
+            Some(Senders::start(streams, &self.process, &self.blocks, how, &self.counters, failed)?);
         Ok(pages)
     }
 
@@ -506,7 +468,9 @@ impl Outgoing {
         self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
         let collector = self.collector()?;
         collector.scan()?;
-        Ok(Pages(collector.page_count()))
+        let pages = Pages(collector.page_count());
+        self.look_at_writers();
+        Ok(pages)
     }
 
     fn settle(&mut self) -> Result<Pages, String> {
@@ -596,6 +560,7 @@ impl Outgoing {
 
     /// Ends everything of this migration but the VM: threads first, so that nothing reads it any more.
     fn release(&mut self) {
+        self.slowed.let_go();
         self.senders = None;
         self.streams.clear();
         if let Some(collector) = self.collector.take()
@@ -641,7 +606,8 @@ impl Outgoing {
         self.updated = Instant::now();
         let wire = self.wire.iter().map(Counters::bytes_sent).sum();
         self.view.set_run_state(self.activity.word());
-        self.view.update(machine, self.now(), &self.counters, wire, self.pacer.rate());
+        let pace = self.pacer.rate();
+        self.view.update(machine, self.now(), &self.counters, wire, (self.rate, pace));
         if machine.needs_attention(self.now()) {
             self.tell_unresolved();
         }
@@ -663,6 +629,7 @@ impl Outgoing {
         if !matches!(outcome, Outcome::Completed) {
             self.vm.set_released(false);
             self.vm.notify(None);
+            balloon::give_back(&self.host, &self.vm);
             // A QEMU that is dying loses its connections first.
             if let Err(why) = self.look_back() {
                 tracing::warn!(vm = self.vm.name(), why, "its QEMU does not answer");
@@ -672,26 +639,6 @@ impl Outgoing {
             }
         }
         self.view.finish(outcome);
-    }
-}
-
-pub(crate) fn phase(action: &SourceAction) -> &'static str {
-    match action {
-        SourceAction::Record(_) => "record",
-        SourceAction::Send(_) => "message",
-        SourceAction::OpenStreams(_) => "open streams",
-        SourceAction::Track => "track",
-        SourceAction::SendRound(_) => "round",
-        SourceAction::Scan => "scan",
-        SourceAction::Settle => "settle",
-        SourceAction::Stop => "stop",
-        SourceAction::Finish(_) => "finish",
-        SourceAction::Resume => "resume",
-        SourceAction::Release => "release",
-        SourceAction::Ask => "ask",
-        SourceAction::End => "end",
-        SourceAction::Reply(_) => "reply",
-        SourceAction::Over(_) => "over",
     }
 }
 

@@ -382,6 +382,7 @@ impl Arriving<'_> {
                 incoming: true,
                 leaving: None,
                 parts: None,
+                balloon: Some(self.offer.balloon).filter(|bytes| *bytes > 0),
             },
             None,
         );
@@ -484,6 +485,7 @@ impl Arriving<'_> {
         if let Err(why) = self.host.registry().update(vm, |record| record.incoming = false) {
             tracing::error!(vm = self.offer.vm, %why, "the VM cannot be written down");
         }
+        crate::balloon::give_back(&self.host, vm);
     }
 
     /// Ends the QEMU that waits, and says so only when it is dead.

@@ -119,8 +119,15 @@ fn a_change_while_it_moves_ends_the_try_and_not_the_vm() {
         let watch = a.watch(&id).unwrap();
         support::scene::until("pages travel", BOOT, || (watch.borrow().status == "active").then_some(()));
         world.qmp("a", "vm").execute(command, arguments).unwrap();
-        a.set(&id, sterna_agent::model::SetRequest { max_bandwidth: Some(0), downtime_limit: Some(300) })
-            .unwrap();
+        a.set(
+            &id,
+            sterna_agent::model::SetRequest {
+                max_bandwidth: Some(0),
+                downtime_limit: Some(300),
+                ..Default::default()
+            },
+        )
+        .unwrap();
         let view = support::wait(&a, &id);
         assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{command}: {view:?}");
         let why = view.error_desc.unwrap();

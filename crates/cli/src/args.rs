@@ -68,6 +68,7 @@ pub(crate) enum Command {
     /// where it ran. A limit can be changed while it goes on: `sterna set VM ...`.
     #[command(after_help = "Examples:\n  sterna migrate web hostb\n  \
         sterna migrate web hostb --bandwidth 64MiB/s --max-downtime 50 --timeout 120\n  \
+        sterna migrate web hostb --min-bandwidth 100Mbit/s --max-bandwidth 800Mbit/s --auto-converge\n  \
         id=$(sterna migrate web hostb --detach) && sterna status $id")]
     Migrate(Migrate),
     /// List the migrations from this host, the newest first
@@ -170,6 +171,22 @@ pub(crate) struct Migrate {
     /// What `--timeout` does anyway; known from virsh
     #[arg(long, requires = "timeout", hide = true)]
     pub(crate) timeout_suspend: bool,
+    /// Slow a guest that writes faster than its pages can be sent: its processors that write most, as far as it takes
+    #[arg(long)]
+    pub(crate) auto_converge: bool,
+    /// Take from the guest what it can do without, through its balloon, for the time of the move: its page cache does not travel then
+    #[arg(long)]
+    pub(crate) balloon: bool,
+    /// With --min-bandwidth: how much faster than the guest writes a round is sent [50Mbit/s]
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse, requires = "min_bandwidth")]
+    pub(crate) bandwidth_step: Option<u64>,
+    /// How pages may be compressed, where it is measured that they arrive sooner
+    #[arg(long, value_enum, default_value_t = Compression::Auto, value_name = "METHOD")]
+    pub(crate) compression: Compression,
+    /// Memory that the source keeps pages in, to send only what has changed of those that come again: 256MiB; 0 for none [a
+    /// quarter of the VM's RAM, 512MiB at most]
+    #[arg(long, value_name = "SIZE", value_parser = crate::bandwidth::parse_size)]
+    pub(crate) delta_cache: Option<u64>,
     /// Prove, before it runs at the target, that its RAM is what it was at the source
     #[arg(long)]
     pub(crate) verify: bool,
@@ -195,8 +212,12 @@ pub(crate) struct Migrate {
 #[derive(ClapArgs)]
 pub(crate) struct Limits {
     /// Most bytes per second on the wire: 64 (MiB/s), 64MiB/s, 1Gbit/s; 0 is no limit
-    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
+    #[arg(long, visible_alias = "max-bandwidth", value_name = "RATE", value_parser = bandwidth::parse)]
     pub(crate) bandwidth: Option<u64>,
+    /// Send the first round at this rate, and later ones only as much faster as the guest writes, so that its own traffic keeps the
+    /// rest of the link; 0 sends all rounds at the most
+    #[arg(long, value_name = "RATE", value_parser = bandwidth::parse)]
+    pub(crate) min_bandwidth: Option<u64>,
     /// Longest time the VM may be stopped, in milliseconds [migrate: 300]
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..=DOWNTIME_MS_MAX))]
     pub(crate) max_downtime: Option<u64>,
@@ -220,12 +241,15 @@ pub(crate) struct Abort {
 }
 
 #[derive(ClapArgs)]
-#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["bandwidth", "max_downtime"]))]
+#[command(group = clap::ArgGroup::new("what").required(true).multiple(true).args(["bandwidth", "min_bandwidth", "max_downtime", "auto_converge"]))]
 pub(crate) struct Set {
     #[command(flatten)]
     pub(crate) which: Which,
     #[command(flatten)]
     pub(crate) limits: Limits,
+    /// Slow the guest where it does not converge, or not any more
+    #[arg(long, value_name = "on|off", value_parser = clap::builder::BoolishValueParser::new())]
+    pub(crate) auto_converge: Option<bool>,
 }
 
 #[derive(ClapArgs)]
@@ -254,6 +278,30 @@ pub(crate) struct Output {
     /// Shape of the result
     #[arg(long = "output", short = 'o', value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
     pub(crate) format: Format,
+}
+
+/// Ways to compress.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Compression {
+    /// The best of all, batch by batch
+    Auto,
+    /// Not at all
+    None,
+    /// LZ4 alone
+    Lz4,
+    /// Zstandard alone
+    Zstd,
+}
+
+impl From<Compression> for sterna_agent::model::CompressionMode {
+    fn from(method: Compression) -> Self {
+        match method {
+            Compression::Auto => Self::Auto,
+            Compression::None => Self::None,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd => Self::Zstd,
+        }
+    }
 }
 
 /// Shapes of a result.

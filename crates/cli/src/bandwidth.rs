@@ -18,6 +18,23 @@ pub(crate) fn parse(text: &str) -> Result<u64, String> {
     to_bytes(number * factor)
 }
 
+/// Bytes of memory: `256MiB`, `1GiB`, `1000000`; a bare number is bytes.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let text = text.trim();
+    let split = text.find(|char: char| !char.is_ascii_digit() && char != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(split);
+    let unit = unit.trim_start();
+    let factor = match unit {
+        "" => Some(1.0),
+        _ if unit.ends_with("/s") || unit.ends_with("bit") || unit.ends_with("bps") => None,
+        _ => factor(unit),
+    };
+    match (number.parse::<f64>(), factor) {
+        (Ok(number), Some(factor)) if number * factor < 1e18 => Ok((number * factor) as u64),
+        _ => Err("no size: write 256MiB, 1GiB, 500MB, or bytes".to_owned()),
+    }
+}
+
 fn to_bytes(rate: f64) -> Result<u64, String> {
     if rate == 0.0 {
         return Ok(0);
@@ -94,6 +111,17 @@ mod tests {
             ("80bps", 10),
         ] {
             assert_eq!(parse(text), Ok(bytes), "{text}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_bytes() {
+        assert_eq!(parse_size("256MiB"), Ok(256 << 20));
+        assert_eq!(parse_size("1 GiB"), Ok(1 << 30));
+        assert_eq!(parse_size("500MB"), Ok(500_000_000));
+        assert_eq!((parse_size("4096"), parse_size("0")), (Ok(4096), Ok(0)));
+        for text in ["", "much", "1Gbit", "64MiB/s", "-1", "1e30GiB", "9999999999TiB"] {
+            assert!(parse_size(text).is_err(), "{text}");
         }
     }
 

@@ -117,6 +117,9 @@ fn detail(view: &MigrationView) -> String {
     text += &format!(", {:.1} mbps", ram.mbps);
     text += &format!(", dirty {}/s", short_bytes(ram.dirty_pages_rate.saturating_mul(ram.page_size)));
     text += &format!(", round {}", ram.dirty_sync_count);
+    if view.cpu_throttle_percentage > 0 {
+        text += &format!(", guest slowed by {} %", view.cpu_throttle_percentage);
+    }
     if let Some(ms) = view.expected_downtime {
         text += &format!(", expected downtime {ms:.0} ms");
     }

@@ -15,11 +15,12 @@ struct Flag(&'static str, Takes, &'static str);
 
 const POSTCOPY: &str = "not supported yet: memory is moved while the VM runs at its source (pre-copy); \
     `--timeout SECONDS` ends a migration that does not converge";
-const THROTTLE: &str = "not supported yet: the VM is not slowed down; `--timeout SECONDS` ends a migration that does not \
-    converge";
+const THROTTLE: &str =
+    "not needed: `--auto-converge` slows a guest as far as what it writes asks for; leave it out";
 const COMPRESSION: &str =
     "not needed; leave it out: pages are compressed by themselves where that makes them arrive sooner";
-const METHODS: &str = "not supported yet: pages are compressed with LZ4 where that makes them arrive sooner";
+const METHODS: &str = "write `--compression auto|none|lz4|zstd` instead";
+const CACHE: &str = "write `--delta-cache SIZE` instead";
 const STORAGE: &str = "not supported yet: disks must be on storage that both hosts reach";
 const CONFIGURATION: &str =
     "not supported yet: an agent keeps no VMs that do not run, so there is nothing to define or undefine";
@@ -33,11 +34,11 @@ const MIGRATE: &[Flag] = &[
     Flag("postcopy-resume", Takes::Nothing, POSTCOPY),
     Flag("postcopy-bandwidth", Takes::Value, POSTCOPY),
     Flag("timeout-postcopy", Takes::Nothing, POSTCOPY),
-    Flag("auto-converge", Takes::Nothing, THROTTLE),
     Flag("auto-converge-initial", Takes::Value, THROTTLE),
     Flag("auto-converge-increment", Takes::Value, THROTTLE),
     Flag("compressed", Takes::Nothing, COMPRESSION),
     Flag("comp-methods", Takes::Value, METHODS),
+    Flag("comp-xbzrle-cache", Takes::Value, CACHE),
     Flag("copy-storage-all", Takes::Nothing, STORAGE),
     Flag("copy-storage-inc", Takes::Nothing, STORAGE),
     Flag("persistent", Takes::Nothing, CONFIGURATION),

@@ -65,16 +65,32 @@ enum State {
     Offered,
     Opening,
     Arming,
-    Sending { round: u32, began: Duration, sent_before: Bytes, barriers: u64 },
-    Scanning { round_time: Duration },
+    Sending {
+        round: u32,
+        began: Duration,
+        sent_before: Bytes,
+        barriers: u64,
+    },
+    Scanning {
+        round_time: Duration,
+    },
     Settling,
     /// Most of the last round was written again before it could go: the next one begins at the deadline.
-    Resting { pages: Pages },
+    Resting {
+        pages: Pages,
+    },
     Stopping,
-    Finishing { round: u32, barriers: u64, quiet: bool, loaded: bool },
+    Finishing {
+        round: u32,
+        barriers: u64,
+        quiet: bool,
+        loaded: bool,
+    },
     Releasing,
     Released,
-    Asking { pause: Duration },
+    Asking {
+        pause: Duration,
+    },
     Fencing,
     Reclaiming,
     Ending,

@@ -186,7 +186,8 @@ impl Installer {
         let out = |first: u64| InstallError::OutOfRange { region, first: first / PAGE, pages: 1 };
         let mut spans = Vec::with_capacity(changes.len());
         for &(offset, len) in changes {
-            let end = offset.checked_add(len).filter(|end| *end <= plan.region.bytes).ok_or_else(|| out(offset))?;
+            let end =
+                offset.checked_add(len).filter(|end| *end <= plan.region.bytes).ok_or_else(|| out(offset))?;
             spans.push(Span { addr: plan.region.base + offset, len: end - offset });
         }
         self.write(&spans, bytes)

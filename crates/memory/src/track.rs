@@ -220,7 +220,12 @@ impl Peeker {
     ///
     /// # Errors
     /// [`TrackError::Scan`]; a process that is dead or no longer tracked has nothing written.
-    pub fn written(&mut self, region: &Region, within: PageRun, out: &mut Vec<PageRun>) -> Result<(), TrackError> {
+    pub fn written(
+        &mut self,
+        region: &Region,
+        within: PageRun,
+        out: &mut Vec<PageRun>,
+    ) -> Result<(), TrackError> {
         let query = Query { all: WRITTEN, action: Action::Look, ..Query::default() };
         let span = region.span(within);
         let found = |start, end, _| append_run(out, region.run(start, end));

@@ -3,14 +3,19 @@
 //! A page's stream is a function of its place ([`stream_of`]), so every version of it travels on one connection and
 //! cannot be overtaken by an older one. Threads, 1 MiB batches, no message, allocation or system call per page.
 
+mod block;
 mod collect;
+mod kept;
+mod pack;
 mod receive;
 mod send;
+mod sender;
 mod set;
 
+pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
 pub(crate) use receive::{Received, Receiver, Sink, Sinks};
-pub(crate) use send::{Haste, Job, Part, SendCounters, Senders, SentHashes, SentPages, SourceBlock};
+pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
 pub(crate) use set::SendSet;
 use set::{intersect, merge, subtract};
 

@@ -4,10 +4,12 @@ use lz4_flex::block::decompress_into;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use sterna_engine::wire::WireError;
 use sterna_engine::wire::batch::{
     BatchHeader, Content, DESCRIPTOR_BYTES, DESCRIPTORS_MAX, Descriptor, Encoding, FrameKind, HEADER_BYTES,
     Layout, PAYLOAD_BYTES_MAX,
 };
+use sterna_engine::wire::patch;
 use sterna_memory::{Installer, PAGE, PageRun};
 use sterna_transport::{Connection, Shutdown};
 
@@ -72,6 +74,8 @@ impl Receiver {
             runs: Vec::with_capacity(DESCRIPTORS_MAX),
             payload: vec![0; PAYLOAD_BYTES_MAX],
             unpacked: vec![0; PAYLOAD_BYTES_MAX],
+            zstd: zstd::bulk::Decompressor::new()?,
+            patches: Patches::default(),
         };
         let named = std::thread::Builder::new().name(format!("pages-in-{stream}"));
         let thread = named.spawn(move || {
@@ -116,6 +120,36 @@ struct Receiving {
     runs: Vec<Descriptor>,
     payload: Vec<u8>,
     unpacked: Vec<u8>,
+    zstd: zstd::bulk::Decompressor<'static>,
+    patches: Patches,
+}
+
+/// What changes in pages that are there already.
+#[derive(Default)]
+struct Patches {
+    /// Where in the block and how many bytes.
+    changes: Vec<(u64, u64)>,
+    /// These, one after the other.
+    bytes: Vec<u8>,
+    /// The pages of a batch, one by one.
+    pages: Vec<u64>,
+}
+
+impl Patches {
+    /// Reads the patches of a batch. Nothing of one that is damaged is used.
+    fn read(&mut self, runs: &[Descriptor], payload: &[u8]) -> Result<(), WireError> {
+        self.changes.clear();
+        self.bytes.clear();
+        self.pages.clear();
+        for run in runs.iter().filter(|run| run.content == Content::Bytes) {
+            self.pages.extend((0..u64::from(run.pages)).map(|page| u64::from(run.first) + page));
+        }
+        let Self { changes, bytes, pages } = self;
+        patch::decode(payload, pages.len(), |page, change| {
+            changes.push((pages[page] * PAGE + change.offset as u64, change.bytes.len() as u64));
+            bytes.extend_from_slice(change.bytes);
+        })
+    }
 }
 
 impl Receiving {
@@ -138,32 +172,77 @@ impl Receiving {
         self.sinks.layout.decode_runs(&header, raw, &mut self.runs).map_err(|why| lost(why.to_string()))?;
         let payload = &mut self.payload[..header.payload_bytes];
         self.connection.read_exact(payload).map_err(|why| lost(why.to_string()))?;
+        let block = usize::from(header.block);
         let pages = match header.encoding {
             Encoding::Raw => &self.payload[..header.payload_bytes],
-            Encoding::Lz4 => {
-                let bytes = self.runs.iter().map(|run| run.payload_bytes()).sum();
-                let out = &mut self.unpacked[..bytes];
-                if decompress_into(&self.payload[..header.payload_bytes], out).ok() != Some(bytes) {
-                    return Err(lost("the source sent compressed pages that cannot be unpacked".into()));
-                }
+            Encoding::Lz4 | Encoding::Zstd => {
+                let bytes = self.unpack(&header).map_err(lost)?;
                 &self.unpacked[..bytes]
             }
+            Encoding::Delta => {
+                let patches = &mut self.patches;
+                patches
+                    .read(&self.runs, &self.payload[..header.payload_bytes])
+                    .map_err(|why| lost(why.to_string()))?;
+                self.sinks.patch(block, &self.runs, patches).map_err(Received::Failed)?;
+                return Ok(Received::Pages);
+            }
         };
-        self.sinks.install(usize::from(header.block), &self.runs, pages).map_err(Received::Failed)?;
+        self.sinks.install(block, &self.runs, pages).map_err(Received::Failed)?;
         Ok(Received::Pages)
+    }
+
+    /// Unpacks the pages of a compressed batch, which are as many bytes as its runs say.
+    fn unpack(&mut self, header: &BatchHeader) -> Result<usize, String> {
+        let bytes = self.runs.iter().map(|run| run.payload_bytes()).sum();
+        let (packed, out) = (&self.payload[..header.payload_bytes], &mut self.unpacked[..bytes]);
+        let unpacked = match header.encoding {
+            Encoding::Zstd => self.zstd.decompress_to_buffer(packed, &mut *out).ok(),
+            _ => decompress_into(packed, out).ok(),
+        };
+        match unpacked == Some(bytes) {
+            true => Ok(bytes),
+            false => Err("the source sent compressed pages that cannot be unpacked".into()),
+        }
     }
 }
 
+/// The runs of one kind.
+fn of(runs: &[Descriptor], content: Content) -> Vec<PageRun> {
+    let runs = runs.iter().filter(|run| run.content == content);
+    runs.map(|run| PageRun { first: run.first.into(), pages: run.pages.into() }).collect()
+}
+
 impl Sinks {
-    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
-        let of = |content: Content| -> Vec<PageRun> {
-            let mut out = Vec::new();
-            for run in runs.iter().filter(|run| run.content == content) {
-                out.push(PageRun { first: run.first.into(), pages: run.pages.into() });
+    /// Changes parts of pages, and drops those that are holes now.
+    fn patch(&self, block: usize, runs: &[Descriptor], patches: &Patches) -> Result<(), String> {
+        self.install(
+            block,
+            &runs.iter().copied().filter(|run| run.content == Content::Discard).collect::<Vec<_>>(),
+            &[],
+        )?;
+        match &self.blocks[block] {
+            Sink::Region(region) => {
+                self.installer
+                    .patch(*region, &patches.changes, &patches.bytes)
+                    .map_err(|why| why.to_string())?;
             }
-            out
-        };
-        let (pages, holes) = (of(Content::Bytes), of(Content::Discard));
+            Sink::Staged(buffer) => {
+                let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                let mut bytes = &patches.bytes[..];
+                for &(offset, len) in &patches.changes {
+                    let (now, rest) = bytes.split_at(len as usize);
+                    buffer[offset as usize..][..now.len()].copy_from_slice(now);
+                    bytes = rest;
+                }
+            }
+            Sink::Rebuilt => {}
+        }
+        Ok(())
+    }
+
+    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
+        let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
         match &self.blocks[block] {
             Sink::Region(region) => {
                 if !pages.is_empty() {

@@ -9,11 +9,11 @@ use crate::registry::Vm;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::{Journal, Record};
+use sterna_engine::policy::RateLimits;
 use sterna_engine::source::{Outcome, SourceInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::Query;
 use sterna_engine::{Source, Step};
-use sterna_transport::Pacer;
 
 /// Finds the owner of a VM that an earlier life of this agent has released.
 pub(crate) fn resolve(
@@ -22,19 +22,10 @@ pub(crate) fn resolve(
     record: &Record,
     done: impl FnOnce() + Send + 'static,
 ) -> Handle {
-    let pacer = Arc::new(Pacer::new(None));
     let (tell, events) = mpsc::channel();
-    let request = MigrateRequest {
-        vm: record.vm.clone(),
-        host: record.peer.clone(),
-        max_bandwidth: None,
-        downtime_limit: 0,
-        timeout: None,
-        verify: false,
-        parallel_connections: None,
-    };
+    let request = MigrateRequest::new(&record.vm, &record.peer);
     let (view, watch) = View::new(host.name(), vm, &request, record.id);
-    let handle = Handle { view: watch, pacer: pacer.clone(), orders: tell.clone() };
+    let handle = Handle { view: watch, orders: tell.clone() };
     let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
     std::thread::spawn(move || {
         let machine = Source::recover(&record, Duration::ZERO);
@@ -49,8 +40,17 @@ pub(crate) fn resolve(
             }
         };
         let address = host.address_of(&record.peer).unwrap_or_default();
-        let mut outgoing =
-            Outgoing::new(host, vm, record.peer.clone(), address, record.id, pacer, tell, view, process);
+        let mut outgoing = Outgoing::new(
+            host,
+            vm,
+            record.peer.clone(),
+            address,
+            record.id,
+            RateLimits::default(),
+            tell,
+            view,
+            process,
+        );
         outgoing.activity = record.activity;
         outgoing.drive(machine, &events);
         done();

@@ -352,15 +352,7 @@ pub(crate) fn load(rate: u32) -> Program {
 }
 
 pub(crate) fn request(vm: &str, host: &str) -> MigrateRequest {
-    MigrateRequest {
-        vm: vm.into(),
-        host: host.into(),
-        max_bandwidth: None,
-        downtime_limit: 300,
-        timeout: Some(30.0),
-        verify: true,
-        parallel_connections: None,
-    }
+    MigrateRequest { timeout: Some(30.0), verify: true, ..MigrateRequest::new(vm, host) }
 }
 
 /// Moves a VM and returns the last figures.

@@ -44,16 +44,37 @@ pub(crate) struct Scene {
 impl Scene {
     /// Boots the guest at `a`.
     pub(crate) fn boot(world: World) -> Self {
+        let spec = guest(&world);
+        Self::boot_with(world, spec.programs)
+    }
+
+    /// The same with a guest that runs these programs.
+    pub(crate) fn boot_with(world: World, programs: Vec<Program>) -> Self {
         let (a, b) = (Daemon::start(&world, "a"), Daemon::start(&world, "b"));
         let scene = Self { a, b, world };
-        scene.boot_at_a();
+        scene.boot_at_a_with(programs);
         scene
+    }
+
+    /// The same with a guest that has a balloon.
+    pub(crate) fn boot_with_balloon(world: World) -> Self {
+        let (a, b) = (Daemon::start(&world, "a"), Daemon::start(&world, "b"));
+        let extra = ["-device", "virtio-balloon-pci"].map(str::to_owned).to_vec();
+        let argv = world.argv(&GuestSpec { extra, ..guest(&world) });
+        a.run("vm", argv).unwrap();
+        world.wait_for("vm", "LOAD t=", BOOT);
+        Self { a, b, world }
     }
 
     /// Boots it at `a` when it is nowhere.
     pub(crate) fn boot_at_a(&self) {
+        self.boot_at_a_with(guest(&self.world).programs);
+    }
+
+    fn boot_at_a_with(&self, programs: Vec<Program>) {
         drop(std::fs::remove_file(self.world.serial("vm")));
-        self.a.run("vm", self.world.argv(&guest(&self.world))).unwrap();
+        let spec = GuestSpec { programs, ..guest(&self.world) };
+        self.a.run("vm", self.world.argv(&spec)).unwrap();
         self.world.wait_for("vm", "LOAD t=", BOOT);
     }
 

@@ -120,6 +120,7 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Normal pages", ram.normal.to_string()),
         ("Normal data", bytes(ram.normal_bytes)),
     ];
+    rows.extend(savings(view));
     rows.extend(
         view.expected_downtime.filter(|_| !is_final(view)).map(|time| ("Expected downtime", ms(time))),
     );
@@ -129,8 +130,27 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
     rows
 }
 
+/// What did not have to travel; what saved nothing is left out.
+fn savings(view: &MigrationView) -> impl Iterator<Item = (&'static str, String)> {
+    let ram = &view.ram;
+    let delta = format!("{} in {} pages", bytes(ram.delta_saved_bytes), ram.delta_pages);
+    let throttle = format!("{} %", view.cpu_throttle_percentage);
+    [
+        ("Saved by postponing", ram.postponed_bytes, bytes(ram.postponed_bytes)),
+        ("Saved by the balloon", ram.balloon_bytes, bytes(ram.balloon_bytes)),
+        ("Saved by delta", ram.delta_saved_bytes, delta),
+        ("Saved by compression", ram.compression_saved_bytes, bytes(ram.compression_saved_bytes)),
+        // As virsh calls it.
+        ("Auto converge throttle", view.cpu_throttle_percentage.into(), throttle),
+    ]
+    .into_iter()
+    .filter(|(_, value, _)| *value > 0)
+    .map(|(label, _, text)| (label, text))
+}
+
 fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
-    let limit = view.max_bandwidth.map_or_else(|| "none".to_owned(), |rate| format!("{}/s", bytes(rate)));
+    let rate =
+        |rate: Option<u64>| rate.map_or_else(|| "none".to_owned(), |rate| format!("{}/s", bytes(rate)));
     let runs_at = match (view.runs_at.as_str(), view.run_state.as_str()) {
         ("", _) => "nowhere: it is stopped".to_owned(),
         (host, "running") => host.to_owned(),
@@ -140,11 +160,16 @@ fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
         ("VM", format!("{}, from {} to {}", view.vm, view.source, view.target)),
         ("Status", view.status.clone()),
         ("Runs at", runs_at),
-        ("Bandwidth limit", limit),
+        ("Bandwidth limit", rate(view.max_bandwidth)),
         ("Downtime limit", format!("{} ms", view.downtime_limit)),
         ("On the wire", bytes(view.wire_bytes)),
         ("Migration", view.id.clone()),
     ];
+    if view.min_bandwidth.is_some() {
+        rows.push(("Bandwidth minimum", rate(view.min_bandwidth)));
+        rows.push(("Pace", rate(view.pace)));
+    }
+    rows.extend(view.notices.iter().map(|text| ("Notice", text.clone())));
     rows.extend(view.error_desc.iter().map(|why| ("Error", why.clone())));
     rows.extend(view.reasons.iter().map(|reason| ("Reason", format!("{}: {}", reason.code, reason.text))));
     rows
@@ -195,8 +220,12 @@ fn aborted(view: &MigrationView) -> String {
 /// `sterna set`
 pub(crate) async fn set(client: &Client, args: &Set) -> Result<Exit, Failure> {
     let view = running(client, &args.which.which).await?;
-    let request =
-        SetRequest { max_bandwidth: args.limits.bandwidth, downtime_limit: args.limits.max_downtime };
+    let request = SetRequest {
+        max_bandwidth: args.limits.bandwidth,
+        min_bandwidth: args.limits.min_bandwidth,
+        auto_converge: args.auto_converge,
+        downtime_limit: args.limits.max_downtime,
+    };
     let path = format!("/v1/migrations/{}", segment(&view.id));
     let view: MigrationView = client.send(Method::PATCH, &path, &request, None).await?;
     match args.which.output.format {

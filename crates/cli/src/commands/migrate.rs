@@ -37,13 +37,18 @@ pub(crate) async fn run(client: &Client, args: Migrate) -> Result<Exit, Failure>
 
 fn request(args: &Migrate) -> MigrateRequest {
     MigrateRequest {
-        vm: args.vm.clone(),
-        host: args.host.clone(),
         max_bandwidth: args.limits.bandwidth.filter(|rate| *rate > 0),
+        min_bandwidth: args.limits.min_bandwidth.filter(|rate| *rate > 0),
+        bandwidth_step: args.bandwidth_step,
+        auto_converge: args.auto_converge,
+        balloon: args.balloon,
+        compression: args.compression.into(),
+        delta_cache: args.delta_cache,
         downtime_limit: args.limits.max_downtime.unwrap_or_else(default_downtime_limit),
         timeout: args.timeout,
         verify: args.verify,
         parallel_connections: args.parallel_connections,
+        ..MigrateRequest::new(&args.vm, &args.host)
     }
 }
 

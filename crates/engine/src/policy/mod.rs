@@ -1,11 +1,13 @@
 //! Policies: pure decisions of a migration, one file each, tested alone.
 
+mod balloon;
 mod compression;
 mod convergence;
 mod delta;
 mod rate;
 mod stun;
 
+pub use balloon::{GuestMemory, shrunk};
 pub use compression::{Compression, Method};
 pub use convergence::{Convergence, Observation, Verdict};
 pub use delta::Delta;

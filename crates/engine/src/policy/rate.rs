@@ -89,7 +89,10 @@ mod tests {
         let limits = RateLimits { max: Some(mbit(500)), ..RateLimits::default() };
         assert_eq!(limits.of_round(None), limits.max);
         assert_eq!(limits.of_round(Some(mbit(10))), limits.max);
-        assert!(!limits.is_exhausted(mbit(900), Bytes(0), None), "that is the business of the convergence alone");
+        assert!(
+            !limits.is_exhausted(mbit(900), Bytes(0), None),
+            "that is the business of the convergence alone"
+        );
         assert_eq!(RateLimits::default().of_round(Some(mbit(10))), None);
     }
 

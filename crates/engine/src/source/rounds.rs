@@ -127,7 +127,9 @@ impl Source {
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
-            Verdict::Round => self.go_on(pages, Seen { written, bandwidth, fits: self.fits(residual) }, now, round_time),
+            Verdict::Round => {
+                self.go_on(pages, Seen { written, bandwidth, fits: self.fits(residual) }, now, round_time)
+            }
             Verdict::Stop => {
                 self.stopped_at = Some(now);
                 self.let_go();

@@ -168,6 +168,9 @@ pub struct Offer {
     /// Whether page streams leave TLS once both ends know each other.
     #[prost(bool, tag = "12")]
     pub clear_pages: bool,
+    /// Bytes that the guest is to have again at the target, since its balloon takes some for the move; 0 leaves it as it is.
+    #[prost(uint64, tag = "13")]
+    pub balloon: u64,
 }
 
 /// A disk image, as the source shows it to be the same file at both ends.

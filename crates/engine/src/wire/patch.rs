@@ -63,7 +63,10 @@ pub fn encode(old: &[u8], new: &[u8], limit: usize, out: &mut Vec<u8>) -> Differ
             out.truncate(begin);
             return Difference::Large;
         }
-        let raw = RawSegment { first: U16::new((first / WORD) as u16), words: U16::new(((end - first) / WORD) as u16) };
+        let raw = RawSegment {
+            first: U16::new((first / WORD) as u16),
+            words: U16::new(((end - first) / WORD) as u16),
+        };
         out.extend_from_slice(raw.as_bytes());
         out.extend_from_slice(&new[first..end]);
         segments += 1;
@@ -95,21 +98,31 @@ fn next_change(old: &[u8], new: &[u8], mut at: usize) -> Option<usize> {
 /// # Errors
 /// [`WireError`] when the payload is short or long, a segment is empty, unordered, or leaves its page. What was read before was
 /// given to `change` already.
-pub fn decode<'a>(mut payload: &'a [u8], pages: usize, mut change: impl FnMut(usize, Change<'a>)) -> Result<(), WireError> {
+pub fn decode<'a>(
+    mut payload: &'a [u8],
+    pages: usize,
+    mut change: impl FnMut(usize, Change<'a>),
+) -> Result<(), WireError> {
     for page in 0..pages {
-        let (segments, rest) = U16::read_from_prefix(payload).map_err(|_| WireError::Short { what: "patch" })?;
+        let (segments, rest) =
+            U16::read_from_prefix(payload).map_err(|_| WireError::Short { what: "patch" })?;
         payload = rest;
         if segments.get() == 0 {
             return Err(WireError::Invalid { what: "segments of a patch", got: 0 });
         }
         let mut next = 0;
         for _ in 0..segments.get() {
-            let (raw, rest) = RawSegment::read_from_prefix(payload).map_err(|_| WireError::Short { what: "segment of a patch" })?;
+            let (raw, rest) = RawSegment::read_from_prefix(payload)
+                .map_err(|_| WireError::Short { what: "segment of a patch" })?;
             let (offset, len) = (usize::from(raw.first.get()) * WORD, usize::from(raw.words.get()) * WORD);
             if offset < next || len == 0 || offset + len > PAGE {
-                return Err(WireError::Invalid { what: "segment of a patch at word", got: raw.first.get().into() });
+                return Err(WireError::Invalid {
+                    what: "segment of a patch at word",
+                    got: raw.first.get().into(),
+                });
             }
-            let (bytes, rest) = rest.split_at_checked(len).ok_or(WireError::Short { what: "words of a patch" })?;
+            let (bytes, rest) =
+                rest.split_at_checked(len).ok_or(WireError::Short { what: "words of a patch" })?;
             change(page, Change { offset, bytes });
             payload = rest;
             // A gap of a word at least: what touches is one segment.
@@ -129,7 +142,9 @@ mod tests {
 
     fn apply(old: &[u8], patch: &[u8]) -> Result<Vec<u8>, WireError> {
         let mut page = old.to_vec();
-        decode(patch, 1, |_, change| page[change.offset..][..change.bytes.len()].copy_from_slice(change.bytes))?;
+        decode(patch, 1, |_, change| {
+            page[change.offset..][..change.bytes.len()].copy_from_slice(change.bytes)
+        })?;
         Ok(page)
     }
 
@@ -166,7 +181,9 @@ mod tests {
         };
         let old = vec![0; PAGE];
         assert!(apply(&old, &patch(&[(0, 1), (2, 510)])).is_ok());
-        for bad in [&[(511, 2)][..], &[(0, 0)], &[], &[(4, 1), (2, 1)], &[(4, 2), (6, 1)], &[(u16::MAX, u16::MAX)]] {
+        for bad in
+            [&[(511, 2)][..], &[(0, 0)], &[], &[(4, 1), (2, 1)], &[(4, 2), (6, 1)], &[(u16::MAX, u16::MAX)]]
+        {
             assert!(apply(&old, &patch(bad)).is_err(), "{bad:?}");
         }
         let mut long = patch(&[(0, 1)]);

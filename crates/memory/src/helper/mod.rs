@@ -86,7 +86,8 @@ fn are_of(pid: i32, start_time: u64, threads: &[i32]) -> Result<(), Failure> {
     if crate::process::start_time(pid).ok() != Some(start_time) {
         return Err(Failure::Gone);
     }
-    match threads.iter().find(|thread| !std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists()) {
+    match threads.iter().find(|thread| !std::path::Path::new(&format!("/proc/{pid}/task/{thread}")).exists())
+    {
         Some(thread) => Err(Failure::Other { detail: format!("{thread} is no thread of it") }),
         None => Ok(()),
     }

@@ -142,7 +142,8 @@ pub(super) fn obey(stream: &UnixStream, group: &Group) {
 /// The control group of a process that hands out processor time.
 fn parent(pid: i32) -> Result<(PathBuf, Version), String> {
     let unreadable = |why: procfs::ProcError| format!("its control groups cannot be read: {why}");
-    let groups = procfs::process::Process::new(pid).and_then(|process| process.cgroups()).map_err(unreadable)?;
+    let groups =
+        procfs::process::Process::new(pid).and_then(|process| process.cgroups()).map_err(unreadable)?;
     let mounts = procfs::process::Process::myself().and_then(|me| me.mountinfo()).map_err(unreadable)?;
     let mounts: Vec<MountInfo> = mounts.into_iter().collect();
     let of = |version: Version| {
@@ -156,9 +157,9 @@ fn parent(pid: i32) -> Result<(PathBuf, Version), String> {
         })?;
         Some((place(mount, &group.pathname), version)).filter(|(dir, version)| hands_out_time(dir, *version))
     };
-    of(Version::One).or_else(|| of(Version::Two)).ok_or_else(|| {
-        "no control group of it hands out processor time (controller cpu)".to_owned()
-    })
+    of(Version::One)
+        .or_else(|| of(Version::Two))
+        .ok_or_else(|| "no control group of it hands out processor time (controller cpu)".to_owned())
 }
 
 fn hands_out_time(dir: &Path, version: Version) -> bool {

@@ -5,6 +5,7 @@
 //! - [`Qemu`]: a running one; [`Qemu::attach`] finds it again after a restart of ours
 //! - [`target_reasons`]: the target's half of the pre-check
 
+mod balloon;
 mod cmdline;
 mod devices;
 mod disks;
@@ -136,6 +137,14 @@ impl Qemu {
     /// The processor model, as `-cpu` takes it.
     pub fn cpu_model(&mut self) -> Result<String, VmmError> {
         fingerprint::cpu_model(self)
+    }
+
+    /// Ids of the threads that run the guest's processors: one each, but where QEMU emulates all of them in one.
+    pub fn vcpu_threads(&mut self) -> Result<Vec<i32>, VmmError> {
+        let answer = self.ask("query-cpus-fast", Value::Null, "list its processors")?;
+        let threads = answer.as_array().into_iter().flatten().filter_map(|cpu| cpu["thread-id"].as_i64());
+        let threads: BTreeSet<i32> = threads.filter_map(|thread| i32::try_from(thread).ok()).collect();
+        Ok(threads.into_iter().collect())
     }
 
     /// What can be plugged in and out while the VM runs, a line each: to be compared with the same at its start.

@@ -1,0 +1,413 @@
+//! One stream's thread: it reads its share of the send-set from the guest and writes batches.
+
+use super::kept::{Kept, Sent};
+use super::pack::Packer;
+use super::send::{Haste, Job, Part, SendCounters, SendOptions};
+use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, subtract};
+use std::io::IoSlice;
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+use sterna_engine::units::Bytes;
+use sterna_engine::wire::Encoding;
+use sterna_engine::wire::batch::{
+    BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch, encode_packed_batch,
+};
+use sterna_memory::{PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
+use sterna_transport::{Connection, Pacer};
+
+/// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
+const WRITE_WITHIN: Duration = Duration::from_secs(120);
+
+/// Pages that travel at once: 256 KiB stay in a processor's own cache on their way from the guest to the socket, and at the
+/// other end from the socket to the guest.
+const BATCH_PAGES_MAX: u64 = 64;
+
+/// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
+/// want the same core the guest gets nine tenths of it.
+const POLITE: i32 = 10;
+
+/// Pages that are looked through to find out whether a few of them were written: fewer than would cost another system call.
+const PEEK_GAP: u64 = 512;
+
+/// The first round that brings pages which may come again: what was sent once is seldom sent twice.
+const FIRST_KEPT: u32 = 2;
+
+/// A stream.
+struct Link {
+    stream: u32,
+    connection: Connection,
+    pacer: Arc<Pacer>,
+    counters: Arc<SendCounters>,
+    /// Since the last write, for room in the socket.
+    waited: Duration,
+}
+
+/// Whether a page that the target has is sent once more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Resend {
+    Always,
+    IfChanged,
+}
+
+/// What is to be done with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    /// Nothing: it is zero there too, or was compared with what was sent.
+    Nothing,
+    /// Nothing: it is what was kept of it.
+    Same,
+    /// The target drops it.
+    Discard,
+    /// What has changed travels.
+    Patch,
+    /// All of it travels.
+    Whole,
+}
+
+pub(super) struct Sender {
+    link: Link,
+    resend: Resend,
+    streams: u32,
+    reader: Reader,
+    /// Where pages that were written again wait.
+    peeker: Option<Peeker>,
+    packer: Packer,
+    kept: Kept,
+    blocks: Arc<Vec<SourceBlock>>,
+    pending: Vec<PageRun>,
+    buffer: Vec<u8>,
+    head: Vec<u8>,
+    /// Runs that travel whole, and those that do not travel any more.
+    descriptors: Vec<Descriptor>,
+    /// Runs of which only what has changed travels, and that.
+    patched: Vec<Descriptor>,
+    patches: Vec<u8>,
+    haste: Haste,
+}
+
+impl Sender {
+    /// A sender for the stream with this number, of so many.
+    pub(super) fn new(
+        (stream, streams, connection, pacer, counters): (u32, u32, Connection, Arc<Pacer>, Arc<SendCounters>),
+        process: &Process,
+        blocks: Arc<Vec<SourceBlock>>,
+        options: SendOptions,
+    ) -> Result<Self, String> {
+        let peeker = options.postpone.then(|| Peeker::new(process)).transpose();
+        Ok(Self {
+            link: Link { stream, connection, pacer, counters, waited: Duration::ZERO },
+            resend: Resend::Always,
+            streams,
+            reader: Reader::new(process).map_err(|why| why.to_string())?,
+            peeker: peeker.map_err(|why| why.to_string())?,
+            packer: Packer::new(PAYLOAD_BYTES_MAX, options.methods),
+            kept: Kept::new(options.delta_cache / u64::from(streams.max(1))),
+            blocks,
+            pending: Vec::with_capacity(PAGES_PER_STRIPE as usize),
+            buffer: vec![0; PAYLOAD_BYTES_MAX],
+            head: Vec::with_capacity(16 << 10),
+            descriptors: Vec::with_capacity(DESCRIPTORS_MAX),
+            patched: Vec::new(),
+            patches: Vec::new(),
+            haste: Haste::Urgent,
+        })
+    }
+
+    pub(super) fn round(&mut self, job: &Job) -> Result<(), String> {
+        self.make(job.haste);
+        let blocks = self.blocks.clone();
+        for (at, block) in blocks.iter().enumerate() {
+            self.discard(block, job.round, &job.set.holes[at])?;
+            self.resend = Resend::Always;
+            self.send_pages(block, job.round, &job.set.pages[at])?;
+            self.resend = Resend::IfChanged;
+            self.send_pages(block, job.round, &job.set.suspects[at])?;
+        }
+        if job.part == Part::End {
+            self.head.clear();
+            self.head.extend_from_slice(&BatchHeader::round_end(job.round).encode());
+            self.link.write(&self.head, &[])?;
+        }
+        self.link.connection.flush().map_err(|why| why.to_string())
+    }
+
+    /// Gives way to the guest, or not any more. Where the kernel does not allow it, everything is as it was.
+    fn make(&mut self, haste: Haste) {
+        if self.haste != haste {
+            self.haste = haste;
+            let change = if haste == Haste::Polite { POLITE } else { -POLITE };
+            let _ = rustix::process::nice(change);
+        }
+    }
+
+    /// The pages of `runs` that are this stream's, in stripes.
+    fn share(&self, block: &SourceBlock, runs: &[PageRun]) -> impl Iterator<Item = PageRun> + use<> {
+        let (stream, streams, index) = (self.link.stream, self.streams, usize::from(block.index));
+        let runs = runs.to_vec();
+        runs.into_iter().flat_map(stripes).filter(move |run| stream_of(index, run.first, streams) == stream)
+    }
+
+    fn send_pages(&mut self, block: &SourceBlock, round: u32, runs: &[PageRun]) -> Result<(), String> {
+        let mut pages = 0;
+        for mut run in self.share(block, runs) {
+            while run.pages > 0 {
+                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, BATCH_PAGES_MAX);
+                let take = run.pages.min(limit.saturating_sub(pages));
+                if take > 0 {
+                    self.pending.push(PageRun { first: run.first, pages: take });
+                    run = PageRun { first: run.first + take, pages: run.pages - take };
+                    pages += take;
+                }
+                if pages >= limit {
+                    self.send_pending(block, round)?;
+                    pages = 0;
+                }
+            }
+        }
+        self.send_pending(block, round)
+    }
+
+    /// Leaves out what was written again since the scan that found it: that scan's successor finds it anew, and it would be sent
+    /// twice (Clark et al., NSDI 2005, section 4.1).
+    fn postpone(&mut self, block: &SourceBlock) -> Result<(), String> {
+        let Some(peeker) = self.peeker.as_mut().filter(|_| self.haste == Haste::Polite) else {
+            return Ok(());
+        };
+        let mut again = Vec::new();
+        let mut runs = self.pending.iter().copied().peekable();
+        while let Some(mut within) = runs.next() {
+            while let Some(next) = runs.next_if(|next| next.first - within.end() < PEEK_GAP) {
+                within.pages = next.end() - within.first;
+            }
+            peeker.written(&block.region, within, &mut again).map_err(|why| why.to_string())?;
+        }
+        if !again.is_empty() {
+            let left = subtract(&self.pending, &again);
+            add(&self.link.counters.postponed, count(&self.pending) - count(&left));
+            self.pending = left;
+        }
+        Ok(())
+    }
+
+    /// Reads the pending pages, drops the zero ones, and writes a batch of those that travel whole and one of those that do not.
+    fn send_pending(&mut self, block: &SourceBlock, round: u32) -> Result<(), String> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        self.link.wait_for_room()?;
+        self.postpone(block)?;
+        let spans: Vec<Span> = self.pending.iter().map(|run| block.region.span(*run)).collect();
+        let bytes: usize = spans.iter().map(|span| span.len as usize).sum();
+        self.reader
+            .read(&spans, &mut self.buffer[..bytes])
+            .map_err(|why| format!("the guest's memory cannot be read: {why}"))?;
+        let whole = self.describe(block, round);
+        self.pending.clear();
+        if !self.patched.is_empty() {
+            self.head.clear();
+            let packed = (Encoding::Delta, self.patches.len());
+            encode_packed_batch(block.index, round, &self.patched, packed, &mut self.head);
+            self.link.write(&self.head, &[&self.patches])?;
+        }
+        if self.descriptors.is_empty() { Ok(()) } else { self.send_whole(block, round, &whole) }
+    }
+
+    fn send_whole(&mut self, block: &SourceBlock, round: u32, whole: &[Range<usize>]) -> Result<(), String> {
+        self.head.clear();
+        let took = match self.packer.pack(&self.buffer, whole) {
+            Some((encoding, bytes)) => {
+                let packed = (encoding, bytes.len());
+                let saved = whole.iter().map(Range::len).sum::<usize>() - bytes.len();
+                add(&self.link.counters.packed_saved, saved as u64);
+                encode_packed_batch(block.index, round, &self.descriptors, packed, &mut self.head);
+                self.link.write(&self.head, &[bytes])?
+            }
+            None => {
+                encode_batch(block.index, round, &self.descriptors, &mut self.head);
+                let parts: Vec<&[u8]> = whole.iter().map(|part| &self.buffer[part.clone()]).collect();
+                self.link.write(&self.head, &parts)?
+            }
+        };
+        self.packer.rule.wrote(took.0, took.1);
+        Ok(())
+    }
+
+    /// Describes what was read, and tells which parts of the buffer travel whole. What of a page has changed goes to the patches.
+    fn describe(&mut self, block: &SourceBlock, round: u32) -> Vec<Range<usize>> {
+        self.descriptors.clear();
+        self.patched.clear();
+        self.patches.clear();
+        let began = Instant::now();
+        let pages: Vec<u64> = self.pending.iter().flat_map(|run| run.first..run.end()).collect();
+        let keeps = round >= FIRST_KEPT && self.kept.is_on(pages.len() as u32);
+        let mut whole: Vec<Range<usize>> = Vec::new();
+        let (mut duplicate, mut patched, mut same) = (0, 0, 0);
+        for (at, &page) in pages.iter().enumerate() {
+            let here = at * PAGE as usize..(at + 1) * PAGE as usize;
+            match self.look(block, page, here.clone(), round, keeps) {
+                What::Nothing => duplicate += 1,
+                What::Same => same += 1,
+                What::Discard => {
+                    duplicate += 1;
+                    append(&mut self.descriptors, page, Content::Discard);
+                }
+                What::Patch => {
+                    patched += 1;
+                    append(&mut self.patched, page, Content::Bytes);
+                }
+                What::Whole => {
+                    append(&mut self.descriptors, page, Content::Bytes);
+                    match whole.last_mut() {
+                        Some(last) if last.end == here.start => last.end = here.end,
+                        _ => whole.push(here),
+                    }
+                }
+            }
+        }
+        let counters = &self.link.counters;
+        add(&counters.normal, pages.len() as u64 - duplicate - same);
+        add(&counters.duplicate, duplicate + same);
+        let found = std::mem::take(&mut self.kept.found);
+        if found > 0 {
+            let saved = (patched + same) * PAGE - self.patches.len() as u64;
+            add(&counters.patched, patched);
+            add(&counters.patched_saved, saved);
+            let link = self.packer.rule.link().map_or(0.0, |rate| 1.0 / rate.0.max(1) as f64);
+            self.kept.rule.compared(found, Bytes(saved), began.elapsed(), link);
+        }
+        whole
+    }
+
+    /// What is to be done with a page that was read.
+    fn look(&mut self, block: &SourceBlock, page: u64, here: Range<usize>, round: u32, keeps: bool) -> What {
+        let content = &self.buffer[here];
+        let (zero, sent) = (is_zero(content), block.sent.has(page));
+        let place = place(block, page, self.streams);
+        if zero {
+            self.kept.forget(place);
+            block.sent.set(page, false);
+            return if sent { What::Discard } else { What::Nothing };
+        }
+        let same = block.hashes.as_ref().is_some_and(|hashes| hashes.note(page, content));
+        if same && sent && self.resend == Resend::IfChanged {
+            return What::Nothing;
+        }
+        block.sent.set(page, true);
+        if !keeps {
+            // What is not compared now is not what was kept either.
+            self.kept.forget(place);
+            return What::Whole;
+        }
+        match self.kept.send(place, round, content, &mut self.patches) {
+            Sent::Same => What::Same,
+            Sent::Patch => What::Patch,
+            Sent::Whole => What::Whole,
+        }
+    }
+
+    /// Tells the target to drop what it holds of these pages.
+    fn discard(&mut self, block: &SourceBlock, round: u32, runs: &[PageRun]) -> Result<(), String> {
+        self.descriptors.clear();
+        for run in self.share(block, runs) {
+            for page in run.first..run.end() {
+                block.sent.set(page, false);
+                self.kept.forget(place(block, page, self.streams));
+            }
+            let pages = run.pages as u16; // a stripe has 256
+            self.descriptors.push(Descriptor { first: run.first as u32, pages, content: Content::Discard });
+            if self.descriptors.len() == DESCRIPTORS_MAX {
+                self.write_discards(block, round)?;
+            }
+        }
+        if self.descriptors.is_empty() { Ok(()) } else { self.write_discards(block, round) }
+    }
+
+    fn write_discards(&mut self, block: &SourceBlock, round: u32) -> Result<(), String> {
+        self.head.clear();
+        encode_batch(block.index, round, &self.descriptors, &mut self.head);
+        self.descriptors.clear();
+        self.link.write(&self.head, &[]).map(drop)
+    }
+}
+
+impl Link {
+    /// Waits until the socket takes more: what is read before would be cold, and old, when it can go.
+    fn wait_for_room(&mut self) -> Result<(), String> {
+        let began = Instant::now();
+        let waited = self.connection.wait_for_room(Some(began + WRITE_WITHIN));
+        self.waited += began.elapsed();
+        waited.map_err(|why| self.failed(&why))
+    }
+
+    fn failed(&self, why: &sterna_transport::TransportError) -> String {
+        format!("page stream {} to the target failed: {why}", self.stream)
+    }
+
+    /// Writes a frame in its turn, and tells what the link took and how long, waits included.
+    fn write(&mut self, head: &[u8], payload: &[&[u8]]) -> Result<(Bytes, Duration), String> {
+        let parts = std::iter::once(head).chain(payload.iter().copied());
+        let parts: Vec<IoSlice> = parts.map(IoSlice::new).collect();
+        let (bytes, began) = (parts.iter().map(|part| part.len()).sum(), Instant::now());
+        self.pacer.acquire(bytes);
+        self.connection.set_write_deadline(Some(Instant::now() + WRITE_WITHIN));
+        let written = self.connection.write_vectored(&parts);
+        written.map_err(|why| self.failed(&why))?;
+        add(&self.counters.bytes, bytes as u64);
+        Ok((Bytes(bytes as u64), std::mem::take(&mut self.waited) + began.elapsed()))
+    }
+}
+
+/// A page's own number among those of its stream: dense, so that neighbours do not take each other's place.
+fn place(block: &SourceBlock, page: u64, streams: u32) -> (u16, u32, u64) {
+    let stripe = page / PAGES_PER_STRIPE / u64::from(streams.max(1));
+    (block.index, page as u32, stripe * PAGES_PER_STRIPE + page % PAGES_PER_STRIPE + u64::from(block.index))
+}
+
+fn add(counter: &AtomicU64, more: u64) {
+    counter.fetch_add(more, Ordering::Relaxed);
+}
+
+fn count(runs: &[PageRun]) -> u64 {
+    runs.iter().map(|run| run.pages).sum()
+}
+
+/// Adds a page to the last run if it continues it.
+fn append(descriptors: &mut Vec<Descriptor>, page: u64, content: Content) {
+    match descriptors.last_mut() {
+        Some(last)
+            if last.content == content
+                && u64::from(last.first) + u64::from(last.pages) == page
+                && last.pages < u16::MAX =>
+        {
+            last.pages += 1;
+        }
+        _ => descriptors.push(Descriptor { first: page as u32, pages: 1, content }),
+    }
+}
+
+/// A run cut where the stream may change.
+fn stripes(mut run: PageRun) -> impl Iterator<Item = PageRun> {
+    std::iter::from_fn(move || {
+        let pages = run.pages.min(PAGES_PER_STRIPE - run.first % PAGES_PER_STRIPE);
+        let stripe = PageRun { first: run.first, pages };
+        run = PageRun { first: run.first + pages, pages: run.pages - pages };
+        (pages > 0).then_some(stripe)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stripes_cover_a_run_and_never_cross_a_stream() {
+        let run = PageRun { first: 250, pages: 600 };
+        let cut: Vec<_> = stripes(run).collect();
+        assert_eq!(cut.iter().map(|run| run.pages).collect::<Vec<_>>(), [6, 256, 256, 82]);
+        for stripe in cut {
+            assert_eq!(stream_of(3, stripe.first, 2), stream_of(3, stripe.end() - 1, 2));
+        }
+    }
+}

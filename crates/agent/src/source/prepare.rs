@@ -1,0 +1,90 @@
+//! What comes before the first action: the pre-check, and the connection.
+
+use super::{Event, Outgoing, pace};
+use crate::balloon;
+use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
+use crate::host::Host;
+use crate::model::MigrateRequest;
+use crate::offer;
+use crate::progress::View;
+use crate::registry::Vm;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+use sterna_engine::Source;
+use sterna_engine::handoff::MigrationId;
+use sterna_engine::source::{Outcome, SourceParameters};
+
+impl Outgoing {
+    /// The pre-check and the connection: nothing of the VM is touched, and every failure is a plain refusal.
+    pub(super) fn prepare(
+        host: &Arc<Host>,
+        vm: &Arc<Vm>,
+        request: &MigrateRequest,
+        id: MigrationId,
+        tell: mpsc::Sender<Event>,
+        view: &mut View,
+    ) -> Result<(Self, Source), Outcome> {
+        let began = Instant::now();
+        let peer = request.host.clone();
+        let address = host.address_of(&peer).map_err(Outcome::Failed)?;
+        let process = host.process_of(vm).map_err(Outcome::Failed)?;
+        let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
+        // Both take their time; a VM that may not move costs the target a handshake.
+        let connecting = {
+            let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
+            std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
+        };
+        let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
+        if request.balloon {
+            match balloon::size(host, vm) {
+                Ok(bytes) => checked.offer.balloon = bytes,
+                Err(why) => {
+                    view.notice(&format!("the guest of VM {} gives no memory away: {why}", request.vm))
+                }
+            }
+        }
+        tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
+        let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
+        let is_late = began.elapsed() > FIRST_MESSAGE_WITHIN / 2;
+        let mut connection = connecting.join().map_err(|_| unreachable("its thread panicked"))?;
+        if is_late && connection.is_ok() {
+            // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
+            connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
+        }
+        let connection = connection.map_err(|why| unreachable(&explain(&why)))?;
+        tracing::debug!(%id, phase = "connect", took = ?began.elapsed(), "source");
+        let mut outgoing = Self::new(
+            host.clone(),
+            vm.clone(),
+            peer.clone(),
+            address,
+            id,
+            pace::limits_of(request),
+            tell,
+            view.another(),
+            process,
+        );
+        outgoing.began = began;
+        outgoing.blocks = Arc::new(checked.blocks);
+        outgoing.shape = Some(checked.shape);
+        outgoing.writers = checked.writers;
+        outgoing.activity = checked.activity;
+        outgoing.images = checked.images;
+        outgoing.verify = request.verify;
+        outgoing.balloon = checked.offer.balloon;
+        outgoing.options = pace::options_of(request, host, &outgoing.blocks);
+        outgoing.slowed.watch(request.auto_converge);
+        outgoing.attach_control(connection);
+        let parameters = SourceParameters {
+            id,
+            peer,
+            offer: checked.offer,
+            downtime_limit: Duration::from_millis(request.downtime_limit),
+            timeout: request.timeout.map(Duration::from_secs_f64),
+            activity: checked.activity,
+            rate: outgoing.rate,
+            auto_converge: request.auto_converge,
+        };
+        Ok((outgoing, Source::new(parameters, Duration::ZERO)))
+    }
+}
