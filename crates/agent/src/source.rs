@@ -119,6 +119,8 @@ struct Outgoing {
     /// Why a sender failed, and until when the target may say it better.
     broken: Option<(String, Instant)>,
     updated: Instant,
+    /// When the last scan was, until it was looked how much has been written since.
+    scanned: Option<Instant>,
     lap: Instant,
     /// Why the target's last answer did not come.
     no_answer: String,
@@ -197,6 +199,7 @@ impl Outgoing {
             round: 0,
             broken: None,
             updated: Instant::now(),
+            scanned: None,
             lap: Instant::now(),
             no_answer: String::new(),
             operator: None,
@@ -236,7 +239,7 @@ impl Outgoing {
                     self.feed(&mut machine, input);
                 }
             }
-            self.update(&machine);
+            self.update(&mut machine);
             let now = self.now();
             let wait = machine.deadline().map_or(REFRESH, |at| at.saturating_sub(now)).min(REFRESH);
             if let Some((why, _)) = self.broken.take_if(|(_, until)| Instant::now() >= *until) {
@@ -426,6 +429,8 @@ impl Outgoing {
         collector.begin()?;
         let pages = Pages(collector.page_count());
         self.collector = Some(collector);
+        self.scanned = Some(Instant::now());
+        self.look_at_writers();
         let tell = self.tell.clone();
         let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
@@ -469,6 +474,7 @@ impl Outgoing {
         let collector = self.collector()?;
         collector.scan()?;
         let pages = Pages(collector.page_count());
+        self.scanned = Some(Instant::now());
         self.look_at_writers();
         Ok(pages)
     }
@@ -594,7 +600,10 @@ impl Outgoing {
         self.host.with_qemu(&self.vm, call)
     }
 
-    fn update(&mut self, machine: &Source) {
+    fn update(&mut self, machine: &mut Source) {
+        if let Some(rate) = self.sample_writes() {
+            machine.handle(SourceInput::Writes(rate), self.now());
+        }
         // Whoever watches is woken by each update: not in the middle of the stop, where it would take the VM's time.
         if self.view.is_stopped() && self.updated.elapsed() < REFRESH {
             return;

@@ -241,6 +241,7 @@ impl Source {
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
             SourceInput::Counted { normal, postponed } => self.on_counted(normal, postponed),
+            SourceInput::Writes(rate) => self.on_writes(rate),
             SourceInput::Activity(activity) => self.on_activity(activity),
             SourceInput::Unsettled(pages) => self.unsettled = pages,
             SourceInput::Scanned(pages) => self.on_scanned(pages, now),

@@ -191,7 +191,7 @@ impl SourceDriver {
             }
             SourceAction::Pace(_) => {}
             SourceAction::Stun(keep) => {
-                assert!((5..=100).contains(&keep), "below the floor");
+                assert!((1..=100).contains(&keep), "below the floor");
                 self.keep = keep;
             }
             SourceAction::Scan => self.honest.push_back(In::Scanned(Pages(0))),

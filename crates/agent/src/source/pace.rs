@@ -48,6 +48,10 @@ pub(super) fn options_of(request: &MigrateRequest, host: &Host, blocks: &[Source
     }
 }
 
+/// How long after a scan it is looked how much was written since: long enough for a rate, short enough that a guest does not come back to
+/// what it has written.
+const SAMPLE_AFTER: Duration = Duration::from_millis(200);
+
 /// The guest's processors that are slowed, and what is known of what they write.
 #[derive(Default)]
 pub(super) struct Slowed {
@@ -124,6 +128,16 @@ impl Outgoing {
         }
         let Some(throttle) = &mut slowed.throttle else { return Ok(()) };
         throttle.keep(keep).map_err(|why| why.to_string())
+    }
+
+    /// How fast the guest writes, once after each scan of a round that lasts.
+    pub(super) fn sample_writes(&mut self) -> Option<Rate> {
+        let since = self.scanned.filter(|at| at.elapsed() >= SAMPLE_AFTER)?;
+        self.scanned = None;
+        let collector = self.collector.as_mut().filter(|_| !self.view.is_stopped())?;
+        // Where it cannot be looked, the scan at the end of the round says why.
+        let pages = collector.peek().ok()?;
+        Rate::measured(Pages(pages).bytes(), since.elapsed())
     }
 
     /// Takes from the guest what it can do without, if that is wanted. Where it cannot be done the user is told, and it moves whole.

@@ -60,7 +60,7 @@ impl Scene {
     pub(crate) fn boot_with_balloon(world: World) -> Self {
         let (a, b) = (Daemon::start(&world, "a"), Daemon::start(&world, "b"));
         let extra = ["-device", "virtio-balloon-pci"].map(str::to_owned).to_vec();
-        let argv = world.argv(&GuestSpec { extra, ..guest(&world) });
+        let argv = world.argv(&GuestSpec { extra, memory_mib: 384, ..guest(&world) });
         a.run("vm", argv).unwrap();
         world.wait_for("vm", "LOAD t=", BOOT);
         Self { a, b, world }

@@ -53,6 +53,9 @@ pub enum SourceInput {
         /// Postponed.
         postponed: Pages,
     },
+    /// How fast the guest writes, seen in a short moment after a scan: pages that it writes again and again count once in a round, which
+    /// makes a long one look idle.
+    Writes(Rate),
     /// What the VM does, as it was seen at a scan: its user may pause it and let it run again at any time.
     Activity(Activity),
     /// So many pages that were sent, and are not in the send-set, may have been changed unseen by disk I/O that was in

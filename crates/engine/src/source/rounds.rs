@@ -2,7 +2,7 @@
 
 use super::{LOCAL_WAIT, STALL_WAIT, Source, SourceAction, SourceParameters, State};
 use crate::policy::{KEEP_ALL, Observation, RateLimits, Seen, Verdict};
-use crate::units::{Bytes, Pages, Rate};
+use crate::units::{Bytes, PAGE_BYTES, Pages, Rate};
 use std::time::Duration;
 
 /// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
@@ -20,6 +20,8 @@ pub(super) struct Rounds {
     pace: Option<Rate>,
     /// How fast the guest wrote during the last round.
     written: Option<Rate>,
+    /// The same in a short moment of it.
+    sampled: Option<Rate>,
     /// What the link takes, from a round that no pace held back.
     link: Option<Rate>,
     /// The fastest round so far.
@@ -40,6 +42,7 @@ impl Rounds {
         Self {
             pace: parameters.rate.max,
             written: None,
+            sampled: None,
             link: None,
             fastest: None,
             throughput: None,
@@ -73,6 +76,13 @@ impl Source {
         self.rounds.normal = normal.max(self.rounds.normal);
         self.rounds.postponed = postponed.max(self.rounds.postponed);
         self.progress.postponed = self.rounds.postponed;
+    }
+
+    pub(super) fn on_writes(&mut self, rate: Rate) {
+        if matches!(self.state, State::Sending { .. } | State::Resting { .. }) {
+            self.rounds.sampled = Some(rate);
+            self.progress.dirty_pages_rate = rate.0 / PAGE_BYTES;
+        }
     }
 
     pub(super) fn on_round_over(&mut self, began: Duration, sent_before: Bytes, now: Duration) {
@@ -113,12 +123,13 @@ impl Source {
         let residual = pages.bytes();
         let written = Rate::measured(residual, round_time.max(Duration::from_micros(1))).unwrap_or(Rate(0));
         self.rounds.written = Some(written);
+        let writes = self.rounds.sampled.take().map_or(written, |sampled| sampled.max(written));
         let handled = Pages(self.rounds.normal.0 - self.rounds.normal_before.0).bytes();
         if handled >= BANDWIDTH_SAMPLE_MIN {
             self.rounds.throughput = Rate::measured(handled, round_time);
         }
         let bandwidth = self.bandwidth_at_stop();
-        self.progress.dirty_pages_rate = (pages.0 as f64 / round_time.as_secs_f64().max(1e-6)) as u64;
+        self.progress.dirty_pages_rate = writes.0 / PAGE_BYTES;
         self.progress.expected_downtime = Some(bandwidth.time_for(residual));
         self.progress.ram_remaining = residual;
         let elapsed = now.saturating_sub(self.began);
@@ -127,9 +138,12 @@ impl Source {
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
-            Verdict::Round => {
-                self.go_on(pages, Seen { written, bandwidth, fits: self.fits(residual) }, now, round_time)
-            }
+            Verdict::Round => self.go_on(
+                pages,
+                Seen { written: writes, bandwidth, fits: self.fits(residual) },
+                now,
+                round_time,
+            ),
             Verdict::Stop => {
                 self.stopped_at = Some(now);
                 self.let_go();

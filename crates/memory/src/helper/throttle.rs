@@ -15,9 +15,10 @@ use procfs::process::MountInfo;
 
 use crate::attach::protocol::{Failure, KEEP_ALL};
 
-/// Length of a period in microseconds: short enough that a guest feels slow and not stuck, long enough for a quota of a
-/// twentieth, since the kernel wants a millisecond at least.
-const PERIOD_US: u64 = 20_000;
+/// Least length of a period in microseconds: short enough that a guest feels slow and not stuck.
+const PERIOD_US_MIN: u64 = 20_000;
+/// The least quota that the kernel takes (`min_cfs_quota_period` of kernel/sched/core.c): a small part of the time needs a longer period.
+const QUOTA_US_MIN: u64 = 1_000;
 
 /// How often the threads are moved back before the group is given up: one that is being made at that moment is missed.
 const TRIES: u32 = 50;
@@ -78,14 +79,17 @@ impl Group {
 
     /// Lets the threads have this part of their time, in percent.
     pub(super) fn keep(&self, percent: u32) -> io::Result<()> {
-        let quota = PERIOD_US * u64::from(percent) / 100 * self.threads;
+        let period = (QUOTA_US_MIN * 100 / u64::from(percent.max(1))).max(PERIOD_US_MIN);
+        let quota = period * u64::from(percent) / 100 * self.threads;
         match (self.version, percent < KEEP_ALL) {
             (Version::One, true) => {
-                fs::write(self.dir.join("cpu.cfs_period_us"), PERIOD_US.to_string())?;
+                // Two files: in between it has more, and never less than the kernel takes.
+                fs::write(self.dir.join("cpu.cfs_quota_us"), "-1")?;
+                fs::write(self.dir.join("cpu.cfs_period_us"), period.to_string())?;
                 fs::write(self.dir.join("cpu.cfs_quota_us"), quota.to_string())
             }
             (Version::One, false) => fs::write(self.dir.join("cpu.cfs_quota_us"), "-1"),
-            (Version::Two, true) => fs::write(self.dir.join("cpu.max"), format!("{quota} {PERIOD_US}")),
+            (Version::Two, true) => fs::write(self.dir.join("cpu.max"), format!("{quota} {period}")),
             (Version::Two, false) => fs::write(self.dir.join("cpu.max"), "max"),
         }
     }
