@@ -40,8 +40,11 @@ const LONGEST_PART: u32 = 4;
 const TICK: Duration = Duration::from_millis(10);
 /// Events that wait for a client that does not keep up; intervals beyond are left to the result.
 const EVENTS_WAITING_MAX: usize = 64;
-/// How often an interval is looked at before its end, each time after twice as long. A look arms nothing and costs the guest nothing.
+/// How often an interval as asked for is looked at before its end, each time after twice as long; a stretched one more often. A look
+/// arms nothing and costs the guest nothing.
 const GLIMPSES: usize = 6;
+/// The same for the longest interval beside the shortest that can be asked for.
+const GLIMPSES_MAX: usize = GLIMPSES + (INTERVAL_MS_MAX / INTERVAL_MS_MIN).ilog2() as usize + 1;
 /// A look this soon after the begin would measure the scan that began it.
 const GLIMPSE_AFTER_MIN: Duration = Duration::from_millis(5);
 /// A look is left out where scans take longer than this part of the time until it.
@@ -209,11 +212,12 @@ impl Measuring {
         let end = self.start + Duration::from_millis(self.request.duration);
         loop {
             let left = end.saturating_duration_since(Instant::now());
-            let asked = Duration::from_millis(self.request.interval);
-            if self.set.is_full() || self.set.intervals() > 0 && left < asked / 2 {
+            let interval = self.pace.interval();
+            // A short last one would cost the guest more than the others.
+            if self.set.is_full() || self.set.intervals() > 0 && left < interval * 3 / 4 {
                 return Ending::Completed;
             }
-            let ends = self.armed + self.pace.interval().min(left.max(asked / 2));
+            let ends = self.armed + if self.set.intervals() > 0 { interval.min(left) } else { interval };
             match self.interval(ends) {
                 Ok(()) => {}
                 // A migration is told of as soon as it has something to tell.
@@ -227,10 +231,12 @@ impl Measuring {
 
     fn interval(&mut self, ends: Instant) -> Result<(), Ending> {
         let mut glimpses = Vec::new();
-        for slot in 0..GLIMPSES {
-            let after = Duration::from_millis(self.request.interval) / (1 << (GLIMPSES - slot));
-            if after < GLIMPSE_AFTER_MIN.max(self.scan_time * GLIMPSE_SCAN_PART) || self.armed + after >= ends
-            {
+        for slot in 0..GLIMPSES_MAX {
+            let after = Duration::from_millis(self.request.interval) * (1 << slot) / (1 << GLIMPSES);
+            if self.armed + after >= ends {
+                break;
+            }
+            if after < GLIMPSE_AFTER_MIN.max(self.scan_time * GLIMPSE_SCAN_PART) {
                 continue;
             }
             self.wait(self.armed + after)?;
