@@ -6,11 +6,11 @@ use crate::host::{Host, ram_of};
 use crate::incoming::Incoming;
 use crate::model::{
     HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
-    Side, VmView,
+    Side, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::source::{self, Handle, Order};
-use crate::{peer, recovery};
+use crate::{peer, recovery, working_set};
 use std::collections::HashMap;
 use std::io::Read as _;
 use std::sync::{Arc, Mutex, mpsc};
@@ -25,7 +25,7 @@ use tokio::sync::watch;
 /// Ended migrations that are remembered, so that `sterna status` can tell of them.
 const HISTORY_MAX: usize = 1000;
 /// Longest downtime limit: QEMU's own, 2000 s.
-const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
+pub(crate) const DOWNTIME_LIMIT_MS_MAX: u64 = 2_000_000;
 /// How long a decision may take: a last question to a host that does not answer, and the end or the resume of a QEMU.
 const RECOVER_WITHIN: Duration = Duration::from_secs(50);
 /// How long a QEMU may take to quit before it is killed.
@@ -300,6 +300,19 @@ impl Agent {
         tracing::info!(vm = request.vm, to = request.host, migration = %id, "a migration begins");
         jobs.add(id.to_string(), key, handle);
         Ok(view)
+    }
+
+    /// Measures what a VM writes. Dropping the receiver ends it, and so does a migration of the VM.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], [`AgentError::Invalid`], [`AgentError::Conflict`] while the VM is moved or measured, and
+    /// [`AgentError::Failed`] when its memory cannot be tracked.
+    pub fn measure(
+        &self,
+        name: &str,
+        request: WorkingSetRequest,
+    ) -> Result<tokio::sync::mpsc::Receiver<WorkingSetEvent>, AgentError> {
+        working_set::start(&self.host, &self.find(name)?, request)
     }
 
     fn check(&self, request: &MigrateRequest) -> Result<(), AgentError> {

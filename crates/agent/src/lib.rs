@@ -32,6 +32,7 @@ mod recovery;
 mod registry;
 mod source;
 mod target;
+mod working_set;
 
 pub use agent::{Agent, AgentError};
 pub use config::{Config, Mechanism};

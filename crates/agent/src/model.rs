@@ -5,6 +5,13 @@
 
 use serde::{Deserialize, Serialize};
 
+mod working_set;
+
+pub use working_set::{
+    GrowthView, IntervalView, PredictionView, RegionView, WorkingSetEvent, WorkingSetRequest, WorkingSetView,
+    default_bandwidths,
+};
+
 /// Starts a VM under the agent's care.
 #[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct RunRequest {

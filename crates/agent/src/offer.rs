@@ -77,6 +77,8 @@ pub(crate) fn check(
     (peer, address): (&str, &str),
 ) -> Result<Checked, Outcome> {
     let failed = |why: String| Outcome::Failed(why);
+    // The memory can be tracked once: the migration comes first.
+    vm.measurement().give_way(&vm.name()).map_err(failed)?;
     let looked = host.with_qemu(vm, |qemu| qemu.at_once(Looked::at)).map_err(failed)?;
     let Looked { shape, layout, state, fingerprint, .. } = looked;
     let mut reasons: Vec<Reason> = looked.reasons.into_iter().map(to_wire).collect();
@@ -139,7 +141,7 @@ fn with_targets_reasons(
 }
 
 /// The blocks that travel.
-fn source_blocks(
+pub(crate) fn source_blocks(
     host: &Host,
     vm: &Vm,
     layout: &Layout,

@@ -1,6 +1,7 @@
 //! The VMs of this host, kept in files so that a restarted agent finds them again by pid and start time.
 
 use crate::model::VmView;
+use crate::working_set::Slot;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -95,6 +96,7 @@ pub(crate) struct Vm {
     /// Takes an operator's decision about a VM that came here and has not run yet.
     decisions: Mutex<Option<mpsc::Sender<Decision>>>,
     held: Option<Process>,
+    measurement: Slot,
 }
 
 /// What an operator decides, and where to say what became of it.
@@ -117,6 +119,7 @@ impl Vm {
             promise: Mutex::default(),
             decisions: Mutex::default(),
             held,
+            measurement: Slot::default(),
         })
     }
 
@@ -140,6 +143,11 @@ impl Vm {
     /// Its process, held since it was found.
     pub(crate) fn held(&self) -> Option<&Process> {
         self.held.as_ref()
+    }
+
+    /// Who measures what it writes.
+    pub(crate) fn measurement(&self) -> &Slot {
+        &self.measurement
     }
 
     /// The migration that has this VM, if one does.

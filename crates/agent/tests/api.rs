@@ -178,6 +178,55 @@ fn a_migration_is_changed_and_cancelled() {
 }
 
 #[test]
+fn a_measurement_is_a_stream_of_intervals_and_a_result() {
+    let server = Server::start();
+    let path = "/v1/vms/web/working-set";
+    let reply = post(&server, path, &json!({}));
+    assert_eq!(reply.headers["content-type"], "text/event-stream");
+    assert_eq!(reply.text.matches("event: interval").count(), 3, "{}", reply.text);
+    assert_eq!(reply.text.matches("event: end").count(), 1, "{}", reply.text);
+    let asked = server.fake.measures.lock().unwrap()[0].clone();
+    assert_eq!((asked.interval, asked.duration, asked.max_cost), (1000, 60_000, 3.0), "the defaults");
+    assert_eq!(asked.bandwidths, [12_500_000, 50_000_000, 125_000_000, 1_250_000_000]);
+
+    let body = json!({"interval": 250, "max-cost": 1.5, "downtime-limit": 50}).to_string();
+    let reply = ask(&server, request(Method::POST, path, &[("accept", "application/jsonl")], body));
+    assert_eq!(reply.headers["content-type"], "application/jsonl");
+    let lines: Vec<Value> = reply.text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 4, "{}", reply.text);
+    assert_eq!((&lines[0]["event"], &lines[0]["unique-pages"]), (&json!("interval"), &json!(120)));
+    let end = lines.last().unwrap();
+    assert_eq!(
+        (&end["event"], &end["status"], &end["interval"]),
+        (&json!("end"), &json!("completed"), &json!(250))
+    );
+    assert_eq!(end["predictions"].as_array().unwrap().len(), 4);
+    for key in ["populated-pages", "dirty-pages-rate", "growth", "regions", "intervals"] {
+        assert!(!end[key].is_null(), "{key}: {end}");
+    }
+    let asked = server.fake.measures.lock().unwrap()[1].clone();
+    assert_eq!((asked.interval, asked.max_cost, asked.downtime_limit), (250, 1.5, 50));
+    post(&server, "/v1/vms/nobody/working-set", &json!({})).problem(404);
+    post(&server, "/v1/vms/lost/working-set", &json!({})).problem(409);
+    post(&server, path, &json!({"interval": "often"})).problem(400);
+}
+
+#[test]
+fn hanging_up_ends_a_measurement() {
+    use std::io::{Read as _, Write as _};
+    use std::sync::atomic::Ordering;
+    let server = Server::start();
+    let mut stream = std::os::unix::net::UnixStream::connect(server.socket()).unwrap();
+    let head = "POST /v1/vms/stuck/working-set HTTP/1.1\r\nhost: agent\r\ncontent-length: 2\r\n\r\n{}";
+    stream.write_all(head.as_bytes()).unwrap();
+    assert!(stream.read(&mut [0; 100]).unwrap() > 0);
+    assert!(server.fake.measuring.load(Ordering::SeqCst));
+    post(&server, "/v1/vms/stuck/working-set", &json!({})).problem(409);
+    drop(stream);
+    wait_until(|| !server.fake.measuring.load(Ordering::SeqCst));
+}
+
+#[test]
 fn metrics_follow_the_migrations() {
     let server = Server::start();
     migrate(&server, "stuck");
@@ -211,6 +260,7 @@ fn the_openapi_document_names_every_route() {
     for (path, methods) in [
         ("/v1/vms", vec!["get", "post"]),
         ("/v1/vms/{name}", vec!["get", "delete"]),
+        ("/v1/vms/{name}/working-set", vec!["post"]),
         ("/v1/hosts", vec!["get"]),
         ("/v1/migrations", vec!["get", "post"]),
         ("/v1/migrations/{id}", vec!["get", "delete", "patch"]),

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 pub(crate) const DEFAULT_SOCKET: &str = "/run/sterna/agent.sock";
 
 /// Longest downtime limit in milliseconds: QEMU's own.
-const DOWNTIME_MS_MAX: u64 = 2_000_000;
+pub(crate) const DOWNTIME_MS_MAX: u64 = 2_000_000;
 
 /// Most page streams: QEMU's own limit for `multifd-channels`.
 const CONNECTIONS_MAX: i64 = 64;
@@ -93,6 +93,16 @@ pub(crate) enum Command {
     /// counts no more; --there ends what is left of it here. A VM that runs twice destroys its disks: be sure.
     #[command(after_help = "Example:\n  sterna recover web --here")]
     Recover(Recover),
+    /// Measure what a running VM writes, and predict how it would move
+    ///
+    /// Shows how many pages are written, how the set of written pages grows with time (the writable working set), where the hot
+    /// regions are, and what a migration would take over links of several bandwidths. Nothing is moved. It costs the guest some
+    /// 2 us for each page that it writes first in an interval; intervals are stretched where that is more than --max-cost. A
+    /// migration of the VM ends the measurement; so does Ctrl-C.
+    #[command(after_help = "Examples:\n  sterna wws web\n  \
+        sterna wws web --interval 500ms --duration 2m --bandwidth 1Gbit/s --bandwidth 25Gbit/s --plot web.svg\n  \
+        sterna wws web --duration 10s -o json | jq '.predictions[] | {bandwidth, downtime}'")]
+    Wws(crate::commands::Wws),
     /// Write completions for a shell to stdout
     #[command(after_help = "Example:\n  sterna completion bash > /etc/bash_completion.d/sterna")]
     Completion {
@@ -317,7 +327,7 @@ pub(crate) enum Format {
     Jsonl,
 }
 
-fn seconds(text: &str) -> Result<f64, String> {
+pub(crate) fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(value) if value.is_finite() && value > 0.0 => Ok(value),
         _ => Err("a number of seconds above 0".to_owned()),

@@ -8,10 +8,11 @@ use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::io::{self, ErrorKind};
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use sterna_agent::api::IDLE_BEAT;
-use sterna_agent::model::{MigrationView, Problem};
+use sterna_agent::model::{MigrationView, Problem, WorkingSetEvent, WorkingSetRequest};
 use tokio::net::UnixStream;
 
 /// The agent accepts at once or not at all.
@@ -122,10 +123,21 @@ impl Client {
     }
 
     /// A migration's views as they change.
-    pub(crate) async fn views(&self, id: &str) -> Result<Views, ClientError> {
+    pub(crate) async fn views(&self, id: &str) -> Result<Views<MigrationView>, ClientError> {
         let path = format!("/v1/migrations/{}/events", segment(id));
         let response = self.answer(Method::GET, &path, Bytes::new(), None).await?;
-        Ok(Views { body: response.into_body(), buffer: Vec::new() })
+        Ok(Views::of(response))
+    }
+
+    /// What a measurement of a VM's working set tells. It lasts as long as this is kept.
+    pub(crate) async fn measure(
+        &self,
+        vm: &str,
+        request: &WorkingSetRequest,
+    ) -> Result<Views<WorkingSetEvent>, ClientError> {
+        let path = format!("/v1/vms/{}/working-set", segment(vm));
+        let body = serde_json::to_vec(request).map_err(|why| self.nonsense(why))?;
+        Ok(Views::of(self.answer(Method::POST, &path, body.into(), None).await?))
     }
 
     async fn call(
@@ -219,19 +231,24 @@ impl Client {
 }
 
 /// A stream of views, one JSON document per line. Empty lines are beats.
-pub(crate) struct Views {
+pub(crate) struct Views<T> {
     body: Incoming,
     buffer: Vec<u8>,
+    of: PhantomData<T>,
 }
 
-impl Views {
+impl<T: DeserializeOwned> Views<T> {
+    fn of(response: Response<Incoming>) -> Self {
+        Self { body: response.into_body(), buffer: Vec::new(), of: PhantomData }
+    }
+
     /// The next view; nothing when the stream ended as it should.
     ///
     /// May be dropped while it waits: what arrived is kept.
     ///
     /// # Errors
     /// A text when the stream broke or fell silent.
-    pub(crate) async fn next(&mut self) -> Result<Option<MigrationView>, String> {
+    pub(crate) async fn next(&mut self) -> Result<Option<T>, String> {
         loop {
             while let Some(end) = self.buffer.iter().position(|byte| *byte == b'\n') {
                 let line: Vec<u8> = self.buffer.drain(..=end).collect();

@@ -86,7 +86,7 @@ enum Next {
 struct Watch {
     client: Client,
     last: MigrationView,
-    views: Option<Views>,
+    views: Option<Views<MigrationView>>,
     lost_since: Option<Instant>,
     unresolved_since: Option<Instant>,
 }

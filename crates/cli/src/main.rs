@@ -7,17 +7,20 @@
 //! refused     virsh's flags that cannot be honoured yet    follow    a migration until it ends, whatever breaks
 //! commands    one file per group of commands               progress  what is shown meanwhile
 //! exit        exit codes and errors                        show      tables and JSON
+//! chart       figures drawn with block characters          plot      the same as SVG
 //! ```
 #![forbid(unsafe_code)]
 
 mod args;
 mod bandwidth;
+mod chart;
 mod client;
 mod commands;
 mod exit;
 mod follow;
 mod human;
 mod interrupt;
+mod plot;
 mod progress;
 mod refused;
 mod show;

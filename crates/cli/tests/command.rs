@@ -446,6 +446,99 @@ fn a_migration_is_changed_and_aborted_by_its_vms_name() {
 }
 
 #[test]
+fn a_measurement_is_drawn_and_told() {
+    let server = Server::start();
+    let plot = tempfile::NamedTempFile::new().unwrap();
+    let file = plot.path().to_str().unwrap();
+    let args = ["wws", "web", "--bandwidth", "100Mbit/s", "--bandwidth", "1Gbit/s", "--plot", file];
+    let output = sterna(&server, &args);
+    ends(&output, 0);
+    let table = out(&output);
+    for text in [
+        "VM:           web at hosta",
+        "Working set:  360 pages (1.4 MiB)",
+        "about 0.02 % of a processor",
+        "Pages written in each interval",
+        "████",
+        "62 ms  14 ",
+        "pc.ram  0x400000  16.0 MiB  300    98.5 %",
+        "100 Mbit/s  5       -           -          22 ms     does not converge",
+        "1 Gbit/s    5       4.0 s       256.0 MiB  22 ms",
+    ] {
+        assert!(table.contains(text), "{text}: {table}");
+    }
+    assert!(!table.contains('\u{1b}') && table.lines().all(|line| line.chars().count() <= 100), "{table}");
+    let lines = err(&output);
+    assert!(lines.starts_with("web: 1.0 of 60.0 s, 100 pages/s, 120 pages so far"), "{lines}");
+    assert_eq!(lines.lines().count(), 3, "{lines}");
+    let svg = std::fs::read_to_string(plot.path()).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("VM web: pages written in each interval"), "{svg}");
+    assert_eq!(svg.matches("<polyline").count().min(2), 2, "a line in each panel: {svg}");
+}
+
+#[test]
+fn a_measurements_flags_become_the_request_and_its_json_the_result() {
+    let server = Server::start();
+    let args = [
+        "wws",
+        "web",
+        "--interval",
+        "250ms",
+        "--duration",
+        "2m",
+        "--max-cost",
+        "0.5",
+        "--max-downtime",
+        "50",
+    ];
+    let output = sterna(&server, &[&args[..], &["--timeout", "30", "-q", "-o", "json"]].concat());
+    ends(&output, 0);
+    assert_eq!(err(&output), "");
+    let view = json(&output);
+    assert_eq!((&view["status"], &view["unique-pages"]), (&"completed".into(), &360.into()));
+    assert_eq!(view["intervals"].as_array().unwrap().len(), 3);
+    let asked = server.fake.measures.lock().unwrap()[0].clone();
+    assert_eq!((asked.interval, asked.duration, asked.max_cost), (250, 120_000, 0.5));
+    assert_eq!((asked.downtime_limit, asked.timeout, asked.bandwidths.len()), (50, Some(30.0), 4));
+    let lines = sterna(&server, &["wws", "web", "-o", "jsonl"]);
+    ends(&lines, 0);
+    assert_eq!((out(&lines).lines().count(), err(&lines).as_str()), (4, ""));
+    for args in [&["--interval", "often"][..], &["--bandwidth", "0"], &["--duration", "-1s"]] {
+        ends(&sterna(&server, &[&["wws", "web"], args].concat()), 2);
+    }
+}
+
+#[test]
+fn a_measurement_that_does_not_complete_says_why() {
+    let server = Server::start();
+    let cut = sterna(&server, &["wws", "late", "-q"]);
+    ends(&cut, 0);
+    assert_eq!(err(&cut), "sterna: the measurement of VM late at hosta was cut short\n");
+    assert!(out(&cut).contains("Working set:"), "what was measured is told: {}", out(&cut));
+    let broken = sterna(&server, &["wws", "broken", "-q"]);
+    ends(&broken, 1);
+    assert!(err(&broken).ends_with("failed: its QEMU ended\n"), "{}", err(&broken));
+    ends(&sterna(&server, &["wws", "nobody"]), 2);
+    ends(&sterna(&server, &["wws", "lost"]), 1);
+}
+
+#[test]
+fn ctrl_c_ends_a_measurement() {
+    use std::sync::atomic::Ordering;
+    let server = Server::start();
+    let child = begin(&server, &["wws", "stuck"]);
+    wait_until(|| server.fake.measuring.load(Ordering::SeqCst));
+    let refused = sterna(&server, &["wws", "stuck"]);
+    ends(&refused, 1);
+    assert!(err(&refused).contains("is being measured already"), "{}", err(&refused));
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    ends(&output, 3);
+    assert!(err(&output).contains("the measurement of VM stuck was cancelled"), "{}", err(&output));
+    wait_until(|| !server.fake.measuring.load(Ordering::SeqCst));
+}
+
+#[test]
 fn keys_are_made_and_shown() {
     let folder = tempfile::tempdir().unwrap();
     let dir = folder.path().join("pki");

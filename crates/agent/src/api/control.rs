@@ -2,10 +2,11 @@
 
 use crate::model::{
     HostView, MigrateRequest, MigrationView, RecoverRequest, RecoverView, RunRequest, SetRequest, VmView,
+    WorkingSetEvent, WorkingSetRequest,
 };
 use crate::{Agent, AgentError};
 use std::sync::Arc;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 /// An agent, as the API sees it. All methods may block.
 pub trait Control: Send + Sync + 'static {
@@ -21,6 +22,12 @@ pub trait Control: Send + Sync + 'static {
     fn stop(&self, name: &str) -> Result<(), AgentError>;
     /// Decides where an unresolved VM runs.
     fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError>;
+    /// Measures what a VM writes, until the receiver is dropped or the last event was sent.
+    fn measure(
+        &self,
+        name: &str,
+        request: WorkingSetRequest,
+    ) -> Result<mpsc::Receiver<WorkingSetEvent>, AgentError>;
     /// Hosts.
     fn hosts(&self) -> Vec<HostView>;
     /// Begins a migration; a repeated `key` returns the first one's.
@@ -57,6 +64,13 @@ impl Control for Agent {
     }
     fn recover(&self, name: &str, request: RecoverRequest) -> Result<RecoverView, AgentError> {
         self.recover(name, request)
+    }
+    fn measure(
+        &self,
+        name: &str,
+        request: WorkingSetRequest,
+    ) -> Result<mpsc::Receiver<WorkingSetEvent>, AgentError> {
+        self.measure(name, request)
     }
     fn hosts(&self) -> Vec<HostView> {
         self.hosts()

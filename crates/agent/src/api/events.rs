@@ -25,7 +25,7 @@ pub const IDLE_BEAT: Duration = Duration::from_secs(5);
 const IN_FLIGHT: usize = 1;
 
 /// Media type of JSON lines.
-const JSON_LINES: &str = "application/jsonl";
+pub(super) const JSON_LINES: &str = "application/jsonl";
 
 /// What goes to the client next.
 enum Beat {

@@ -9,6 +9,7 @@
 //! POST   /v1/vms                     run a VM                   GET   /readyz         it takes requests (503: it ends)
 //! GET    /v1/vms/NAME                one VM                     GET   /metrics        Prometheus text
 //! DELETE /v1/vms/NAME                stop it                    GET   /openapi.json   this table, for machines
+//! POST   /v1/vms/NAME/working-set    measure what it writes: a stream, as below; hanging up ends it
 //! GET    /v1/hosts                   hosts
 //! GET    /v1/migrations              migrations, newest first
 //! POST   /v1/migrations              migrate; `Idempotency-Key` makes a repeat harmless
@@ -26,6 +27,7 @@ mod problem;
 mod request;
 mod routes;
 mod socket;
+mod working_set;
 
 pub use control::Control;
 pub use events::IDLE_BEAT;

@@ -1,6 +1,6 @@
 //! `/openapi.json`: the routes and shapes, derived from the code that serves them.
 
-use super::{events, metrics, routes};
+use super::{events, metrics, routes, working_set};
 use axum::Json;
 use utoipa::OpenApi;
 
@@ -17,6 +17,7 @@ use utoipa::OpenApi;
         routes::vm,
         routes::stop,
         routes::recover,
+        working_set::measure,
         routes::hosts,
         routes::migrations,
         routes::migrate,

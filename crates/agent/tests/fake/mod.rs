@@ -2,14 +2,17 @@
 #![allow(dead_code, reason = "each test program uses a part of it")]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
+mod measure;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use sterna_agent::AgentError;
 use sterna_agent::api::{Control, serve};
 use sterna_agent::model::*;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 /// Bytes of RAM of every fake VM.
 pub(crate) const RAM: u64 = 256 << 20;
@@ -26,6 +29,8 @@ pub(crate) struct Fake {
     pub(crate) requests: Mutex<Vec<MigrateRequest>>,
     pub(crate) cancels: Mutex<Vec<String>>,
     pub(crate) sets: Mutex<Vec<SetRequest>>,
+    pub(crate) measures: Mutex<Vec<WorkingSetRequest>>,
+    pub(crate) measuring: Arc<AtomicBool>,
 }
 
 impl Fake {
@@ -228,6 +233,14 @@ impl Control for Fake {
             }
             (_, Side::Here) => Ok(RecoverView { vm: name.to_owned(), runs_at: "hosta".to_owned() }),
         }
+    }
+    fn measure(
+        &self,
+        name: &str,
+        request: WorkingSetRequest,
+    ) -> Result<mpsc::Receiver<WorkingSetEvent>, AgentError> {
+        self.vm(name)?;
+        self.measured(name, request)
     }
     fn hosts(&self) -> Vec<HostView> {
         let host =

@@ -7,6 +7,9 @@ mod pki;
 mod recover;
 mod shell;
 mod vms;
+mod wws;
+
+pub(crate) use wws::Wws;
 
 use crate::args::{Args, Command, DEFAULT_SOCKET};
 use crate::client::Client;
@@ -44,6 +47,7 @@ async fn ask(client: &Client, command: Command) -> Result<Exit, Failure> {
         Command::Abort(args) => jobs::abort(client, &args.which).await,
         Command::Set(args) => jobs::set(client, &args).await,
         Command::Recover(args) => recover::run(client, &args).await,
+        Command::Wws(args) => wws::run(client, args).await,
         // These ask no agent: `run` has taken them.
         Command::Agent(_) | Command::Pki(_) | Command::Completion { .. } | Command::Man { .. } => {
             Ok(Exit::Usage)

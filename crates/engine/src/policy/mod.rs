@@ -6,6 +6,7 @@ mod convergence;
 mod delta;
 mod rate;
 mod stun;
+mod working_set;
 
 pub use balloon::{GuestMemory, shrunk};
 pub use compression::{Compression, Method};
@@ -13,3 +14,7 @@ pub use convergence::{Convergence, Observation, Verdict};
 pub use delta::Delta;
 pub use rate::{RESIDUAL_MIN, RateLimits, STEP};
 pub use stun::{KEEP_ALL, KEEP_MIN, Seen, Stun, writers};
+pub use working_set::{
+    Curve, Ending, FIRST_WRITE, Glimpse, GrowthPoint, HotRegion, INTERVALS_MAX, Pace, Path, Prediction, Run,
+    WorkingSet, cost_share, predict,
+};
