@@ -82,6 +82,12 @@ struct ClientArgs {
     /// Port on which the beacon's datagrams arrive
     #[arg(long)]
     beacon: Option<u16>,
+    /// The guest's game, to be played
+    #[arg(long)]
+    game: Option<SocketAddrV4>,
+    /// Players of the game
+    #[arg(long, default_value_t = client::PLAYERS)]
+    players: u8,
     /// Stop after so many seconds; else when standard input ends, or at SIGTERM
     #[arg(long = "for")]
     seconds: Option<u64>,
@@ -112,7 +118,13 @@ fn main() -> anyhow::Result<()> {
 
 fn bring_up(up: &Up) -> anyhow::Result<()> {
     let rate = (up.rate != "none").then(|| up.rate.clone());
-    let lab = Lab::up(&LabSpec { hosts: up.hosts, rate, taps: up.taps, tap_user: up.tap_user })?;
+    let lab = Lab::up(&LabSpec {
+        hosts: up.hosts,
+        rate,
+        taps: up.taps,
+        tap_user: up.tap_user,
+        ..LabSpec::default()
+    })?;
     print_ways_in(&lab);
     if up.detach {
         println!("remove it: sterna-lab down {}", lab.detach()?);
@@ -185,6 +197,8 @@ fn run_client(args: &ClientArgs) -> anyhow::Result<()> {
     let report = client::run(&ClientOptions {
         redis: args.redis,
         beacon: args.beacon,
+        game: args.game,
+        players: args.players,
         limit: args.seconds.map(Duration::from_secs),
         writes_per_second: args.writes_per_second,
         keys: args.keys,

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::LabError;
 
 /// Shorter silences are the scheduler's doing.
-const GAP: Duration = Duration::from_millis(10);
+pub(super) const GAP: Duration = Duration::from_millis(10);
 /// More gaps than this say that the machine is overloaded; the longest is kept in any case.
 const GAPS_MAX: usize = 10_000;
 /// How long one read waits, so that the listener sees that it should stop.
@@ -27,7 +27,7 @@ pub struct Gap {
 }
 
 /// What the listener heard.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BeaconReport {
     /// Datagrams.
     pub received: u64,
@@ -37,7 +37,7 @@ pub struct BeaconReport {
     pub backwards: u64,
     /// The longest silence between two datagrams.
     pub max_gap_ms: f64,
-    /// All silences above 10 ms.
+    /// All silences above 10 ms, or what else the listener calls one.
     pub gaps: Vec<Gap>,
 }
 
@@ -50,7 +50,7 @@ pub(super) fn listen(
     let socket = UdpSocket::bind(("0.0.0.0", port)).map_err(LabError::file("listen on", name()))?;
     socket.set_read_timeout(Some(READ)).map_err(LabError::file("set the deadline of", name()))?;
     Ok(std::thread::spawn(move || {
-        let mut ear = Ear::default();
+        let mut ear = Ear::of(GAP);
         let mut datagram = [0; 16];
         while !stop.load(Ordering::Acquire) {
             if let Ok((16, _)) = socket.recv_from(&mut datagram) {
@@ -62,21 +62,20 @@ pub(super) fn listen(
     }))
 }
 
-struct Ear {
+/// Hears of numbers that rise.
+pub(super) struct Ear {
     last: Option<(u64, Instant, f64)>,
-    report: BeaconReport,
-}
-
-impl Default for Ear {
-    fn default() -> Self {
-        let report =
-            BeaconReport { received: 0, missing: 0, backwards: 0, max_gap_ms: 0.0, gaps: Vec::new() };
-        Ear { last: None, report }
-    }
+    /// Silences longer than this are listed.
+    gap: Duration,
+    pub(super) report: BeaconReport,
 }
 
 impl Ear {
-    fn hear(&mut self, sequence: u64, now: Instant, unix_ms: f64) {
+    pub(super) fn of(gap: Duration) -> Ear {
+        Ear { last: None, gap, report: BeaconReport::default() }
+    }
+
+    pub(super) fn hear(&mut self, sequence: u64, now: Instant, unix_ms: f64) {
         let report = &mut self.report;
         report.received += 1;
         if let Some((last, at, start_unix_ms)) = self.last {
@@ -87,7 +86,7 @@ impl Ear {
             let length = now.duration_since(at);
             let length_ms = length.as_secs_f64() * 1e3;
             report.max_gap_ms = report.max_gap_ms.max(length_ms);
-            if length > GAP && report.gaps.len() < GAPS_MAX {
+            if length > self.gap && report.gaps.len() < GAPS_MAX {
                 report.gaps.push(Gap { start_unix_ms, length_ms });
             }
         }
@@ -95,7 +94,7 @@ impl Ear {
     }
 }
 
-fn unix_ms() -> f64 {
+pub(super) fn unix_ms() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64() * 1e3)
 }
 
@@ -105,7 +104,7 @@ mod tests {
 
     #[test]
     fn gaps_losses_and_steps_back_are_told_apart() {
-        let (mut ear, start) = (Ear::default(), Instant::now());
+        let (mut ear, start) = (Ear::of(GAP), Instant::now());
         for (sequence, at) in [(1, 0), (2, 1), (5, 2), (6, 52), (3, 53)] {
             ear.hear(sequence, start + Duration::from_millis(at), at as f64);
         }
