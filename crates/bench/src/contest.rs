@@ -239,6 +239,9 @@ impl Contest<'_> {
 
 fn told<'a>(pair: u32, pairs: u32, contenders: impl Iterator<Item = &'a Contender>) -> String {
     let one = |c: &Contender| {
+        if c.failed.is_some() {
+            return format!("{} did not get through", c.name);
+        }
         let last = c.moves.last();
         let figure = |m: Metric| last.and_then(|l| l.figures.get(m)).unwrap_or(f64::NAN);
         format!("{} {:.0} ms, down {:.1}", c.name, figure(Metric::TotalTime), figure(Metric::Downtime))

@@ -111,7 +111,9 @@ fn courses(case: &Case) -> String {
             let _ = writeln!(text, "  {name:<24}{}", spark(points, (left, right), top));
         }
     }
-    case.beside.iter().for_each(|line| drop(writeln!(text, "  beside it: {line}")));
+    for line in &case.beside {
+        let _ = writeln!(text, "  beside it: {line}");
+    }
     text
 }
 

@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use sterna_lab::client::{self, ClientOptions};
 use sterna_lab::guest::{GuestSpec, HostSide, Nic, Program, Serial};
 use sterna_lab::state::{self, State};
-use sterna_lab::{Arrival, Lab, LabDir, LabSpec, image, net, packages};
+use sterna_lab::{Arrival, Lab, LabDir, LabSpec, Wiring, image, net, packages};
 
 /// Hosts as network namespaces, with a shaped link between them and a client that reaches their guests.
 #[derive(Parser)]
@@ -36,7 +36,7 @@ enum Action {
     Setup,
     /// Print the command line of a guest with Redis and a beacon, as `qemu-system-x86_64` takes it
     GuestLine(GuestLine),
-    /// Write numbered keys to a guest's Redis and listen to its beacon; print what was lost as JSON
+    /// Write numbered keys to a guest's Redis, listen to its beacon, play its game; print what was lost as JSON
     Client(ClientArgs),
 }
 
@@ -54,6 +54,9 @@ struct Up {
     /// User that may open the taps
     #[arg(long)]
     tap_user: Option<u32>,
+    /// One link for migrations and the guests' traffic, as in a host with one network card
+    #[arg(long)]
+    shared: bool,
     /// Return at once; the lab stays until `sterna-lab down`
     #[arg(long)]
     detach: bool,
@@ -122,8 +125,8 @@ fn bring_up(up: &Up) -> anyhow::Result<()> {
         hosts: up.hosts,
         rate,
         taps: up.taps,
+        wiring: if up.shared { Wiring::Shared } else { Wiring::Apart },
         tap_user: up.tap_user,
-        ..LabSpec::default()
     })?;
     print_ways_in(&lab);
     if up.detach {

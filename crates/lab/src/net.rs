@@ -200,7 +200,7 @@ impl Lab {
         }
     }
 
-    /// Cuts a host's migration link, or joins it again.
+    /// Cuts a host's migration link, or joins it again. Where the wiring is shared there is no such link.
     pub fn set_link(&self, host: &Host, link: Cable) -> Result<(), LabError> {
         let word = match link {
             Cable::Plugged => "up",

@@ -20,7 +20,7 @@ const RATE_MB: u32 = 200;
 /// Who has not ended by then never will.
 const NO_END: Duration = Duration::from_secs(40);
 /// The same in a quick run.
-const NO_END_QUICK: Duration = Duration::from_secs(10);
+const NO_END_QUICK: Duration = Duration::from_secs(8);
 /// The downtime limit of all: what the goal allows.
 const DOWNTIME_LIMIT_MS: u64 = 50;
 
