@@ -243,7 +243,7 @@ mod tests {
         row.cases[0].beside = vec!["the paper saw 165 ms".to_owned()];
         let text = super::row(&row);
         assert!(
-            text.contains('▄') && text.contains('█') && text.contains("beside it: the paper saw 165 ms"),
+            text.contains('▅') && text.contains('█') && text.contains("beside it: the paper saw 165 ms"),
             "{text}"
         );
         let flat = spark(&[(0.0, 0.0), (100.0, 8.0)], (0.0, 100.0), 8.0);

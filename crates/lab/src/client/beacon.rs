@@ -58,7 +58,7 @@ pub(super) fn listen(
                 ear.hear(sequence, Instant::now(), unix_ms());
             }
         }
-        Ok(ear.report)
+        Ok(ear.end(Instant::now()))
     }))
 }
 
@@ -67,7 +67,7 @@ pub(super) struct Ear {
     last: Option<(u64, Instant, f64)>,
     /// Silences longer than this are listed.
     gap: Duration,
-    pub(super) report: BeaconReport,
+    report: BeaconReport,
 }
 
 impl Ear {
@@ -92,6 +92,19 @@ impl Ear {
         }
         self.last = Some((sequence, now, unix_ms));
     }
+
+    /// What was heard. A silence that goes on is a silence: whoever is not heard again must not look well.
+    pub(super) fn end(mut self, now: Instant) -> BeaconReport {
+        if let Some((_, at, start_unix_ms)) = self.last {
+            let length = now.duration_since(at);
+            let length_ms = length.as_secs_f64() * 1e3;
+            self.report.max_gap_ms = self.report.max_gap_ms.max(length_ms);
+            if length > self.gap && self.report.gaps.len() < GAPS_MAX {
+                self.report.gaps.push(Gap { start_unix_ms, length_ms });
+            }
+        }
+        self.report
+    }
 }
 
 pub(super) fn unix_ms() -> f64 {
@@ -108,9 +121,18 @@ mod tests {
         for (sequence, at) in [(1, 0), (2, 1), (5, 2), (6, 52), (3, 53)] {
             ear.hear(sequence, start + Duration::from_millis(at), at as f64);
         }
-        let report = ear.report;
+        let report = ear.end(start + Duration::from_millis(55));
         assert_eq!((report.received, report.missing, report.backwards), (5, 2, 1));
         assert_eq!(report.gaps, [Gap { start_unix_ms: 2.0, length_ms: 50.0 }]);
         assert_eq!(report.max_gap_ms, 50.0);
+    }
+
+    #[test]
+    fn whoever_is_not_heard_again_has_been_silent_to_the_end() {
+        let (mut ear, start) = (Ear::of(GAP), Instant::now());
+        ear.hear(1, start, 7.0);
+        let report = ear.end(start + Duration::from_secs(4));
+        assert_eq!(report.gaps, [Gap { start_unix_ms: 7.0, length_ms: 4000.0 }]);
+        assert_eq!(report.max_gap_ms, 4000.0);
     }
 }

@@ -50,12 +50,12 @@ pub(super) fn play(server: SocketAddrV4, players: u8, stop: &Arc<AtomicBool>) ->
 
 impl Game {
     pub(super) fn report(self) -> Result<GameReport, LabError> {
-        let mut report = GameReport::default();
+        let (mut report, ended) = (GameReport::default(), Instant::now());
         for thread in self.0 {
             let player = thread.join().map_err(|_| LabError::unexpected("a player", "panicked"))?;
             report.taken += player.taken;
             report.forgotten += player.forgotten;
-            report.updates.push(player.ear.report);
+            report.updates.push(player.ear.end(ended));
         }
         Ok(report)
     }
@@ -119,9 +119,10 @@ mod tests {
         for (step, taken, at) in [(1, 1, 0), (2, 2, 50), (3, 3, 200), (2, 1, 250)] {
             player.hear(&update(step, taken), start + Duration::from_millis(at), at as f64);
         }
-        let report = player.ear.report;
+        let (taken, forgotten) = (player.taken, player.forgotten);
+        let report = player.ear.end(start + Duration::from_millis(260));
         assert_eq!((report.received, report.backwards, report.gaps.len()), (4, 1, 1));
-        assert_eq!((report.max_gap_ms, player.taken, player.forgotten), (150.0, 1, 2));
+        assert_eq!((report.max_gap_ms, taken, forgotten), (150.0, 1, 2));
     }
 
     #[test]
