@@ -34,6 +34,8 @@ pub(super) struct Service<'a> {
     /// In which figure the longest silence is that the listener noticed.
     pub(super) silence: Metric,
     pub(super) terms: Terms,
+    /// Against whom.
+    pub(super) peers: &'a [StockWay],
 }
 
 /// The same with another image. Its packages are fetched here, since few rows need them.
@@ -45,15 +47,15 @@ pub(super) fn with_servers(kit: &Kit) -> Result<Kit, BenchError> {
 }
 
 impl Service<'_> {
-    /// Pairs of a move of ours and one of stock pre-copy, each of a VM that was booted for it. The first of ours goes back with its
+    /// Pairs of a move of ours and one of each peer's, each of a VM that was booted for it. The first of ours goes back with its
     /// RAM compared.
     pub(super) fn case(&self, run: &Run<'_>) -> Result<Case, BenchError> {
-        let ways = [None, Some(StockWay::Precopy)];
-        let mut contenders = ways.map(|way| Contender::named(way.map_or("ours", StockWay::name)));
+        let ways = || std::iter::once(None).chain(self.peers.iter().copied().map(Some));
+        let mut contenders: Vec<Contender> =
+            ways().map(|way| Contender::named(way.map_or("ours", StockWay::name))).collect();
         let (mut verified, mut lines) = (None, Vec::new());
         for pair in 1..=run.extent.pairs {
-            for (way, contender) in ways.into_iter().zip(&mut contenders).filter(|(_, c)| c.failed.is_none())
-            {
+            for (way, contender) in ways().zip(&mut contenders).filter(|(_, c)| c.failed.is_none()) {
                 run.tell(&format!("{}: {}, pair {pair} of {}", self.name, contender.name, run.extent.pairs));
                 let word = if way.is_none() { "ours" } else { "stock" };
                 let vm_name = format!("{}-{word}{pair}", self.name.replace(' ', "-"));
@@ -78,7 +80,7 @@ impl Service<'_> {
         }
         let curves = self.app.map(|app| curve(self.name, app, lines)).into_iter().collect();
         let (name, workload) = (self.name.to_owned(), self.workload.clone());
-        Ok(Case { name, workload, contenders: contenders.into(), verified, curves, ..Case::default() })
+        Ok(Case { name, workload, contenders, verified, curves, ..Case::default() })
     }
 
     /// A move under load. Ours goes back under it too where RAM is still to be compared.

@@ -12,6 +12,7 @@ use crate::load;
 use crate::pulse::App;
 use crate::results::{Case, RowResult};
 use crate::stage::{Link, PageStreams, Stage};
+use crate::stock::StockWay;
 
 /// RAM of the guest, and the part that is noise: what moves takes some seconds, twenty quarters of one and more.
 const MEMORY_MIB: u32 = 512;
@@ -54,6 +55,7 @@ fn case(run: &Run<'_>, stage: &Stage, (app, name, text): (App, &str, &str)) -> R
         listen: if app == App::Redis { load::watch } else { |stage, _| load::listen(stage) },
         silence: Metric::Blackout,
         terms: Terms::default(),
+        peers: &[StockWay::Precopy],
     };
     service.case(run)
 }

@@ -14,6 +14,7 @@ use crate::load;
 use crate::pulse::App;
 use crate::results::{Case, Goal, RowResult};
 use crate::stage::{Link, PageStreams, Stage};
+use crate::stock::StockWay;
 use crate::wishes::Wish;
 
 const MEMORY_MIB: u32 = 512;
@@ -47,6 +48,7 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         listen: load::watch_gently,
         silence: Metric::Blackout,
         terms: Terms { options: granted.order.options.clone(), ..Terms::default() },
+        peers: &[StockWay::Precopy],
     };
     let mut case = service.case(run)?;
     stage.lab.down()?;
