@@ -107,6 +107,13 @@ pub fn bad_pages(console: &str) -> usize {
     console.matches("BAD ").count()
 }
 
+/// What a guest's kernel said of its own end, if it did.
+#[must_use]
+pub fn kernel_died(console: &str) -> Option<&str> {
+    const LAST_WORDS: [&str; 3] = ["BUG: ", "Oops: ", "Kernel panic"];
+    console.lines().find(|line| LAST_WORDS.iter().any(|words| line.contains(words)))
+}
+
 /// Fills the guest's Redis with noise, by Redis' own loader.
 pub fn fill(stage: &Stage, tap: u8) -> Result<(), BenchError> {
     const LOADER: &str = "redis-cli";
@@ -389,6 +396,14 @@ mod tests {
         let mut deaf = report(vec![]);
         deaf.beacon.as_mut().unwrap().received = 0;
         Seen::of(deaf, WINDOW).unwrap_err();
+    }
+
+    #[test]
+    fn a_dead_kernel_is_known_by_its_last_words() {
+        let console =
+            "READY 6.39\n[   21.2] BUG: unable to handle page fault for address: 0000000eb30fe692\nmore";
+        assert!(kernel_died(console).unwrap().contains("BUG: unable"));
+        assert_eq!(kernel_died("READY 6.39\nLOAD filled pages=1\n"), None);
     }
 
     #[test]

@@ -101,7 +101,9 @@ fn web(run: &Run<'_>, stage: &Stage, granted: &Granted) -> Result<Case, BenchErr
         ),
         "SPECweb99, not measured here: 210 ms.".to_owned(),
     ];
-    Ok(Case { beside, ..service.case(run)? })
+    let mut case = service.case(run)?;
+    case.beside.extend(beside);
+    Ok(case)
 }
 
 fn game(run: &Run<'_>, stage: &Stage, granted: &Granted) -> Result<Case, BenchError> {
@@ -124,10 +126,12 @@ fn game(run: &Run<'_>, stage: &Stage, granted: &Granted) -> Result<Case, BenchEr
         terms: terms(granted),
         peers: peers(run),
     };
-    let beside = vec![format!(
+    let beside = [format!(
         "Clark et al., a Quake 3 server: downtime {GAME_PAPER_MS} ms. The longest wait of a player has the 50 ms between two steps in it."
     )];
-    Ok(Case { beside, ..service.case(run)? })
+    let mut case = service.case(run)?;
+    case.beside.extend(beside);
+    Ok(case)
 }
 
 fn muncher(run: &Run<'_>, stage: &Stage, granted: &Granted) -> Result<Case, BenchError> {

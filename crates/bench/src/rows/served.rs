@@ -53,26 +53,37 @@ impl Service<'_> {
         let ways = || std::iter::once(None).chain(self.peers.iter().copied().map(Some));
         let mut contenders: Vec<Contender> =
             ways().map(|way| Contender::named(way.map_or("ours", StockWay::name))).collect();
-        let (mut verified, mut lines) = (None, Vec::new());
+        let (mut verified, mut lines, mut beside) = (None, Vec::new(), Vec::new());
         for pair in 1..=run.extent.pairs {
             for (way, contender) in ways().zip(&mut contenders).filter(|(_, c)| c.failed.is_none()) {
                 run.tell(&format!("{}: {}, pair {pair} of {}", self.name, contender.name, run.extent.pairs));
                 let word = if way.is_none() { "ours" } else { "stock" };
                 let vm_name = format!("{}-{word}{pair}", self.name.replace(' ', "-"));
                 let mut vm = Vm::boot(self.stage, way, &(self.guest)(&vm_name), 0)?;
-                match self.moved(&mut vm, &mut verified) {
-                    Ok((moved, points)) => {
+                let moved = self.moved(&mut vm, &mut verified);
+                let console = vm.console(self.stage);
+                match (moved, load::kernel_died(&console)) {
+                    // A move that killed the guest has no figures; a peer that did it once may do better the next time.
+                    (_, Some(words)) if way.is_some() => {
+                        run.tell(&format!("  the guest's kernel died: {words}"));
+                        beside.push(format!(
+                            "{}, pair {pair}: the guest's kernel died: {words}",
+                            contender.name
+                        ));
+                    }
+                    (_, Some(_)) => return Err(BenchError::unexpected("the guest's kernel died", console)),
+                    (Ok((moved, points)), None) => {
                         run.tell(&format!("  {}", told(&moved)));
                         if pair == 1 {
                             lines.push((contender.name.clone(), points));
                         }
                         contender.moves.push(moved);
                     }
-                    Err(why) if why.is_no_end() && (way.is_some() || self.terms.limit.is_some()) => {
+                    (Err(why), None) if why.is_no_end() && (way.is_some() || self.terms.limit.is_some()) => {
                         run.tell("  did not get through");
                         contender.failed = Some(why.to_string());
                     }
-                    Err(why) => return Err(why),
+                    (Err(why), None) => return Err(why),
                 }
                 self.check(&vm)?;
                 vm.end(self.stage)?;
@@ -80,7 +91,7 @@ impl Service<'_> {
         }
         let curves = self.app.map(|app| curve(self.name, app, lines)).into_iter().collect();
         let (name, workload) = (self.name.to_owned(), self.workload.clone());
-        Ok(Case { name, workload, contenders, verified, curves, ..Case::default() })
+        Ok(Case { name, workload, contenders, verified, curves, beside, ..Case::default() })
     }
 
     /// A move under load. Ours goes back under it too where RAM is still to be compared.
