@@ -107,8 +107,10 @@ fn courses(case: &Case) -> String {
         let scale =
             format!("from {} to {} ({}), highest {}", number(left), number(right), curve.x, number(top));
         let _ = writeln!(text, "  {}; {}; {scale}", curve.title, curve.y);
+        // More letters than points would leave gaps.
+        let letters = curve.lines.iter().map(|(_, points)| points.len()).max().unwrap_or(0).min(LETTERS);
         for (name, points) in &curve.lines {
-            let _ = writeln!(text, "  {name:<24}{}", spark(points, (left, right), top));
+            let _ = writeln!(text, "  {name:<24}{}", spark(points, (left, right), top, letters));
         }
     }
     for line in &case.beside {
@@ -118,10 +120,10 @@ fn courses(case: &Case) -> String {
 }
 
 /// The means of points in equal parts of an axis; a blank where there is none.
-fn spark(points: &[(f64, f64)], (left, right): (f64, f64), top: f64) -> String {
+fn spark(points: &[(f64, f64)], (left, right): (f64, f64), top: f64, letters: usize) -> String {
     let letter = |at: usize| {
-        let edge = |at: usize| left + (right - left) * at as f64 / LETTERS as f64;
-        let within = |x: f64| x >= edge(at) && (x < edge(at + 1) || at + 1 == LETTERS);
+        let edge = |at: usize| left + (right - left) * at as f64 / letters as f64;
+        let within = |x: f64| x >= edge(at) && (x < edge(at + 1) || at + 1 == letters);
         let values = points.iter().filter(|p| within(p.0)).map(|p| p.1);
         let (sum, count) = values.fold((0.0, 0.0), |(sum, count), y| (sum + y, count + 1.0));
         match count {
@@ -129,7 +131,7 @@ fn spark(points: &[(f64, f64)], (left, right): (f64, f64), top: f64) -> String {
             _ => STEPS[((sum / count / top * 8.0) as usize).min(STEPS.len() - 1)],
         }
     };
-    (0..LETTERS).map(letter).collect::<String>().trim_end().to_owned()
+    (0..letters).map(letter).collect::<String>().trim_end().to_owned()
 }
 
 /// Where the time of our stops went: medians of each part.
@@ -246,7 +248,7 @@ mod tests {
             text.contains('▅') && text.contains('█') && text.contains("beside it: the paper saw 165 ms"),
             "{text}"
         );
-        let flat = spark(&[(0.0, 0.0), (100.0, 8.0)], (0.0, 100.0), 8.0);
+        let flat = spark(&[(0.0, 0.0), (100.0, 8.0)], (0.0, 100.0), 8.0, LETTERS);
         assert_eq!(
             (flat.chars().next(), flat.chars().last(), flat.chars().count()),
             (Some('▁'), Some('█'), LETTERS)
