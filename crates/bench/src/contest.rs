@@ -33,21 +33,23 @@ pub(crate) enum Vm {
 }
 
 impl Vm {
-    pub(crate) fn migrate(&mut self, stage: &Stage) -> Result<Move, BenchError> {
-        self.migrate_within(stage, None)
+    pub(crate) fn boot(
+        stage: &Stage,
+        way: Option<StockWay>,
+        guest: &GuestSpec,
+        tap: u8,
+    ) -> Result<Vm, BenchError> {
+        Ok(match way {
+            None => Vm::Ours(OurVm::boot(stage, guest, tap)?),
+            Some(way) => Vm::Stock(Box::new(StockVm::boot(stage, guest, tap)?), way),
+        })
     }
 
-    /// Gives up after this time; the VM then runs where it was.
-    fn migrate_within(&mut self, stage: &Stage, limit: Option<Duration>) -> Result<Move, BenchError> {
+    /// Gives up after the time of the terms; the VM then runs where it was.
+    pub(crate) fn migrate(&mut self, stage: &Stage, terms: &Terms) -> Result<Move, BenchError> {
         match self {
-            Vm::Ours(vm) => {
-                let order = ours::Order::default().within(limit);
-                Ok(vm.migrate(stage, &order, Progress::Sampled)?.0)
-            }
-            Vm::Stock(vm, way) => {
-                let order = stock::Order::of(*way);
-                vm.migrate(stage, stock::Order { limit: limit.unwrap_or(order.limit), ..order })
-            }
+            Vm::Ours(vm) => Ok(vm.migrate(stage, &terms.ours(&[]), Progress::Sampled)?.0),
+            Vm::Stock(vm, way) => vm.migrate(stage, terms.stock(*way)),
         }
     }
 
@@ -69,6 +71,47 @@ impl Vm {
     }
 }
 
+/// On which terms VMs move: the same for all, and what only ours is asked for.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Terms {
+    /// Options of ours.
+    pub(crate) options: Vec<String>,
+    /// The downtime limit, where it is not the default of all.
+    pub(crate) downtime_limit_ms: Option<u64>,
+    /// When a move is given up.
+    pub(crate) limit: Option<Duration>,
+}
+
+impl Terms {
+    /// For ours, and more of them.
+    pub(crate) fn ours(&self, more: &[&str]) -> ours::Order {
+        let mut options = self.options.clone();
+        if let Some(ms) = self.downtime_limit_ms {
+            options.extend(["--max-downtime".to_owned(), ms.to_string()]);
+        }
+        options.extend(more.iter().map(|o| (*o).to_owned()));
+        ours::Order { options, limit: self.limit }
+    }
+
+    /// For ours, untimed, to have RAM compared. A guest that may write too much to move is stopped after so many seconds.
+    pub(crate) fn verify(&self, stops_s: Option<&str>) -> ours::Order {
+        let is_stopped = self.options.iter().any(|o| o == "--timeout");
+        let stop = stops_s.filter(|_| !is_stopped).map(|s| ["--timeout", s]);
+        let more: Vec<&str> = std::iter::once("--verify").chain(stop.into_iter().flatten()).collect();
+        self.ours(&more).within(None)
+    }
+
+    /// For stock QEMU, in one of its ways.
+    pub(crate) fn stock(&self, way: StockWay) -> stock::Order {
+        let order = stock::Order::of(way);
+        stock::Order {
+            limit: self.limit.unwrap_or(order.limit),
+            downtime_limit_ms: self.downtime_limit_ms.unwrap_or(order.downtime_limit_ms),
+            ..order
+        }
+    }
+}
+
 /// A case of idle guests.
 pub(crate) struct Contest<'a> {
     pub(crate) stage: &'a Stage,
@@ -78,6 +121,8 @@ pub(crate) struct Contest<'a> {
     pub(crate) guest: &'a dyn Fn(&str, u8) -> GuestSpec,
     /// Against whom.
     pub(crate) peers: &'a [StockWay],
+    /// On which terms. Where they have a limit, not to get through is a result, and who could not do it once is not asked again.
+    pub(crate) terms: Terms,
 }
 
 impl Contest<'_> {
@@ -89,7 +134,7 @@ impl Contest<'_> {
         }
         for pair in 1..=pairs {
             for (contender, vm) in &mut vms {
-                self.turn(contender, vm, None)?;
+                self.turn(contender, vm)?;
             }
             run.tell(&told(pair, pairs, vms.iter().map(|(c, _)| c)));
         }
@@ -109,19 +154,9 @@ impl Contest<'_> {
 
     /// Boots a VM for each move. The first of ours goes back with its RAM compared.
     pub(crate) fn busy(&self, run: &Run<'_>, pairs: u32) -> Result<Case, BenchError> {
-        self.busy_within(run, pairs, None)
-    }
-
-    /// The same with a time after which a move is given up. Who could not do it once is not asked again.
-    pub(crate) fn busy_within(
-        &self,
-        run: &Run<'_>,
-        pairs: u32,
-        limit: Option<Duration>,
-    ) -> Result<Case, BenchError> {
-        let verify = match limit {
-            Some(_) => ours::Order::with(&["--verify", "--timeout", VERIFY_STOPS_S]),
-            None => ours::Order::with(&["--verify"]),
+        let verify = match self.terms.limit {
+            Some(_) => self.terms.verify(Some(VERIFY_STOPS_S)),
+            None => self.terms.verify(None),
         };
         let ways: Vec<Option<StockWay>> =
             std::iter::once(None).chain(self.peers.iter().copied().map(Some)).collect();
@@ -132,7 +167,7 @@ impl Contest<'_> {
             for (way, contender) in ways.iter().zip(&mut contenders).filter(|(_, c)| c.failed.is_none()) {
                 let mut vm = self.boot(*way, pair, 0)?;
                 std::thread::sleep(load::BEFORE);
-                self.turn(contender, &mut vm, limit)?;
+                self.turn(contender, &mut vm)?;
                 if let (Vm::Ours(vm), None) = (&mut vm, &verified) {
                     verified = Some(vm.verify_with(self.stage, &verify));
                 }
@@ -153,7 +188,7 @@ impl Contest<'_> {
             let mut vm = self.boot(way, WATCHED, 0)?;
             let client = load::listen(self.stage)?;
             load::warm_memory(self.memory_mib());
-            let mut moved = vm.migrate(self.stage)?;
+            let mut moved = vm.migrate(self.stage, &self.terms)?;
             std::thread::sleep(load::AFTER);
             let seen = Seen::of(client.finish()?, moved.window)?;
             moved.figures = crate::figures::Figures::default().with(Metric::Blackout, seen.blackout_ms);
@@ -166,18 +201,15 @@ impl Contest<'_> {
         Ok(())
     }
 
-    fn turn(
-        &self,
-        contender: &mut Contender,
-        vm: &mut Vm,
-        limit: Option<Duration>,
-    ) -> Result<(), BenchError> {
+    fn turn(&self, contender: &mut Contender, vm: &mut Vm) -> Result<(), BenchError> {
         std::thread::sleep(REST);
         load::warm_memory(self.memory_mib());
-        match (vm.migrate_within(self.stage, limit), &vm) {
+        match (vm.migrate(self.stage, &self.terms), &vm) {
             (Ok(moved), _) => contender.moves.push(moved),
             // Not to get through is a result: a peer's always, ours where the case allows for it.
-            (Err(why), vm) if why.is_no_end() && (limit.is_some() || matches!(vm, Vm::Stock(..))) => {
+            (Err(why), vm)
+                if why.is_no_end() && (self.terms.limit.is_some() || matches!(vm, Vm::Stock(..))) =>
+            {
                 contender.failed = Some(why.to_string());
             }
             (Err(why), _) => return Err(why),
@@ -188,10 +220,7 @@ impl Contest<'_> {
     fn boot(&self, way: Option<StockWay>, number: u32, tap: u8) -> Result<Vm, BenchError> {
         let name = format!("{}{number}", way.map_or("ours", StockWay::name).replace(' ', "-"));
         let guest = (self.guest)(&name, tap);
-        match way {
-            None => Ok(Vm::Ours(OurVm::boot(self.stage, &guest, tap)?)),
-            Some(way) => Ok(Vm::Stock(Box::new(StockVm::boot(self.stage, &guest, tap)?), way)),
-        }
+        Vm::boot(self.stage, way, &guest, tap)
     }
 
     fn memory_mib(&self) -> u32 {
@@ -210,9 +239,38 @@ impl Contest<'_> {
 
 fn told<'a>(pair: u32, pairs: u32, contenders: impl Iterator<Item = &'a Contender>) -> String {
     let one = |c: &Contender| {
+        if c.failed.is_some() {
+            return format!("{} did not get through", c.name);
+        }
         let last = c.moves.last();
         let figure = |m: Metric| last.and_then(|l| l.figures.get(m)).unwrap_or(f64::NAN);
         format!("{} {:.0} ms, down {:.1}", c.name, figure(Metric::TotalTime), figure(Metric::Downtime))
     };
     format!("pair {pair} of {pairs}: {}", contenders.map(one).collect::<Vec<_>>().join("; "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_are_the_same_for_all_and_a_guest_is_told_only_once_when_to_stop() {
+        let terms = Terms {
+            options: vec!["--auto-converge".to_owned()],
+            downtime_limit_ms: Some(50),
+            limit: Some(Duration::from_secs(9)),
+        };
+        let ours = terms.ours(&[]);
+        assert_eq!(ours.options, ["--auto-converge", "--max-downtime", "50"]);
+        let stock = terms.stock(StockWay::AutoConverge);
+        assert_eq!(
+            (ours.limit, stock.limit, stock.downtime_limit_ms),
+            (terms.limit, Duration::from_secs(9), 50)
+        );
+        let verify = terms.verify(Some("5"));
+        assert_eq!(verify.options[3..], ["--verify", "--timeout", "5"].map(str::to_owned));
+        assert_eq!(verify.limit, None);
+        let timed = Terms { options: vec!["--timeout".to_owned(), "9".to_owned()], ..Terms::default() };
+        assert_eq!(timed.verify(Some("5")).options, ["--timeout", "9", "--verify"]);
+    }
 }

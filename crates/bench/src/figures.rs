@@ -46,12 +46,16 @@ pub enum Metric {
     FlowBefore,
     /// What the same did while it moved, as a part of before. Per cent.
     AppDuring,
+    /// What it did while memory was sent for the first time, as a part of before. Per cent.
+    AppRoundOne,
     /// Its lowest quarter of a second around the move. Per cent of before.
     AppLowest,
     /// What it did after the move. Per cent of before.
     AppAfter,
     /// All that was not done because of the move, as time in which it would have been done before. Seconds.
     AppLost,
+    /// The longest time between two updates that a player of a game saw. Milliseconds.
+    UpdateGap,
 }
 
 impl Metric {
@@ -78,9 +82,11 @@ impl Metric {
             Metric::OpsBefore => "application before",
             Metric::FlowBefore => "stream before",
             Metric::AppDuring => "application during the move",
+            Metric::AppRoundOne => "application in round one",
             Metric::AppLowest => "its lowest 250 ms",
             Metric::AppAfter => "application after",
             Metric::AppLost => "work lost to the move",
+            Metric::UpdateGap => "longest wait of a player",
         }
     }
 
@@ -88,7 +94,11 @@ impl Metric {
     #[must_use]
     pub fn unit(self) -> &'static str {
         match self {
-            Metric::TotalTime | Metric::SetupTime | Metric::Downtime | Metric::Blackout => "ms",
+            Metric::TotalTime
+            | Metric::SetupTime
+            | Metric::Downtime
+            | Metric::Blackout
+            | Metric::UpdateGap => "ms",
             Metric::WireBytes | Metric::WireForth | Metric::PssSource | Metric::PssTarget => "MB",
             Metric::Cpu | Metric::AppLost => "s",
             Metric::Throughput => "Gbit/s",
@@ -98,7 +108,7 @@ impl Metric {
             Metric::FirstWrite => "us",
             Metric::CleanScan => "ms/GiB",
             Metric::OpsBefore => "/s",
-            Metric::AppDuring | Metric::AppLowest | Metric::AppAfter => "%",
+            Metric::AppDuring | Metric::AppRoundOne | Metric::AppLowest | Metric::AppAfter => "%",
         }
     }
 }
@@ -153,6 +163,18 @@ pub struct Point {
     pub transferred: u64,
     /// Bytes of RAM known to be unsent.
     pub remaining: u64,
+    /// Which round is being sent; 0 before the first, and where it was not noted.
+    #[serde(default)]
+    pub rounds: u64,
+}
+
+/// From when to when memory was sent for the first time, in milliseconds since the command. None if that was not seen.
+#[must_use]
+pub fn round_one(progress: &[Point]) -> Option<(f64, f64)> {
+    let begun = |p: &&Point| p.transferred > 0 && p.rounds > 0;
+    let first = progress.iter().find(begun)?;
+    let after = progress.iter().find(|p| p.rounds > first.rounds).or(progress.last())?;
+    (after.ms > first.ms).then_some((first.ms, after.ms))
 }
 
 /// The middle and the spread of samples.
@@ -198,6 +220,22 @@ mod tests {
         assert_eq!(Summary::of([1.0, 900.0, 2.0]).unwrap().median, 2.0);
         assert_eq!(Summary::of((1..=20).map(f64::from)).unwrap().p95, 19.0);
         assert_eq!(Summary::of([]), None);
+    }
+
+    #[test]
+    fn the_first_round_ends_where_the_second_begins_or_with_the_move() {
+        let at = |ms: f64, transferred, rounds| Point { ms, transferred, remaining: 0, rounds };
+        let progress = [
+            at(10.0, 0, 0),
+            at(20.0, 0, 1),
+            at(30.0, 5, 1),
+            at(40.0, 9, 1),
+            at(50.0, 12, 2),
+            at(60.0, 13, 3),
+        ];
+        assert_eq!(round_one(&progress), Some((30.0, 50.0)));
+        assert_eq!(round_one(&progress[..4]), Some((30.0, 40.0)));
+        assert_eq!((round_one(&progress[..3]), round_one(&[])), (None, None));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use memmap2::{Advice, MmapMut};
 use serde::{Deserialize, Serialize};
-use sterna_lab::client::{BEACON_PORT, Client, ClientReport, Gap};
+use sterna_lab::client::{BEACON_PORT, BeaconReport, Client, ClientReport, GameReport, Gap};
 use sterna_lab::guest::{Nic, Program};
 use sterna_lab::{GuestSpec, run};
 
@@ -36,6 +36,8 @@ pub const AFTER: Duration = Duration::from_secs(2);
 const AFTERMATH_MS: f64 = 1000.0;
 /// The beacon's listener lists silences from this length on; shorter ones are the scheduler's doing.
 const GAP_MS: f64 = 10.0;
+/// Likewise the players.
+const UPDATE_GAP_MS: f64 = 75.0;
 
 /// The demo's guest: one virtual CPU, plain RAM, a network card, Redis and a beacon.
 #[must_use]
@@ -103,6 +105,13 @@ pub fn wait_ready(guest: &GuestSpec, console: impl Fn() -> String) -> Result<(),
 #[must_use]
 pub fn bad_pages(console: &str) -> usize {
     console.matches("BAD ").count()
+}
+
+/// What a guest's kernel said of its own end, if it did.
+#[must_use]
+pub fn kernel_died(console: &str) -> Option<&str> {
+    const LAST_WORDS: [&str; 3] = ["BUG: ", "Oops: ", "Kernel panic"];
+    console.lines().find(|line| LAST_WORDS.iter().any(|words| line.contains(words)))
 }
 
 /// Fills the guest's Redis with noise, by Redis' own loader.
@@ -176,6 +185,22 @@ impl Noise {
 /// Starts the client that writes to the guest and listens to it, and gives it time to get going.
 pub fn watch(stage: &Stage, tap: u8) -> Result<Client, BenchError> {
     let client = Client::start(&stage.lab, &stage.kit.lab, stage.lab.guest_address(tap))?;
+    std::thread::sleep(BEFORE);
+    Ok(client)
+}
+
+/// The same with so few writes that others have the guest for themselves.
+pub fn watch_gently(stage: &Stage, tap: u8) -> Result<Client, BenchError> {
+    const WRITES_PER_SECOND: u32 = 100;
+    let guest = stage.lab.guest_address(tap);
+    let client = Client::start_paced(&stage.lab, &stage.kit.lab, guest, WRITES_PER_SECOND)?;
+    std::thread::sleep(BEFORE);
+    Ok(client)
+}
+
+/// Has players play the guest's game.
+pub fn play(stage: &Stage, tap: u8) -> Result<Client, BenchError> {
+    let client = Client::play(&stage.lab, &stage.kit.lab, stage.lab.guest_address(tap))?;
     std::thread::sleep(BEFORE);
     Ok(client)
 }
@@ -271,6 +296,9 @@ pub struct Silence {
 impl Seen {
     /// Of a client's report, for a move in this window. A client that wrote or heard nothing proves nothing.
     pub fn of(report: ClientReport, window: Window) -> Result<Seen, BenchError> {
+        if let Some(game) = report.game {
+            return Seen::of_game(&game, window);
+        }
         let Some(beacon) = report.beacon else {
             return Err(BenchError::unexpected("the client's report", "has no beacon"));
         };
@@ -281,10 +309,7 @@ impl Seen {
                 format!("{} writes, {} datagrams; {:?}", redis.acknowledged, beacon.received, redis.errors);
             return Err(BenchError::unexpected("the client did not reach the guest", found));
         }
-        let end = window.end_unix_ms + AFTERMATH_MS;
-        let around = |g: &&Gap| g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms;
-        let told = |g: &Gap| Silence { ms: g.start_unix_ms - window.start_unix_ms, length_ms: g.length_ms };
-        let silences: Vec<Silence> = beacon.gaps.iter().filter(around).map(told).collect();
+        let silences = silences(&beacon.gaps, window);
         let listed = silences.iter().map(|s| s.length_ms).fold(0.0, f64::max);
         let unlisted = beacon.max_gap_ms.min(GAP_MS);
         Ok(Seen {
@@ -300,16 +325,46 @@ impl Seen {
     }
 }
 
+impl Seen {
+    /// Of players: an input that the world forgot, and a world that moved back, are writes that were lost.
+    fn of_game(game: &GameReport, window: Window) -> Result<Seen, BenchError> {
+        if game.taken == 0 || game.updates.iter().any(|u| u.received == 0) {
+            return Err(BenchError::unexpected("the players did not reach the guest", format!("{game:?}")));
+        }
+        let all = |what: fn(&BeaconReport) -> u64| game.updates.iter().map(what).sum::<u64>();
+        let silences: Vec<Silence> = game.updates.iter().flat_map(|u| silences(&u.gaps, window)).collect();
+        let listed = silences.iter().map(|s| s.length_ms).fold(0.0, f64::max);
+        let unlisted = game.updates.iter().map(|u| u.max_gap_ms).fold(0.0, f64::max).min(UPDATE_GAP_MS);
+        Ok(Seen {
+            acknowledged: game.taken,
+            lost_writes: game.forgotten + all(|u| u.backwards),
+            beacons_missing: all(|u| u.missing),
+            blackout_ms: listed.max(unlisted),
+            silences,
+            ..Seen::default()
+        })
+    }
+}
+
+/// Those around a move.
+fn silences(gaps: &[Gap], window: Window) -> Vec<Silence> {
+    let end = window.end_unix_ms + AFTERMATH_MS;
+    let around = |g: &&Gap| g.start_unix_ms < end && g.start_unix_ms + g.length_ms > window.start_unix_ms;
+    let told = |g: &Gap| Silence { ms: g.start_unix_ms - window.start_unix_ms, length_ms: g.length_ms };
+    gaps.iter().filter(around).map(told).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sterna_lab::client::{BeaconReport, RedisReport};
+    use sterna_lab::client::RedisReport;
 
     fn report(gaps: Vec<Gap>) -> ClientReport {
         let max_gap_ms = gaps.iter().map(|g| g.length_ms).fold(3.0, f64::max);
         ClientReport {
             redis: Some(RedisReport { acknowledged: 7, ..RedisReport::default() }),
             beacon: Some(BeaconReport { received: 9, missing: 0, backwards: 0, max_gap_ms, gaps }),
+            game: None,
         }
     }
 
@@ -341,6 +396,37 @@ mod tests {
         let mut deaf = report(vec![]);
         deaf.beacon.as_mut().unwrap().received = 0;
         Seen::of(deaf, WINDOW).unwrap_err();
+    }
+
+    #[test]
+    fn a_dead_kernel_is_known_by_its_last_words() {
+        let console =
+            "READY 6.39\n[   21.2] BUG: unable to handle page fault for address: 0000000eb30fe692\nmore";
+        assert!(kernel_died(console).unwrap().contains("BUG: unable"));
+        assert_eq!(kernel_died("READY 6.39\nLOAD filled pages=1\n"), None);
+    }
+
+    #[test]
+    fn players_count_the_longest_wait_of_any_and_what_the_world_forgot() {
+        let player = |gaps: Vec<Gap>, backwards| BeaconReport {
+            received: 9,
+            backwards,
+            max_gap_ms: 80.0,
+            gaps,
+            ..BeaconReport::default()
+        };
+        let game = GameReport {
+            updates: vec![
+                player(vec![gap(2000.0, 90.0)], 0),
+                player(vec![gap(2010.0, 110.0), gap(9000.0, 500.0)], 1),
+            ],
+            taken: 40,
+            forgotten: 2,
+        };
+        let report = ClientReport { redis: None, beacon: None, game: Some(game.clone()) };
+        let seen = Seen::of(report, WINDOW).unwrap();
+        assert_eq!((seen.blackout_ms, seen.lost_writes, seen.acknowledged), (110.0, 3, 40));
+        Seen::of_game(&GameReport { taken: 0, ..game }, WINDOW).unwrap_err();
     }
 
     #[test]

@@ -350,6 +350,7 @@ fn understood(lines: &[Line], progress: Progress) -> Result<(Said, Vec<Point>), 
             ms: at.as_secs_f64() * 1e3,
             transferred: last.ram.transferred,
             remaining: last.ram.remaining,
+            rounds: last.ram.dirty_sync_count.into(),
         });
     }
     Ok((last, samples))

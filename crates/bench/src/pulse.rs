@@ -3,6 +3,8 @@
 use std::io::{BufReader, Read};
 use std::net::Ipv4Addr;
 use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,6 +17,10 @@ use crate::stage::Stage;
 const SLOT_MS: f64 = 250.0;
 /// Longer than any case: the program is ended when the case is.
 const DURATION_S: &str = "600";
+/// The client's interface to the guests.
+const INTERFACE: &str = "eth0:";
+/// By then a program that was started in a namespace is in it.
+const ENTERED: Duration = Duration::from_millis(500);
 /// How long an application runs before a move: its pace is steady after a second or two.
 const WARM_UP: Duration = Duration::from_secs(5);
 /// What it did so long before the move is what it does undisturbed.
@@ -31,6 +37,10 @@ pub enum App {
     Redis,
     /// wrk, which fetches a file of 64 KiB over and over.
     Web,
+    /// The same in what comes over the link: files are too few for a quarter of a second, and bytes are not.
+    WebFlow,
+    /// wrk, which fetches a file of 512 KiB for 100 clients: the web server of Clark et al., NSDI 2005. In what comes over the link.
+    WebCrowd,
     /// iperf3 from the client to the guest.
     ToGuest,
     /// iperf3 from the guest to the client.
@@ -50,7 +60,8 @@ pub struct Beat {
 #[derive(Debug)]
 pub struct Pulse {
     child: Child,
-    reader: JoinHandle<Vec<Beat>>,
+    reader: Option<JoinHandle<Vec<Beat>>>,
+    stop: Arc<AtomicBool>,
 }
 
 impl App {
@@ -59,8 +70,13 @@ impl App {
     pub fn metric(self) -> Metric {
         match self {
             App::Redis | App::Web => Metric::OpsBefore,
-            App::ToGuest | App::FromGuest => Metric::FlowBefore,
+            App::WebFlow | App::WebCrowd | App::ToGuest | App::FromGuest => Metric::FlowBefore,
         }
+    }
+
+    /// What is told of it is read from the client's interface.
+    fn is_weighed(self) -> bool {
+        matches!(self, App::WebFlow | App::WebCrowd)
     }
 
     fn command(self, stage: &Stage, guest: Ipv4Addr) -> Result<Command, BenchError> {
@@ -68,7 +84,7 @@ impl App {
             (guest.to_string(), |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>());
         let mut command = match self {
             App::Redis => stage.client_command("redis-benchmark"),
-            App::Web => stage.client_command("wrk"),
+            App::Web | App::WebFlow | App::WebCrowd => stage.client_command("wrk"),
             App::ToGuest | App::FromGuest => stage.client_command("iperf3"),
         };
         match self {
@@ -79,6 +95,14 @@ impl App {
                 std::fs::write(&script, COUNTER).map_err(BenchError::file("write", &script))?;
                 command.args(words("-t 1 -c 16 --timeout 60s -d")).arg(DURATION_S).arg("-s").arg(script);
                 command.arg(format!("http://{guest}/file"))
+            }
+            App::WebFlow => {
+                command.args(words("-t 1 -c 16 --timeout 60s -d")).arg(DURATION_S);
+                command.arg(format!("http://{guest}/file"))
+            }
+            App::WebCrowd => {
+                command.args(words("-t 1 -c 100 --timeout 60s -d")).arg(DURATION_S);
+                command.arg(format!("http://{guest}/large"))
             }
             App::ToGuest | App::FromGuest => {
                 command.args(["-c", &guest, "-t", DURATION_S]).args(words("-i 0.25 -f m --forceflush"));
@@ -112,21 +136,63 @@ impl Pulse {
     /// Starts to use the guest, and gives it time to get going.
     pub fn start(stage: &Stage, app: App, guest: Ipv4Addr) -> Result<Pulse, BenchError> {
         let mut command = app.command(stage, guest)?;
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+        let output = if app.is_weighed() { Stdio::null() } else { Stdio::piped() };
+        command.stdin(Stdio::null()).stdout(output).stderr(Stdio::null());
         let mut child = command.spawn().map_err(BenchError::start(command.get_program()))?;
-        let output = child.stdout.take();
-        let reader = std::thread::spawn(move || output.map_or(Vec::new(), |o| beats(app, o)));
+        let (output, pid, stop) = (child.stdout.take(), child.id(), Arc::new(AtomicBool::new(false)));
+        let stopped = stop.clone();
+        let reader = std::thread::spawn(move || match output {
+            Some(output) => beats(app, output),
+            None => flow(pid, &stopped),
+        });
         std::thread::sleep(WARM_UP);
-        Ok(Pulse { child, reader })
+        Ok(Pulse { child, reader: Some(reader), stop })
     }
 
     /// Ends it, and returns what it did.
     pub fn finish(mut self) -> Vec<Beat> {
+        self.end();
+        self.reader.take().and_then(|reader| reader.join().ok()).unwrap_or_default()
+    }
+
+    fn end(&mut self) {
+        self.stop.store(true, Ordering::Release);
         // It may have ended by itself: then its silence is in the figures.
         let _ = self.child.kill();
         let _ = self.child.wait();
-        self.reader.join().unwrap_or_default()
     }
+}
+
+impl Drop for Pulse {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What comes to the client's interface, as a process beside it sees it.
+fn flow(pid: u32, stop: &AtomicBool) -> Vec<Beat> {
+    let (mut beats, mut last) = (Vec::new(), None);
+    std::thread::sleep(ENTERED);
+    while let (false, Some(bytes)) = (stop.load(Ordering::Acquire), received(pid)) {
+        let now = load::unix_ms();
+        if let Some((at, before)) = last {
+            let value = bytes.saturating_sub(before) as f64 * 8.0 / 1e3 / (now - at);
+            beats.push(Beat { unix_ms: f64::midpoint(at, now), value });
+        }
+        last = Some((now, bytes));
+        std::thread::sleep(Duration::from_millis(SLOT_MS as u64));
+    }
+    beats
+}
+
+fn received(pid: u32) -> Option<u64> {
+    received_of(&std::fs::read_to_string(format!("/proc/{pid}/net/dev")).ok()?)
+}
+
+/// proc(5): an interface a line, and what it received first.
+fn received_of(text: &str) -> Option<u64> {
+    let line = text.lines().find_map(|l| l.trim_start().strip_prefix(INTERFACE))?;
+    line.split_whitespace().next()?.parse().ok()
 }
 
 /// redis-benchmark writes over its last line: a carriage return ends a line too.
@@ -157,7 +223,8 @@ pub struct Course {
 impl Course {
     /// Of what an application did around a move. It has to have done something before.
     pub fn of(app: App, beats: &[Beat], window: Window) -> Result<Course, BenchError> {
-        let beats = filled(beats);
+        // What is weighed is never silent.
+        let beats = if app.is_weighed() { beats.to_vec() } else { filled(beats) };
         let (start, end) = (window.start_unix_ms, window.end_unix_ms);
         let within = |from: f64, to: f64| {
             beats.iter().filter(move |b| (from..to).contains(&b.unix_ms)).map(|b| b.value)
@@ -186,6 +253,22 @@ impl Course {
         let shown = beats.iter().filter(|b| b.unix_ms >= start - BEFORE_MS);
         let points = shown.map(|b| ((b.unix_ms - start) / 1e3, b.value)).collect();
         Ok(Course { points, figures })
+    }
+
+    /// With what was done while memory was sent for the first time, beside the same time before. That time is in milliseconds
+    /// since the move began.
+    #[must_use]
+    pub fn in_round_one(mut self, round: Option<(f64, f64)>) -> Course {
+        let mean = |from_ms: f64, to_ms: f64| {
+            let within = self.points.iter().filter(|p| (from_ms..to_ms).contains(&(p.0 * 1e3)));
+            let (sum, count) = within.fold((0.0, 0.0), |(sum, count), p| (sum + p.1, count + 1.0));
+            sum / count
+        };
+        if let Some((from, to)) = round {
+            let kept = mean(from, to) / mean(-BEFORE_MS, 0.0) * 100.0;
+            self.figures.set(Metric::AppRoundOne, kept);
+        }
+        self
     }
 }
 
@@ -229,6 +312,25 @@ mod tests {
         assert_eq!(value(App::FromGuest, "[ ID] Interval           Transfer     Bitrate"), None);
         assert_eq!(App::Web.beat("SLOT 8 30", 0.0), Some(Beat { unix_ms: 2125.0, value: 120.0 }));
         assert_eq!(App::Web.beat("Running 10m test @ http://10.77.0.10/file", 0.0), None);
+    }
+
+    #[test]
+    fn what_an_interface_received_is_read_from_its_line() {
+        let text = "Inter-|   Receive\n face |bytes    packets\n    lo:     100       1 0\n  eth0: 123456     789 0 0\n";
+        assert_eq!(received_of(text), Some(123_456));
+        assert_eq!(received_of("    lo: 1 2 3\n"), None);
+    }
+
+    #[test]
+    fn round_one_is_compared_with_the_time_before() {
+        let mut values = vec![100.0; 24];
+        values[16..20].fill(90.0);
+        values[20..].fill(10.0);
+        let window = Window { start_unix_ms: 4000.0, end_unix_ms: 6000.0 };
+        let course = Course::of(App::WebFlow, &beats(&values), window).unwrap();
+        let kept = |round| course.clone().in_round_one(round).figures.get(Metric::AppRoundOne);
+        assert_eq!(kept(Some((0.0, 1000.0))), Some(90.0));
+        assert_eq!((kept(None), kept(Some((0.0, 0.0)))), (None, None));
     }
 
     fn beats(values: &[f64]) -> Vec<Beat> {

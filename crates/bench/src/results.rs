@@ -127,6 +127,9 @@ pub struct Case {
     /// Curves.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub curves: Vec<Curve>,
+    /// What stands beside it: what somebody else saw who did the same.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub beside: Vec<String>,
 }
 
 impl Case {
@@ -315,8 +318,8 @@ pub(crate) mod tests {
         let split =
             vec![Span { name: "stop".into(), ms: 1.0 }, Span { name: "load".into(), ms: downtime_ms - 1.0 }];
         let progress = vec![
-            Point { ms: 100.0, transferred: 0, remaining: 9 << 20 },
-            Point { ms: 900.0, transferred: 9 << 20, remaining: 0 },
+            Point { ms: 100.0, transferred: 0, remaining: 9 << 20, rounds: 1 },
+            Point { ms: 900.0, transferred: 9 << 20, remaining: 0, rounds: 1 },
         ];
         let client = Some(Seen { acknowledged: 5, per_second: vec![2000, 1900, 2000], ..Seen::default() });
         Move { figures, downtime_split: split, progress, client, ..Move::default() }
@@ -387,7 +390,7 @@ pub(crate) mod tests {
 
     #[test]
     fn the_fastest_second_is_found_and_a_burst_within_it_is_not_taken_for_one() {
-        let at = |ms, megabits: u64| Point { ms, transferred: megabits * 125_000, remaining: 0 };
+        let at = |ms, megabits: u64| Point { ms, transferred: megabits * 125_000, remaining: 0, rounds: 1 };
         let progress = [at(0.0, 0), at(500.0, 50), at(600.0, 150), at(1500.0, 200), at(2500.0, 220)];
         // The best stretch is the one from 500 to 1500 ms.
         assert!((fastest_mbps(&progress) - 150.0).abs() < 1e-9, "{}", fastest_mbps(&progress));

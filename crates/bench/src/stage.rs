@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::Command;
 
-use sterna_lab::{Host, Lab, LabSpec, LinkBytes};
+use sterna_lab::{Host, Lab, LabSpec, LinkBytes, Wiring};
 
 use crate::agent::{self, HostAgent};
 use crate::{BenchError, Kit};
@@ -27,6 +27,8 @@ pub struct Stage {
 pub enum Link {
     /// 1 Gbit/s.
     Gigabit,
+    /// 1 Gbit/s, which the guests' traffic goes over too: each host has one network card.
+    SharedGigabit,
     /// As fast as the machine copies.
     Unshaped,
 }
@@ -64,10 +66,11 @@ impl Stage {
     /// Sets everything up. Needs root. Guests have a tap each.
     pub fn up(kit: &Kit, link: Link, streams: PageStreams, guests: u8) -> Result<Stage, BenchError> {
         let rate = match link {
-            Link::Gigabit => LabSpec::default().rate,
+            Link::Gigabit | Link::SharedGigabit => LabSpec::default().rate,
             Link::Unshaped => None,
         };
-        let lab = Lab::up(&LabSpec { rate, taps: guests, ..LabSpec::default() })?;
+        let wiring = if link == Link::SharedGigabit { Wiring::Shared } else { Wiring::Apart };
+        let lab = Lab::up(&LabSpec { rate, taps: guests, wiring, ..LabSpec::default() })?;
         agent::issue_keys(&lab, kit)?;
         let a = HostAgent::start(&lab, lab.host(0)?, kit, streams, guests)?;
         let b = HostAgent::start(&lab, lab.host(1)?, kit, streams, guests)?;

@@ -10,7 +10,7 @@ use sterna_lab::{Arrival, GuestSpec, Running};
 
 use crate::BenchError;
 use crate::facts::load_average;
-use crate::figures::{Figures, Metric};
+use crate::figures::{Figures, Metric, Point};
 use crate::load::{self, Window};
 use crate::meter::{Meter, pss_mb};
 use crate::ours::PAGE_BITS;
@@ -34,8 +34,13 @@ const CHANNELS: u32 = 2;
 /// `xbzrle-cache-size`: all of the guests' working sets. QEMU's default of 64 MiB would hold it back.
 const CACHE_BYTES: u64 = 512 << 20;
 
-/// `cpu-throttle-increment`: QEMU's default.
+/// `cpu-throttle-initial`, `cpu-throttle-increment` and `max-cpu-throttle`, in per cent: QEMU's defaults, as its documentation has
+/// them.
+const THROTTLE_FIRST: u32 = 20;
 const THROTTLE_STEP: u32 = 10;
+const THROTTLE_MAX: u32 = 99;
+/// How often its progress is noted, as that of ours is.
+const NOTE_MS: f64 = 100.0;
 /// Everything that a way may switch on: what the last move of a VM switched on is switched off again.
 const CAPABILITIES: &[&str] =
     &["multifd", "xbzrle", "compress", "auto-converge", "postcopy-ram", "postcopy-preempt"];
@@ -178,7 +183,8 @@ impl StockVm {
         let launch_ms = began.elapsed().as_secs_f64() * 1e3;
         meter.watch_whole(target.process());
         self.begin(stage, &mut target, order)?;
-        let stopped = self.wait_completed(order)?;
+        let mut progress = Vec::new();
+        let stopped = self.wait_completed(order, began, &mut progress)?;
         wait_running(&mut target)?;
         let running = began.elapsed();
         // QEMU counts from its own stop, and not from ours.
@@ -209,7 +215,7 @@ impl StockVm {
         ] {
             figures.set(metric, value);
         }
-        Ok(Move { figures, window, load_before, report, ..Move::default() })
+        Ok(Move { figures, window, progress, load_before, report, ..Move::default() })
     }
 
     /// Begins a migration to a QEMU that waits.
@@ -235,6 +241,8 @@ impl StockVm {
                 parameters["decompress-threads"] = threads.into();
             }
             StockWay::AutoConverge => {
+                parameters["cpu-throttle-initial"] = THROTTLE_FIRST.into();
+                parameters["max-cpu-throttle"] = THROTTLE_MAX.into();
                 parameters["cpu-throttle-increment"] = tuning.throttle_step.unwrap_or(THROTTLE_STEP).into();
             }
             StockWay::Precopy | StockWay::Postcopy | StockWay::Preempt => {}
@@ -254,7 +262,12 @@ impl StockVm {
     }
 
     /// Also does what the order wants done after some rounds; when it stopped the guest is told.
-    fn wait_completed(&mut self, order: Order) -> Result<Option<Instant>, BenchError> {
+    fn wait_completed(
+        &mut self,
+        order: Order,
+        began: Instant,
+        progress: &mut Vec<Point>,
+    ) -> Result<Option<Instant>, BenchError> {
         let end = Instant::now() + order.limit;
         let tuning = order.tuning;
         let mut to_switch = order.way.is_postcopy();
@@ -263,6 +276,7 @@ impl StockVm {
             let report = self.qemu.qmp.execute("query-migrate", json!({}))?;
             let rounds = report.pointer("/ram/dirty-sync-count").and_then(Value::as_u64).unwrap_or(0);
             let now = Instant::now();
+            note(progress, began, &report, rounds);
             match word(&report) {
                 "completed" => return Ok(stopped),
                 "failed" | "cancelled" => {
@@ -307,6 +321,18 @@ impl StockVm {
                 _ => return Err(BenchError::unexpected("a cancelled migration", report.to_string())),
             }
         }
+    }
+}
+
+/// Keeps a point of its progress every now and then, and each first one of a round.
+fn note(progress: &mut Vec<Point>, began: Instant, report: &Value, rounds: u64) {
+    let bytes = |name: &str| report.pointer(name).and_then(Value::as_u64);
+    let (Some(transferred), Some(remaining)) = (bytes("/ram/transferred"), bytes("/ram/remaining")) else {
+        return;
+    };
+    let ms = began.elapsed().as_secs_f64() * 1e3;
+    if progress.last().is_none_or(|last| ms - last.ms >= NOTE_MS || last.rounds != rounds) {
+        progress.push(Point { ms, transferred, remaining, rounds });
     }
 }
 

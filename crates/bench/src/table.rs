@@ -71,7 +71,7 @@ fn case(case: &Case) -> String {
             case.limits.iter().find(|l| l.metric == metric).map_or(String::new(), |l| number(l.value));
         let _ = writeln!(text, "{ratio:>14}{limit:>12}");
     }
-    text + &split(case) + &remarks(case)
+    text + &split(case) + &remarks(case) + &courses(case)
 }
 
 /// The points of lines, for a case that is nothing but these.
@@ -84,6 +84,54 @@ fn curves(curves: &[Curve]) -> String {
         }
     }
     text
+}
+
+/// Steps of a line that is drawn with letters.
+const STEPS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
+/// As many letters as there is room for beside a name.
+const LETTERS: usize = 100;
+
+/// The lines of a case as letters, and what stands beside them.
+fn courses(case: &Case) -> String {
+    let mut text = String::new();
+    for curve in &case.curves {
+        let points = || {
+            curve.lines.iter().flat_map(|(_, points)| points).filter(|p| p.0.is_finite() && p.1.is_finite())
+        };
+        let (left, right) =
+            points().fold((f64::INFINITY, f64::NEG_INFINITY), |(l, r), p| (l.min(p.0), r.max(p.0)));
+        let top = points().map(|p| p.1).fold(0.0, f64::max);
+        if right <= left || top <= 0.0 {
+            continue;
+        }
+        let scale =
+            format!("from {} to {} ({}), highest {}", number(left), number(right), curve.x, number(top));
+        let _ = writeln!(text, "  {}; {}; {scale}", curve.title, curve.y);
+        // More letters than points would leave gaps.
+        let letters = curve.lines.iter().map(|(_, points)| points.len()).max().unwrap_or(0).min(LETTERS);
+        for (name, points) in &curve.lines {
+            let _ = writeln!(text, "  {name:<24}{}", spark(points, (left, right), top, letters));
+        }
+    }
+    for line in &case.beside {
+        let _ = writeln!(text, "  beside it: {line}");
+    }
+    text
+}
+
+/// The means of points in equal parts of an axis; a blank where there is none.
+fn spark(points: &[(f64, f64)], (left, right): (f64, f64), top: f64, letters: usize) -> String {
+    let letter = |at: usize| {
+        let edge = |at: usize| left + (right - left) * at as f64 / letters as f64;
+        let within = |x: f64| x >= edge(at) && (x < edge(at + 1) || at + 1 == letters);
+        let values = points.iter().filter(|p| within(p.0)).map(|p| p.1);
+        let (sum, count) = values.fold((0.0, 0.0), |(sum, count), y| (sum + y, count + 1.0));
+        match count {
+            0.0 => ' ',
+            _ => STEPS[((sum / count / top * 8.0) as usize).min(STEPS.len() - 1)],
+        }
+    };
+    (0..letters).map(letter).collect::<String>().trim_end().to_owned()
 }
 
 /// Where the time of our stops went: medians of each part.
@@ -189,6 +237,22 @@ mod tests {
             assert!(text.contains(part), "{part} is not in {text}");
         }
         assert!(text.contains("stopped for, ms: stop 1.0, load 11.0"), "{text}");
+    }
+
+    #[test]
+    fn a_course_is_drawn_with_letters_and_what_stands_beside_it_is_said() {
+        let mut row = sample();
+        row.cases[0].beside = vec!["the paper saw 165 ms".to_owned()];
+        let text = super::row(&row);
+        assert!(
+            text.contains('▅') && text.contains('█') && text.contains("beside it: the paper saw 165 ms"),
+            "{text}"
+        );
+        let flat = spark(&[(0.0, 0.0), (100.0, 8.0)], (0.0, 100.0), 8.0, LETTERS);
+        assert_eq!(
+            (flat.chars().next(), flat.chars().last(), flat.chars().count()),
+            (Some('▁'), Some('█'), LETTERS)
+        );
     }
 
     #[test]

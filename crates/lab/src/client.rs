@@ -1,8 +1,9 @@
 //! The client that checks: it writes to the guest's Redis all the time and reads everything back, and listens to the
-//! guest's beacon. It runs in a process of its own inside the lab's client namespace and reports as JSON.
+//! guest's beacon, or plays the guest's game. It runs in a process of its own inside the lab's client namespace and reports as JSON.
 
 mod beacon;
 mod child;
+mod game;
 mod redis;
 mod resp;
 
@@ -16,6 +17,7 @@ use serde::{Deserialize, Serialize};
 use crate::LabError;
 pub use beacon::{BeaconReport, Gap};
 pub use child::{Client, lab_program};
+pub use game::GameReport;
 pub use redis::RedisReport;
 
 /// The default pace: an emulated guest's Redis serves it with one core, and dirties some MB a second.
@@ -24,6 +26,10 @@ pub const WRITES_PER_SECOND: u32 = 2000;
 pub const KEYS: u32 = 50_000;
 /// The port on which the client listens to the beacon.
 pub const BEACON_PORT: u16 = 9000;
+/// The port of the guest's game.
+pub const GAME_PORT: u16 = 27960;
+/// The default number of players: as many as played in Clark et al., NSDI 2005.
+pub const PLAYERS: u8 = 6;
 /// How often a waiting client looks whether it should stop.
 const STOP_POLL: Duration = Duration::from_millis(20);
 
@@ -34,6 +40,10 @@ pub struct ClientOptions {
     pub redis: Option<SocketAddrV4>,
     /// The port to listen on for the beacon.
     pub beacon: Option<u16>,
+    /// The game to play.
+    pub game: Option<SocketAddrV4>,
+    /// How many play it.
+    pub players: u8,
     /// When to stop, if nobody says so before.
     pub limit: Option<Duration>,
     /// Pace.
@@ -49,6 +59,9 @@ pub struct ClientReport {
     pub redis: Option<RedisReport>,
     /// Of the beacon.
     pub beacon: Option<BeaconReport>,
+    /// Of the game.
+    #[serde(default)]
+    pub game: Option<GameReport>,
 }
 
 /// Whether the end of standard input ends a wait.
@@ -67,13 +80,18 @@ pub fn run(options: &ClientOptions) -> Result<ClientReport, LabError> {
     block_signals()?;
     let beacon = options.beacon.map(|port| beacon::listen(port, stop.clone())).transpose()?;
     let redis = options.redis.map(|server| redis::start(server, options, stop.clone()));
+    let game = options.game.map(|server| game::play(server, options.players, &stop)).transpose()?;
     let waited = wait_for_the_end(
         options.limit,
         if options.limit.is_some() { Input::Ignored } else { Input::Watched },
     );
     stop.store(true, Ordering::Release);
     waited?;
-    Ok(ClientReport { redis: redis.map(joined).transpose()?, beacon: beacon.map(joined).transpose()? })
+    Ok(ClientReport {
+        redis: redis.map(joined).transpose()?,
+        beacon: beacon.map(joined).transpose()?,
+        game: game.map(|game| game.report()).transpose()?,
+    })
 }
 
 /// Waits for the limit, SIGTERM, SIGINT or, if it is watched, the end of standard input.

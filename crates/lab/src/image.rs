@@ -17,7 +17,7 @@ use crate::{LabError, Packages, run};
 use cpio::Archive;
 
 /// Our programs that run inside guests.
-const PROGRAMS: &[&str] = &["load", "beacon"];
+const PROGRAMS: &[&str] = &["load", "beacon", "game"];
 /// A cold build compiles the standard library's few dependencies on a loaded machine.
 const BUILD: Duration = Duration::from_secs(600);
 /// Modules whose devices the lab's guests may have; what these need is found.
@@ -56,6 +56,8 @@ const USE: &str = include_str!("use.sh");
 const WEB: &str = include_str!("nginx.conf");
 /// What it serves as `/file`: an emulated processor sends some hundreds of these each second.
 const WEB_FILE_BYTES: usize = 64 << 10;
+/// And as `/large`: the file of Clark et al., NSDI 2005.
+const WEB_LARGE_FILE_BYTES: usize = 512 << 10;
 
 /// Builds the guest programs and the image, and returns the image's path. Does nothing anew when nothing changed.
 pub fn build(dir: &LabDir, packages: &Packages) -> Result<PathBuf, LabError> {
@@ -179,8 +181,10 @@ fn add_web(archive: &mut Archive) {
     archive.file("etc/group", 0o644, b"root:x:0:\n");
     archive.file("etc/nginx.conf", 0o644, WEB.as_bytes());
     // Any content will do; it is the same in each image.
-    let page: Vec<u8> = (0..WEB_FILE_BYTES).map(|n| (n * 31 % 251) as u8).collect();
-    archive.file("www/file", 0o644, &page);
+    for (name, bytes) in [("www/file", WEB_FILE_BYTES), ("www/large", WEB_LARGE_FILE_BYTES)] {
+        let page: Vec<u8> = (0..bytes).map(|n| (n * 31 % 251) as u8).collect();
+        archive.file(name, 0o644, &page);
+    }
 }
 
 /// ldd(1) prints `name => /path (address)` or `/path (address)`; the vdso has no path.
@@ -211,7 +215,8 @@ mod tests {
         let packages = crate::packages::ensure(&dir).unwrap();
         let servers = crate::packages::servers(&dir).unwrap();
         let listing = listing(&build_with_servers(&dir, &packages, &servers).unwrap());
-        for name in ["bin/nginx", "bin/iperf3", "bin/redis-server", "etc/nginx.conf", "www/file"] {
+        for name in ["bin/nginx", "bin/iperf3", "bin/redis-server", "etc/nginx.conf", "www/file", "www/large"]
+        {
             assert!(listing.lines().any(|l| l == name), "{name} is not in {listing}");
         }
         assert_eq!(listing.lines().filter(|l| l.ends_with("/libcrypto.so.3")).count(), 1, "{listing}");
@@ -224,9 +229,15 @@ mod tests {
         let image = build(&dir, &packages).unwrap();
         let first = read(&image).unwrap();
         let listing = listing(&image);
-        for name in
-            ["init", "bin/load", "bin/beacon", "bin/redis-server", "modules/virtio_net.ko", "modules/order"]
-        {
+        for name in [
+            "init",
+            "bin/load",
+            "bin/beacon",
+            "bin/game",
+            "bin/redis-server",
+            "modules/virtio_net.ko",
+            "modules/order",
+        ] {
             assert!(listing.lines().any(|l| l == name), "{name} is not in {listing}");
         }
         let written = |p: &Path| std::fs::metadata(p).unwrap().modified().unwrap();

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The first process of a lab guest. It reads what to do from the kernel's command line:
-#   sterna.ip=ADDRESS/BITS  sterna.run=redis,web,iperf3,beacon:CLIENT:PORT,load:--option=value+--option,use
+#   sterna.ip=ADDRESS/BITS  sterna.run=redis,web,iperf3,game,beacon:CLIENT:PORT,load:--option=value+--option,use
 # says READY on the console when all of it runs, and then obeys lines from the console (poweroff, reboot).
 export PATH=/bin
 mount -t proc proc /proc
@@ -45,6 +45,7 @@ for program in $programs; do
         redis) redis ;;
         web) web ;;
         iperf3) iperf3 --server >/dev/null 2>&1 & ;;
+        game) game & ;;
         beacon:*) beacon "${program#beacon:}" & ;;
         load:*) load $(echo "${program#load:}" | tr + ' ') & ;;
         use) use & ;;

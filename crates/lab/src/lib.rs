@@ -27,6 +27,6 @@ pub mod stock;
 pub use error::LabError;
 pub use guest::{Arrival, GuestSpec, Machine, Ram, Running};
 pub use huge::HugePages;
-pub use net::{Host, Lab, LabSpec, LinkBytes};
+pub use net::{Host, Lab, LabSpec, LinkBytes, Wiring};
 pub use packages::Packages;
 pub use place::LabDir;

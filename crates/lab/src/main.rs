@@ -11,7 +11,7 @@ use clap::{Args, Parser, Subcommand};
 use sterna_lab::client::{self, ClientOptions};
 use sterna_lab::guest::{GuestSpec, HostSide, Nic, Program, Serial};
 use sterna_lab::state::{self, State};
-use sterna_lab::{Arrival, Lab, LabDir, LabSpec, image, net, packages};
+use sterna_lab::{Arrival, Lab, LabDir, LabSpec, Wiring, image, net, packages};
 
 /// Hosts as network namespaces, with a shaped link between them and a client that reaches their guests.
 #[derive(Parser)]
@@ -36,7 +36,7 @@ enum Action {
     Setup,
     /// Print the command line of a guest with Redis and a beacon, as `qemu-system-x86_64` takes it
     GuestLine(GuestLine),
-    /// Write numbered keys to a guest's Redis and listen to its beacon; print what was lost as JSON
+    /// Write numbered keys to a guest's Redis, listen to its beacon, play its game; print what was lost as JSON
     Client(ClientArgs),
 }
 
@@ -54,6 +54,9 @@ struct Up {
     /// User that may open the taps
     #[arg(long)]
     tap_user: Option<u32>,
+    /// One link for migrations and the guests' traffic, as in a host with one network card
+    #[arg(long)]
+    shared: bool,
     /// Return at once; the lab stays until `sterna-lab down`
     #[arg(long)]
     detach: bool,
@@ -82,6 +85,12 @@ struct ClientArgs {
     /// Port on which the beacon's datagrams arrive
     #[arg(long)]
     beacon: Option<u16>,
+    /// The guest's game, to be played
+    #[arg(long)]
+    game: Option<SocketAddrV4>,
+    /// Players of the game
+    #[arg(long, default_value_t = client::PLAYERS)]
+    players: u8,
     /// Stop after so many seconds; else when standard input ends, or at SIGTERM
     #[arg(long = "for")]
     seconds: Option<u64>,
@@ -112,7 +121,13 @@ fn main() -> anyhow::Result<()> {
 
 fn bring_up(up: &Up) -> anyhow::Result<()> {
     let rate = (up.rate != "none").then(|| up.rate.clone());
-    let lab = Lab::up(&LabSpec { hosts: up.hosts, rate, taps: up.taps, tap_user: up.tap_user })?;
+    let lab = Lab::up(&LabSpec {
+        hosts: up.hosts,
+        rate,
+        taps: up.taps,
+        wiring: if up.shared { Wiring::Shared } else { Wiring::Apart },
+        tap_user: up.tap_user,
+    })?;
     print_ways_in(&lab);
     if up.detach {
         println!("remove it: sterna-lab down {}", lab.detach()?);
@@ -185,6 +200,8 @@ fn run_client(args: &ClientArgs) -> anyhow::Result<()> {
     let report = client::run(&ClientOptions {
         redis: args.redis,
         beacon: args.beacon,
+        game: args.game,
+        players: args.players,
         limit: args.seconds.map(Duration::from_secs),
         writes_per_second: args.writes_per_second,
         keys: args.keys,

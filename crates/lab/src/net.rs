@@ -8,7 +8,10 @@
 //!                              g-client -------------------------------'
 //! ```
 //!
-//! Migration traffic and guests' traffic have a network each. `brm` and `brg` stand in a namespace of their own, so the
+//! Where wiring is shared, `brg` is the only bridge of the switch, and what is shaped is the cable between it and a host's `brg`;
+//! `mig0` ends in the latter.
+//!
+//! Migration traffic and guests' traffic have a network each, unless the wiring is shared. `brm` and `brg` stand in a namespace of their own, so the
 //! machine itself sees no interface, only the namespaces' names, which carry the lab's. Addresses are the same in every
 //! lab; several run at once and do not see each other.
 
@@ -38,13 +41,24 @@ pub struct LabSpec {
     pub rate: Option<String>,
     /// Taps on each host, one for each guest that may run there.
     pub taps: u8,
+    /// What migrations and guests have to do with each other on their way.
+    pub wiring: Wiring,
     /// The user whose QEMU may open the taps; root's may always.
     pub tap_user: Option<u32>,
 }
 
+/// What carries migrations, and what guests' traffic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wiring {
+    /// A cable each: only the one of migrations is shaped.
+    Apart,
+    /// One cable for both, as in a host with one network card: it is shaped.
+    Shared,
+}
+
 impl Default for LabSpec {
     fn default() -> Self {
-        LabSpec { hosts: 2, rate: Some("1gbit".to_owned()), taps: 2, tap_user: None }
+        LabSpec { hosts: 2, rate: Some("1gbit".to_owned()), taps: 2, wiring: Wiring::Apart, tap_user: None }
     }
 }
 
@@ -186,7 +200,7 @@ impl Lab {
         }
     }
 
-    /// Cuts a host's migration link, or joins it again.
+    /// Cuts a host's migration link, or joins it again. Where the wiring is shared there is no such link.
     pub fn set_link(&self, host: &Host, link: Cable) -> Result<(), LabError> {
         let word = match link {
             Cable::Plugged => "up",
@@ -269,15 +283,28 @@ impl Lab {
     fn make_host(&self, host: &Host, spec: &LabSpec) -> Result<(), LabError> {
         let (switch, here) = (self.namespace("sw"), &host.namespace);
         add_namespace(here)?;
-        self.add_cable(&format!("m-{}", host.name), "brm", here, "mig0")?;
+        self.add_bridge(here, "brg")?;
+        let (migrations, guests) = (format!("m-{}", host.name), format!("g-{}", host.name));
+        self.add_cable(&guests, "brg", here, "guest0")?;
+        self.ip(here, "link set guest0 master brg")?;
+        let (near, far) = match spec.wiring {
+            Wiring::Apart => {
+                self.add_cable(&migrations, "brm", here, "mig0")?;
+                ("mig0", migrations)
+            }
+            Wiring::Shared => {
+                // A cable from the host to its own bridge: its counters are those of migrations alone.
+                self.ip(here, &format!("link add mig0 type veth peer name {migrations}"))?;
+                self.ip(here, &format!("link set {migrations} master brg up"))?;
+                self.ip(here, "link set mig0 up")?;
+                ("guest0", guests)
+            }
+        };
         self.ip(here, &format!("addr add {}/24 dev mig0", host.address))?;
         if let Some(rate) = &spec.rate {
-            shape(here, "mig0", rate)?;
-            shape(&switch, &format!("m-{}", host.name), rate)?;
+            shape(here, near, rate)?;
+            shape(&switch, &far, rate)?;
         }
-        self.add_bridge(here, "brg")?;
-        self.add_cable(&format!("g-{}", host.name), "brg", here, "guest0")?;
-        self.ip(here, "link set guest0 master brg")?;
         (0..spec.taps).try_for_each(|guest| self.add_tap(host, guest, spec.tap_user))
     }
 

@@ -14,7 +14,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use sterna_lab::process::ProcessId;
 use sterna_lab::state::{self, State};
-use sterna_lab::{Lab, LabSpec, net, run};
+use sterna_lab::{Lab, LabSpec, Wiring, net, run};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_sterna-lab");
 /// Far more than a removal takes on a machine full of tests.
@@ -145,6 +145,26 @@ fn a_detached_lab_stays_until_it_is_named() {
     assert_eq!(net::down(Some(&name)).unwrap(), std::slice::from_ref(&name));
     assert!(!state::file_of(&name).exists());
     net::down(Some(&name)).unwrap_err();
+}
+
+#[test]
+fn shared_wiring_has_one_shaped_cable_and_counts_migrations_alone() {
+    let _alone = alone();
+    let lab = Lab::up(&LabSpec { wiring: Wiring::Shared, ..LabSpec::default() }).unwrap();
+    let (a, b) = (&lab.hosts()[0], &lab.hosts()[1]);
+    let shows = |namespace: &str, device: &str| {
+        run::line(&format!("tc -n {namespace} qdisc show dev {device}"), GONE).unwrap()
+    };
+    assert!(shows(&a.namespace, "guest0").contains("tbf") && !shows(&a.namespace, "mig0").contains("tbf"));
+    assert!(shows(&format!("{}-sw", lab.name()), "g-a").contains("tbf"));
+    let before = lab.link_bytes(a).unwrap();
+    let mut ping = lab.command(&a.namespace, "busybox");
+    run::output(ping.args(["ping", "-c", "1", "-w", "20", &b.address.to_string()]), GONE).unwrap();
+    assert!(lab.link_bytes(a).unwrap().sent > before.sent);
+    // The hosts' addresses are not the client's business.
+    let mut ping = lab.command(&lab.client(), "busybox");
+    run::output(ping.args(["ping", "-c", "1", "-w", "1", &b.address.to_string()]), GONE).unwrap_err();
+    lab.down().unwrap();
 }
 
 /// A client that outpaces the limit would mean that the shaping is not there.

@@ -23,7 +23,8 @@ pub(super) fn section(case: &Case) -> Result<String, BenchError> {
         grid("wide", "How our downtime is spent", &split(case)?),
         grid("wide", "How downtime is distributed", &distributions(case)?),
         grid("wide", "How the moves go on", &timelines(case)?),
-        grid("wide", "How it grows", &curves(case)?),
+        grid("wide", if case.contenders.is_empty() { "How it grows" } else { "How it went" }, &curves(case)?),
+        case.beside.iter().map(|line| paragraph("dim", line)).collect(),
     ]
     .concat())
 }

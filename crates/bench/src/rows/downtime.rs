@@ -5,7 +5,7 @@ use sterna_lab::guest::{Disk, Vga};
 
 use super::{Run, idle};
 use crate::BenchError;
-use crate::contest::Contest;
+use crate::contest::{Contest, Terms};
 use crate::figures::Metric;
 use crate::load;
 use crate::results::{Case, Goal, Limit, RowResult};
@@ -51,7 +51,8 @@ fn case(
     let workload = format!("an idle guest of {} MiB, {devices}", idle::MEMORY_MIB);
     // Each contest's VMs have names of their own, and with them consoles.
     let named = |vm: &str, tap| guest(&format!("{name}-{vm}"), tap);
-    let contest = Contest { stage, workload, guest: &named, peers: &[StockWay::Precopy] };
+    let contest =
+        Contest { stage, workload, guest: &named, peers: &[StockWay::Precopy], terms: Terms::default() };
     let case = contest.idle(run, if run.extent.quick { RUNS_QUICK } else { RUNS })?;
     let text = "stop, save, load and cont of QEMU alone".to_owned();
     let limit = Limit { metric: Metric::Downtime, value: limit_ms, text };

@@ -6,7 +6,7 @@ use serde_json::Value;
 use sterna_lab::GuestSpec;
 
 use super::{Run, idle};
-use crate::contest::Contest;
+use crate::contest::{Contest, Terms};
 use crate::figures::Metric;
 use crate::ours::{self, OurVm};
 use crate::results::{Case, Contender, Curve, Limit, RowResult};
@@ -89,7 +89,8 @@ fn sizes(
             ..load::plain(stage, &format!("size{memory_mib}-{vm}"), memory_mib)
         };
         let workload = format!("{memory_mib} MiB, {fill} of it noise, idle");
-        let contest = Contest { stage, workload, guest: &guest, peers: &[StockWay::Precopy] };
+        let contest =
+            Contest { stage, workload, guest: &guest, peers: &[StockWay::Precopy], terms: Terms::default() };
         let case = contest.idle(run, pairs(run))?;
         let limits = idle::limit(&case).into_iter().collect();
         let name = format!("size {memory_mib} MiB");
@@ -115,8 +116,9 @@ fn rates(run: &Run<'_>, stage: &Stage, cases: &mut Vec<Case>) -> Result<(), Benc
         };
         let workload =
             format!("{WRITER_MIB} MiB, {WORKING_SET_MIB} of them written over and over at {rate} MB/s");
-        let contest = Contest { stage, workload, guest: &guest, peers: &[StockWay::Precopy] };
-        let case = contest.busy_within(run, pairs(run), Some(NO_END))?;
+        let terms = Terms { limit: Some(NO_END), ..Terms::default() };
+        let contest = Contest { stage, workload, guest: &guest, peers: &[StockWay::Precopy], terms };
+        let case = contest.busy(run, pairs(run))?;
         let once = axis.points.first().and_then(|(_, first)| first.limits.first().cloned());
         let limits = once.or_else(|| idle::limit(&case)).into_iter().collect();
         let name = format!("writes {rate} MB/s");

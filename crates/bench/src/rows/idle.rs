@@ -4,7 +4,7 @@ use sterna_lab::GuestSpec;
 
 use super::Run;
 use crate::BenchError;
-use crate::contest::Contest;
+use crate::contest::{Contest, Terms};
 use crate::figures::Metric;
 use crate::load;
 use crate::results::{Case, Goal, Limit, RowResult};
@@ -71,6 +71,7 @@ fn case(run: &Run<'_>, name: &str, streams: PageStreams) -> Result<Case, BenchEr
             (PageStreams::Clear, false) => &[StockWay::Precopy, StockWay::Multifd],
             _ => &[StockWay::Precopy],
         },
+        terms: Terms::default(),
     };
     let mut case = contest.idle(run, run.extent.pairs)?;
     let watched = |name: &str, _| watched(&stage, name);
@@ -94,4 +95,35 @@ pub(super) fn limit(case: &Case) -> Option<Limit> {
         value,
         text: "pages that are not zero / link (957 Mbit/s)".to_owned(),
     })
+}
+
+/// The same for a guest that writes: what a peer sent in its first round. What is written meanwhile need not travel, in theory.
+pub(super) fn limit_once(case: &Case) -> Option<Limit> {
+    let mut moves = case.peers().iter().flat_map(|c| &c.moves);
+    let bytes = moves.find_map(|m| m.progress.iter().find(|p| p.rounds > 1).map(|p| p.transferred))?;
+    Some(Limit {
+        metric: Metric::TotalTime,
+        value: bytes as f64 / LINK_BYTES_PER_MS,
+        text: "stock QEMU's first round / link (957 Mbit/s)".to_owned(),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figures::Point;
+    use crate::results::{Contender, Move};
+
+    #[test]
+    fn the_limit_of_a_guest_that_writes_is_the_first_round_of_whoever_got_through() {
+        let point = |transferred, rounds| Point { ms: 0.0, transferred, remaining: 0, rounds };
+        let progress = vec![point(5, 1), point(119_625_000, 2), point(400_000_000, 3)];
+        let through = Contender { moves: vec![Move { progress, ..Move::default() }], ..Contender::default() };
+        let case = Case {
+            contenders: vec![Contender::named("ours"), Contender::named("stock pre-copy"), through],
+            ..Case::default()
+        };
+        assert_eq!(limit_once(&case).unwrap().value, 1000.0);
+        assert!(limit_once(&Case::default()).is_none());
+    }
 }

@@ -1,15 +1,20 @@
 //! What can be measured: each row in a file of its own.
 
+mod clark;
 mod demo;
 mod downtime;
 mod growth;
 mod guestperf;
 mod idle;
+mod muncher;
 mod papers;
 mod plane;
 mod rate;
+mod served;
 mod servers;
+mod sparse;
 mod tracking;
+mod writing;
 
 use std::str::FromStr;
 use std::time::Instant;
@@ -17,6 +22,7 @@ use std::time::Instant;
 use crate::facts::HostFacts;
 use crate::ours::Progress;
 use crate::results::{Results, RowResult};
+use crate::wishes::Abilities;
 use crate::{BenchError, Kit};
 
 /// A row. Numbers are those of the project's list of benchmarks, and stay.
@@ -30,6 +36,12 @@ pub enum Row {
     Idle,
     /// 2: for how long it is stopped.
     Downtime,
+    /// 3: a guest that writes moves under a client's load.
+    Writing,
+    /// 4: a guest that writes more than the link carries.
+    Muncher,
+    /// 5: a guest that writes a little of many pages.
+    Sparse,
     /// 17: how fast pages move where no link limits.
     Plane,
     /// 18: what tracking costs a guest that writes.
@@ -40,28 +52,44 @@ pub enum Row {
     Guestperf,
     /// What clients of a server see of its move.
     Servers,
+    /// The table of Clark et al., NSDI 2005.
+    Clark,
     /// What papers say, and where that is measured here.
     Papers,
 }
 
 impl Row {
     /// All of them, in the order in which they run.
-    pub const ALL: [Row; 10] = [
+    pub const ALL: [Row; 14] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
         Row::Downtime,
+        Row::Writing,
+        Row::Muncher,
+        Row::Sparse,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
         Row::Guestperf,
         Row::Servers,
+        Row::Clark,
         Row::Papers,
     ];
 
-    /// Those that run when none is named: the others take long, need more packages, or measure nothing.
-    pub const DEFAULT: [Row; 7] =
-        [Row::Demo, Row::Rate, Row::Idle, Row::Downtime, Row::Plane, Row::Tracking, Row::Growth];
+    /// Those that run when none is named: the others take long, or measure nothing.
+    pub const DEFAULT: [Row; 10] = [
+        Row::Demo,
+        Row::Rate,
+        Row::Idle,
+        Row::Downtime,
+        Row::Writing,
+        Row::Muncher,
+        Row::Sparse,
+        Row::Plane,
+        Row::Tracking,
+        Row::Growth,
+    ];
 
     /// Its name on the command line.
     #[must_use]
@@ -71,11 +99,15 @@ impl Row {
             Row::Rate => "rate",
             Row::Idle => "idle",
             Row::Downtime => "downtime",
+            Row::Writing => "writing",
+            Row::Muncher => "muncher",
+            Row::Sparse => "sparse",
             Row::Plane => "plane",
             Row::Tracking => "tracking",
             Row::Growth => "growth",
             Row::Guestperf => "guestperf",
             Row::Servers => "servers",
+            Row::Clark => "clark",
             Row::Papers => "papers",
         }
     }
@@ -84,12 +116,26 @@ impl Row {
     #[must_use]
     pub fn number(self) -> Option<u8> {
         match self {
-            Row::Demo | Row::Rate | Row::Growth | Row::Guestperf | Row::Servers | Row::Papers => None,
+            Row::Demo
+            | Row::Rate
+            | Row::Growth
+            | Row::Guestperf
+            | Row::Servers
+            | Row::Clark
+            | Row::Papers => None,
             Row::Idle => Some(1),
             Row::Downtime => Some(2),
+            Row::Writing => Some(3),
+            Row::Muncher => Some(4),
+            Row::Sparse => Some(5),
             Row::Plane => Some(17),
             Row::Tracking => Some(18),
         }
+    }
+
+    /// Other words for it: the part of a row of the list that it is, and what it is about.
+    fn aliases(self) -> &'static [&'static str] {
+        if self == Row::Muncher { &["4b", "stun"] } else { &[] }
     }
 
     /// What it measures.
@@ -102,6 +148,15 @@ impl Row {
             Row::Downtime => {
                 "How long an idle guest of 512 MiB is stopped, with few devices and with a full q35"
             }
+            Row::Writing => {
+                "A guest that writes 60 MB/s moves under a client's load, both over one link of 1 Gbit/s"
+            }
+            Row::Muncher => {
+                "MMuncher: a guest that writes 200 MB/s moves at 1 Gbit/s; part b, pre-copy with stun"
+            }
+            Row::Sparse => {
+                "A guest that writes a little of each of 100 MB of pages a second moves at 1 Gbit/s"
+            }
             Row::Plane => "How fast the pages of a guest of 1 GiB move where no link limits",
             Row::Tracking => "What tracking costs a guest that writes",
             Row::Growth => {
@@ -109,6 +164,7 @@ impl Row {
             }
             Row::Guestperf => "The scenarios of QEMU's guestperf, 32 times smaller",
             Row::Servers => "What clients of Redis, of a web server and of iperf3 see of a move",
+            Row::Clark => "The table of Clark et al., NSDI 2005: a web server, a game, and MMuncher",
             Row::Papers => "What papers say, and where that is measured here",
         }
     }
@@ -119,7 +175,11 @@ impl FromStr for Row {
 
     /// By name or number.
     fn from_str(text: &str) -> Result<Row, String> {
-        let named = |row: &&Row| row.name() == text || row.number().is_some_and(|n| n.to_string() == text);
+        let named = |row: &&Row| {
+            row.name() == text
+                || row.number().is_some_and(|n| n.to_string() == text)
+                || row.aliases().contains(&text)
+        };
         Row::ALL.iter().find(named).copied().ok_or_else(|| {
             let names: Vec<String> = Row::ALL
                 .iter()
@@ -145,6 +205,8 @@ pub struct Extent {
 pub(crate) struct Run<'a> {
     pub(crate) kit: &'a Kit,
     pub(crate) extent: Extent,
+    /// What `sterna migrate` can be asked for.
+    pub(crate) abilities: &'a Abilities,
     pub(crate) tell: &'a dyn Fn(&str),
 }
 
@@ -165,6 +227,7 @@ pub fn run(
     done: &dyn Fn(&RowResult),
 ) -> Results {
     let host = HostFacts::gather(kit, &kit.packages.qemu_72);
+    let abilities = Abilities::of(kit);
     let mut results = Results { host, pairs: (!extent.quick).then_some(extent.pairs), rows: Vec::new() };
     for row in rows {
         tell(&format!(
@@ -173,7 +236,7 @@ pub fn run(
             row.title()
         ));
         let began = Instant::now();
-        let run = Run { kit, extent, tell };
+        let run = Run { kit, extent, abilities: &abilities, tell };
         let result = one(*row, &run)
             .unwrap_or_else(|why| RowResult { not_run: Some(why.to_string()), ..RowResult::default() });
         let result = RowResult {
@@ -195,11 +258,15 @@ fn one(row: Row, run: &Run<'_>) -> Result<RowResult, BenchError> {
         Row::Rate => rate::run(run),
         Row::Idle => idle::run(run),
         Row::Downtime => downtime::run(run),
+        Row::Writing => writing::run(run),
+        Row::Muncher => muncher::run(run),
+        Row::Sparse => sparse::run(run),
         Row::Plane => plane::run(run),
         Row::Tracking => tracking::run(run),
         Row::Growth => growth::run(run),
         Row::Guestperf => guestperf::run(run),
         Row::Servers => servers::run(run),
+        Row::Clark => clark::run(run),
         Row::Papers => Ok(papers::result()),
     }
 }
@@ -220,6 +287,7 @@ mod tests {
             ("demo".parse(), "17".parse(), "plane".parse()),
             (Ok(Row::Demo), Ok(Row::Plane), Ok(Row::Plane))
         );
-        assert!("3".parse::<Row>().unwrap_err().contains("no row 3; there are demo, rate, 1 (idle)"));
+        assert_eq!(["4", "4b", "stun", "muncher"].map(str::parse), [(); 4].map(|()| Ok(Row::Muncher)));
+        assert!("6".parse::<Row>().unwrap_err().contains("no row 6; there are demo, rate, 1 (idle)"));
     }
 }

@@ -5,7 +5,7 @@ use sterna_lab::guest::Ram;
 
 use super::Run;
 use crate::BenchError;
-use crate::contest::Contest;
+use crate::contest::{Contest, Terms};
 use crate::figures::Metric;
 use crate::load;
 use crate::results::{Case, Goal, Limit, RowResult};
@@ -62,7 +62,13 @@ fn case(run: &Run<'_>, stage: &Stage, name: &str, ram: Ram, is_busy: bool) -> Re
     let doing = if is_busy { "writing 64 MiB of it again and again at 50 MB/s" } else { "sleeping" };
     let workload = format!("{MEMORY_MIB} MiB of {} RAM full of noise, one vCPU, {doing}", kind(ram));
     run.tell(&workload);
-    let contest = Contest { stage, workload, guest: &guest, peers: &[StockWay::Precopy, StockWay::Multifd] };
+    let contest = Contest {
+        stage,
+        workload,
+        guest: &guest,
+        peers: &[StockWay::Precopy, StockWay::Multifd],
+        terms: Terms::default(),
+    };
     let case = match is_busy {
         true => contest.busy(run, run.extent.pairs)?,
         false => contest.idle(run, run.extent.pairs)?,

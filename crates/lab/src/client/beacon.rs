@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::LabError;
 
 /// Shorter silences are the scheduler's doing.
-const GAP: Duration = Duration::from_millis(10);
+pub(super) const GAP: Duration = Duration::from_millis(10);
 /// More gaps than this say that the machine is overloaded; the longest is kept in any case.
 const GAPS_MAX: usize = 10_000;
 /// How long one read waits, so that the listener sees that it should stop.
@@ -27,7 +27,7 @@ pub struct Gap {
 }
 
 /// What the listener heard.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct BeaconReport {
     /// Datagrams.
     pub received: u64,
@@ -37,7 +37,7 @@ pub struct BeaconReport {
     pub backwards: u64,
     /// The longest silence between two datagrams.
     pub max_gap_ms: f64,
-    /// All silences above 10 ms.
+    /// All silences above 10 ms, or what else the listener calls one.
     pub gaps: Vec<Gap>,
 }
 
@@ -50,7 +50,7 @@ pub(super) fn listen(
     let socket = UdpSocket::bind(("0.0.0.0", port)).map_err(LabError::file("listen on", name()))?;
     socket.set_read_timeout(Some(READ)).map_err(LabError::file("set the deadline of", name()))?;
     Ok(std::thread::spawn(move || {
-        let mut ear = Ear::default();
+        let mut ear = Ear::of(GAP);
         let mut datagram = [0; 16];
         while !stop.load(Ordering::Acquire) {
             if let Ok((16, _)) = socket.recv_from(&mut datagram) {
@@ -58,25 +58,24 @@ pub(super) fn listen(
                 ear.hear(sequence, Instant::now(), unix_ms());
             }
         }
-        Ok(ear.report)
+        Ok(ear.end(Instant::now()))
     }))
 }
 
-struct Ear {
+/// Hears of numbers that rise.
+pub(super) struct Ear {
     last: Option<(u64, Instant, f64)>,
+    /// Silences longer than this are listed.
+    gap: Duration,
     report: BeaconReport,
 }
 
-impl Default for Ear {
-    fn default() -> Self {
-        let report =
-            BeaconReport { received: 0, missing: 0, backwards: 0, max_gap_ms: 0.0, gaps: Vec::new() };
-        Ear { last: None, report }
-    }
-}
-
 impl Ear {
-    fn hear(&mut self, sequence: u64, now: Instant, unix_ms: f64) {
+    pub(super) fn of(gap: Duration) -> Ear {
+        Ear { last: None, gap, report: BeaconReport::default() }
+    }
+
+    pub(super) fn hear(&mut self, sequence: u64, now: Instant, unix_ms: f64) {
         let report = &mut self.report;
         report.received += 1;
         if let Some((last, at, start_unix_ms)) = self.last {
@@ -87,15 +86,28 @@ impl Ear {
             let length = now.duration_since(at);
             let length_ms = length.as_secs_f64() * 1e3;
             report.max_gap_ms = report.max_gap_ms.max(length_ms);
-            if length > GAP && report.gaps.len() < GAPS_MAX {
+            if length > self.gap && report.gaps.len() < GAPS_MAX {
                 report.gaps.push(Gap { start_unix_ms, length_ms });
             }
         }
         self.last = Some((sequence, now, unix_ms));
     }
+
+    /// What was heard. A silence that goes on is a silence: whoever is not heard again must not look well.
+    pub(super) fn end(mut self, now: Instant) -> BeaconReport {
+        if let Some((_, at, start_unix_ms)) = self.last {
+            let length = now.duration_since(at);
+            let length_ms = length.as_secs_f64() * 1e3;
+            self.report.max_gap_ms = self.report.max_gap_ms.max(length_ms);
+            if length > self.gap && self.report.gaps.len() < GAPS_MAX {
+                self.report.gaps.push(Gap { start_unix_ms, length_ms });
+            }
+        }
+        self.report
+    }
 }
 
-fn unix_ms() -> f64 {
+pub(super) fn unix_ms() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64() * 1e3)
 }
 
@@ -105,13 +117,22 @@ mod tests {
 
     #[test]
     fn gaps_losses_and_steps_back_are_told_apart() {
-        let (mut ear, start) = (Ear::default(), Instant::now());
+        let (mut ear, start) = (Ear::of(GAP), Instant::now());
         for (sequence, at) in [(1, 0), (2, 1), (5, 2), (6, 52), (3, 53)] {
             ear.hear(sequence, start + Duration::from_millis(at), at as f64);
         }
-        let report = ear.report;
+        let report = ear.end(start + Duration::from_millis(55));
         assert_eq!((report.received, report.missing, report.backwards), (5, 2, 1));
         assert_eq!(report.gaps, [Gap { start_unix_ms: 2.0, length_ms: 50.0 }]);
         assert_eq!(report.max_gap_ms, 50.0);
+    }
+
+    #[test]
+    fn whoever_is_not_heard_again_has_been_silent_to_the_end() {
+        let (mut ear, start) = (Ear::of(GAP), Instant::now());
+        ear.hear(1, start, 7.0);
+        let report = ear.end(start + Duration::from_secs(4));
+        assert_eq!(report.gaps, [Gap { start_unix_ms: 7.0, length_ms: 4000.0 }]);
+        assert_eq!(report.max_gap_ms, 4000.0);
     }
 }

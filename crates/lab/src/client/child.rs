@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use super::{BEACON_PORT, ClientReport};
+use super::{BEACON_PORT, ClientReport, GAME_PORT};
 use crate::process::ProcessId;
 use crate::{Lab, LabError, run};
 
@@ -24,19 +24,38 @@ pub struct Client {
 impl Client {
     /// Starts `program` (`sterna-lab`) as a client of the guest at `guest`.
     pub fn start(lab: &Lab, program: &Path, guest: Ipv4Addr) -> Result<Client, LabError> {
-        Client::with(lab, program, &["--redis", &format!("{guest}:6379")])
+        Client::with(
+            lab,
+            program,
+            &["--beacon", &BEACON_PORT.to_string(), "--redis", &format!("{guest}:6379")],
+        )
+    }
+
+    /// The same at a pace of so many writes a second, where others use the guest too.
+    pub fn start_paced(lab: &Lab, program: &Path, guest: Ipv4Addr, pace: u32) -> Result<Client, LabError> {
+        let (redis, pace) = (format!("{guest}:6379"), pace.to_string());
+        Client::with(
+            lab,
+            program,
+            &["--beacon", &BEACON_PORT.to_string(), "--redis", &redis, "--writes-per-second", &pace],
+        )
+    }
+
+    /// Starts a client that plays the guest's game.
+    pub fn play(lab: &Lab, program: &Path, guest: Ipv4Addr) -> Result<Client, LabError> {
+        Client::with(lab, program, &["--game", &format!("{guest}:{GAME_PORT}")])
     }
 
     /// Starts a client that only listens to the guest's beacon.
     pub fn listen(lab: &Lab, program: &Path) -> Result<Client, LabError> {
-        Client::with(lab, program, &[])
+        Client::with(lab, program, &["--beacon", &BEACON_PORT.to_string()])
     }
 
     fn with(lab: &Lab, program: &Path, options: &[&str]) -> Result<Client, LabError> {
         let output = tempfile::tempfile().map_err(LabError::file("make", "a scratch file"))?;
         let copy = output.try_clone().map_err(LabError::file("duplicate", "a scratch file"))?;
         let mut command = lab.command(&lab.client(), program);
-        command.args(["client", "--beacon", &BEACON_PORT.to_string()]).args(options);
+        command.arg("client").args(options);
         command.stdin(Stdio::piped()).stdout(copy);
         let child =
             command.spawn().map_err(|source| LabError::Start { command: run::text(&command), source })?;

@@ -268,8 +268,15 @@ mod tests {
             .arg(dir.path());
         let mut server =
             command.stdout(std::process::Stdio::null()).spawn().expect("redis-tools: cargo xtask setup");
-        let options =
-            ClientOptions { redis: None, beacon: None, limit: None, writes_per_second: 100_000, keys: 100 };
+        let options = ClientOptions {
+            redis: None,
+            beacon: None,
+            game: None,
+            players: 0,
+            limit: None,
+            writes_per_second: 100_000,
+            keys: 100,
+        };
         let address = SocketAddrV4::new([127, 0, 0, 1].into(), port);
         crate::run::until("redis", CONNECT, || TcpStream::connect(address).is_ok()).unwrap();
         let mut writer = Writer::new(address, &options);

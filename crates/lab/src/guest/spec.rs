@@ -113,6 +113,8 @@ pub enum Program {
     Web,
     /// An iperf3 server on its usual port (only in the image with servers).
     Iperf3,
+    /// A game's server on port 27960, which moves 20 times a second.
+    Game,
     /// A datagram to this address every millisecond.
     Beacon(SocketAddrV4),
     /// The memory load with its options (`--fill=200`, `--dirty=64`, `--rate=20`, `--check`, ...).
@@ -127,6 +129,7 @@ impl Program {
             Program::Redis => "redis".to_owned(),
             Program::Web => "web".to_owned(),
             Program::Iperf3 => "iperf3".to_owned(),
+            Program::Game => "game".to_owned(),
             Program::Beacon(to) => format!("beacon:{to}"),
             Program::UseDevices => "use".to_owned(),
             Program::Load(options) => format!("load:{}", options.join("+")),
