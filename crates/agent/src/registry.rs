@@ -1,5 +1,6 @@
 //! The VMs of this host, kept in files so that a restarted agent finds them again by pid and start time.
 
+use crate::guest::GuestLink;
 use crate::model::VmView;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
@@ -92,6 +93,7 @@ pub(crate) struct Vm {
     /// Takes an operator's decision about a VM that came here and has not run yet.
     decisions: Mutex<Option<mpsc::Sender<Decision>>>,
     held: Option<Process>,
+    guest: Arc<GuestLink>,
 }
 
 /// What an operator decides, and where to say what became of it.
@@ -114,6 +116,7 @@ impl Vm {
             promise: Mutex::default(),
             decisions: Mutex::default(),
             held,
+            guest: Arc::default(),
         })
     }
 
@@ -139,6 +142,11 @@ impl Vm {
         self.held.as_ref()
     }
 
+    /// The helper inside of the guest, if there is one.
+    pub(crate) fn guest(&self) -> &Arc<GuestLink> {
+        &self.guest
+    }
+
     /// The migration that has this VM, if one does.
     pub(crate) fn migration(&self) -> Option<String> {
         lock(&self.migration).clone()
@@ -157,6 +165,7 @@ impl Vm {
     }
 
     pub(crate) fn free(&self) {
+        self.guest.speak();
         *lock(&self.migration) = None;
     }
 
@@ -252,6 +261,7 @@ impl Vm {
             log: record.log.display().to_string(),
             migration: self.migration(),
             notice: lock(&self.notice).clone(),
+            guest_helper: self.guest.helper().map(|helper| helper.view()),
         }
     }
 }

@@ -17,12 +17,19 @@ use crate::{LabError, Packages, run};
 use cpio::Archive;
 
 /// Our programs that run inside guests.
-const PROGRAMS: &[&str] = &["load", "beacon"];
+const PROGRAMS: &[&str] = &["load", "beacon", "sterna-guest"];
 /// A cold build compiles the standard library's few dependencies on a loaded machine.
 const BUILD: Duration = Duration::from_secs(600);
 /// Modules whose devices the lab's guests may have; what these need is found.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon", "pvpanic-mmio"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_balloon",
+    "virtio_console",
+    "pvpanic-mmio",
+];
 /// The same for guests with every kind of device, whose kernel has drivers for them.
 const EVERY_MODULE: &[&str] = &[
     "virtio_pci",
@@ -45,7 +52,7 @@ const EVERY_MODULE: &[&str] = &[
 const APPLETS: &[&str] = &[
     "sh", "mount", "cat", "cut", "echo", "free", "grep", "insmod", "ip", "ls", "nc", "poweroff", "printf",
     "ps", "reboot", "sleep", "tr", "usleep", "dd", "md5sum", "ping", "kill", "dmesg", "mkdir", "sync",
-    "true", "test", "head", "tail", "blockdev", "cmp", "seq",
+    "true", "test", "head", "tail", "blockdev", "cmp", "seq", "pidof",
 ];
 /// The first process.
 const INIT: &str = include_str!("init.sh");
@@ -224,9 +231,16 @@ mod tests {
         let image = build(&dir, &packages).unwrap();
         let first = read(&image).unwrap();
         let listing = listing(&image);
-        for name in
-            ["init", "bin/load", "bin/beacon", "bin/redis-server", "modules/virtio_net.ko", "modules/order"]
-        {
+        for name in [
+            "init",
+            "bin/load",
+            "bin/beacon",
+            "bin/sterna-guest",
+            "modules/virtio_console.ko",
+            "bin/redis-server",
+            "modules/virtio_net.ko",
+            "modules/order",
+        ] {
             assert!(listing.lines().any(|l| l == name), "{name} is not in {listing}");
         }
         let written = |p: &Path| std::fs::metadata(p).unwrap().modified().unwrap();
