@@ -52,7 +52,7 @@ const EVERY_MODULE: &[&str] = &[
 const APPLETS: &[&str] = &[
     "sh", "mount", "cat", "cut", "echo", "free", "grep", "insmod", "ip", "ls", "nc", "poweroff", "printf",
     "ps", "reboot", "sleep", "tr", "usleep", "dd", "md5sum", "ping", "kill", "dmesg", "mkdir", "sync",
-    "true", "test", "head", "tail", "blockdev", "cmp", "seq", "pidof",
+    "true", "test", "head", "tail", "blockdev", "cmp", "seq",
 ];
 /// The first process.
 const INIT: &str = include_str!("init.sh");

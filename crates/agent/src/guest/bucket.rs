@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// Lines that may come at once: greetings, each with an empty line before it, and a few requests.
-const BURST: u32 = 10;
+pub(super) const BURST: u32 = 10;
 /// After that, one line in this time.
 const EACH: Duration = Duration::from_secs(1);
 

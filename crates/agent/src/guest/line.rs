@@ -253,6 +253,35 @@ mod tests {
         assert_eq!(parse(&format!("migrate n 1 {}", "b".repeat(65))), None);
     }
 
+    /// The document is what others implement.
+    #[test]
+    fn the_protocol_document_says_the_same() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../PROTOCOL.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let said = |line: String| {
+            let word = line.trim().split(' ').next().unwrap().to_owned();
+            assert!(text.contains(&format!("| `{word}")), "PROTOCOL.md does not tell of {word}");
+        };
+        said(ToGuest::Hello { nonce: "n" }.to_string());
+        said(ToGuest::Stun { percent: 1, ms: 1 }.to_string());
+        said(ToGuest::Unstun.to_string());
+        said(ToGuest::Accepted { number: 1, migration: "m", host: "h" }.to_string());
+        said(ToGuest::Refused { number: 1, reason: "r" }.to_string());
+        said(guest::ToAgent::Migrate { nonce: "n".into(), number: 1, host: "h".into() }.to_string());
+        said(guest::ToAgent::Stunned { processes: 1, percent: 1 }.to_string());
+        said(guest::ToAgent::Running.to_string());
+        let limits = [
+            ("LINE_MAX", LINE_MAX as u64),
+            ("BURST", u64::from(super::super::bucket::BURST)),
+            ("CUT_OFF", super::super::link::CUT_OFF.as_secs()),
+            ("PERCENT_MAX", u64::from(guest::PERCENT_MAX)),
+            ("STUN_MS_MAX", u64::from(guest::STUN_MS_MAX)),
+        ];
+        for (name, value) in limits {
+            assert!(text.contains(&format!("| {name} | {value} |")), "PROTOCOL.md: {name} is not {value}");
+        }
+    }
+
     #[test]
     fn an_older_helper_is_asked_for_nothing() {
         let Some(FromGuest::Hello { helper, .. }) = parse("hello 0 n migrate,stun old/0") else {

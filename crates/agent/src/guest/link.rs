@@ -30,7 +30,7 @@ const PIECE: usize = 4096;
 /// Between two tries to connect.
 const RETRY: Duration = Duration::from_secs(1);
 /// How long a guest is cut off that says too much or reads nothing.
-const CUT_OFF: Duration = Duration::from_secs(30);
+pub(super) const CUT_OFF: Duration = Duration::from_secs(30);
 
 /// The helper inside of a VM's guest, if there is one. It is always there to be asked; where no helper is, nothing is done.
 ///
