@@ -10,16 +10,20 @@ const EACH: Duration = Duration::from_secs(1);
 /// An answer is a line, and an empty one before a greeting.
 const ANSWER: u32 = 2;
 
+/// The most answers that a guest may owe us: questions wait for a guest that boots, and are then answered all at once.
+const OWED_MAX: u32 = 40;
+
 /// A token bucket: each line takes a token, time and our own questions give some.
 #[derive(Clone, Debug)]
 pub(super) struct Bucket {
     tokens: u32,
+    owed: u32,
     since: Instant,
 }
 
 impl Bucket {
     pub(super) fn full(now: Instant) -> Self {
-        Self { tokens: BURST, since: now }
+        Self { tokens: BURST, owed: 0, since: now }
     }
 
     /// Takes a token if there is one.
@@ -31,14 +35,15 @@ impl Bucket {
             // What has passed of the next token's time is kept, unless there is no room for it.
             self.since = if self.tokens == BURST { now } else { self.since + EACH * come };
         }
-        let has = self.tokens > 0;
-        self.tokens = self.tokens.saturating_sub(1);
+        let from = if self.owed > 0 { &mut self.owed } else { &mut self.tokens };
+        let has = *from > 0;
+        *from = from.saturating_sub(1);
         has
     }
 
     /// Something was asked: its answer is not the guest's own idea.
     pub(super) fn grant(&mut self) {
-        self.tokens = (self.tokens + ANSWER).min(BURST);
+        self.owed = (self.owed + ANSWER).min(OWED_MAX);
     }
 }
 
@@ -65,5 +70,14 @@ mod tests {
         assert_eq!((0..1000).filter(|_| bucket.take(later)).count(), BURST as usize);
         bucket.grant();
         assert_eq!((0..1000).filter(|_| bucket.take(later)).count(), ANSWER as usize);
+    }
+
+    /// A guest that boots finds all our questions at once. Its answers were taken for a flood.
+    #[test]
+    fn late_answers_to_many_questions_are_no_flood() {
+        let start = Instant::now();
+        let mut bucket = Bucket::full(start);
+        (0..1000).for_each(|_| bucket.grant());
+        assert_eq!((0..1000).filter(|_| bucket.take(start)).count(), (BURST + OWED_MAX) as usize);
     }
 }

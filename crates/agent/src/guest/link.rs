@@ -83,7 +83,10 @@ impl GuestLink {
         if state.hushed || state.heard.is_some_and(|heard| heard.elapsed() < FRESH) {
             return state.helper.clone();
         }
-        state.ask_who();
+        // The answer to an earlier question will do.
+        if state.unanswered == 0 || state.asked.is_none_or(|asked| asked.elapsed() > FRESH) {
+            state.ask_who();
+        }
         while state.heard.is_none_or(|heard| heard < asked) {
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() || state.open.is_none() {
