@@ -104,8 +104,9 @@ impl GuestLink {
     }
 
     /// Asks the guest to take `percent` of their time from the processes that write most memory (QEMU's
-    /// `cpu-throttle-percentage`; the guest takes 95 at most), for `for_ms` (10 s at most). Has to be said again before that is over; the guest lets its processes go
-    /// by itself otherwise. Returns at once: false when there is no helper that can do it, or it does not answer any more.
+    /// `cpu-throttle-percentage`; the guest takes 95 at most), for `for_ms` (10 s at most). Has to be said again before that is
+    /// over; the guest lets its processes go by itself otherwise. Returns at once: false when there is no helper that can do it,
+    /// or it does not answer any more. The guest takes 200 ms to find out whom to slow.
     pub(crate) fn stun(&self, percent: u32, for_ms: u32) -> bool {
         let mut state = self.lock();
         let able = state.helper.as_ref().is_some_and(|helper| helper.can("stun"));
@@ -125,8 +126,8 @@ impl GuestLink {
         self.lock().stunned
     }
 
-    /// Nothing is said, read, opened or closed from now on. QEMU puts what comes from the socket into the guest's memory even while
-    /// the VM stands still, and then the memory would change after its last page was copied.
+    /// Nothing is said, read, opened or closed from now on. QEMU puts what comes from the socket into the guest's memory even
+    /// while the VM stands still, and then the memory would change after its last page was copied.
     pub(crate) fn hush(&self) {
         self.lock().hushed = true;
     }
@@ -315,8 +316,8 @@ impl State {
     }
 }
 
-/// Connects to the socket, if it is this QEMU that serves it: the path is in its command line, and what a QEMU that a guest has taken over says
-/// of itself must not lead us to somebody else.
+/// Connects to the socket, if it is this QEMU that serves it: the path is in its command line, and what a QEMU that a guest has
+/// taken over says of itself must not lead us to somebody else.
 fn reach(path: &Path, qemu: i32) -> std::io::Result<OwnedFd> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
