@@ -34,8 +34,8 @@ pub(super) const CUT_OFF: Duration = Duration::from_secs(30);
 
 /// The helper inside of a VM's guest, if there is one. It is always there to be asked; where no helper is, nothing is done.
 ///
-/// Nothing here waits for a guest, but [`GuestLink::is_there`] for half a second. What the guest says of itself is its own word: a hostile
-/// one says that it has slowed its processes and has not. So it is used as a hint, and judged by what the memory does.
+/// Nothing here waits for a guest, but [`GuestLink::is_there`] for half a second. What the guest says of itself is its own word:
+/// a hostile one says that it has slowed its processes and has not. So it is used as a hint, and judged by what the memory does.
 #[derive(Default)]
 pub(crate) struct GuestLink {
     state: Mutex<State>,

@@ -152,7 +152,8 @@ mod tests {
     proptest! {
         /// Whatever a guest says, in whatever pieces and at whatever times: no panic, and no more than it may.
         #[test]
-        fn never_more_than_its_share(pieces in prop::collection::vec(("(migrate new [0-9]{1,3} [a-c]\n|hello 1 - m s\n|[ -~]{0,9}\n?){0,30}", 0u64..3000), 0..20)) {
+        fn never_more_than_its_share(pieces in prop::collection::vec(
+            ("(migrate new [0-9]{1,3} [a-c]\n|hello 1 - m s\n|[ -~]{0,9}\n?){0,30}", 0u64..3000), 0..20)) {
             let start = Instant::now();
             let (mut session, mut passed, mut heard) = (session(start), Duration::ZERO, 0);
             for (piece, ms) in pieces {
