@@ -2,6 +2,7 @@
 
 use crate::Config;
 use crate::control::explain;
+use crate::guest::Guests;
 use crate::host::{Host, ram_of};
 use crate::incoming::Incoming;
 use crate::model::{
@@ -13,7 +14,7 @@ use crate::source::{self, Handle, Order};
 use crate::{peer, recovery, working_set};
 use std::collections::HashMap;
 use std::io::Read as _;
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
@@ -62,6 +63,7 @@ pub enum AgentError {
 pub struct Agent {
     host: Arc<Host>,
     jobs: Mutex<Jobs>,
+    guests: OnceLock<Guests>,
     _server: ServerHandle,
 }
 
@@ -90,7 +92,7 @@ impl Agent {
                 peer::handle(&for_peers, &incoming, connection)
             })
             .map_err(|why| AgentError::Failed(explain(&why)))?;
-        let agent = Arc::new(Self { host, jobs: Mutex::default(), _server: server });
+        let agent = Arc::new(Self { host, jobs: Mutex::default(), guests: OnceLock::new(), _server: server });
         for (vm, record) in open {
             let id = record.id.to_string();
             if vm.reserve(&id).is_ok() {
@@ -99,7 +101,14 @@ impl Agent {
                 lock(&agent.jobs).add(id, None, handle);
             }
         }
+        // Last: a guest is heard once it is known whose it is.
+        let guests = Guests::serve(&agent).map_err(|why| AgentError::Failed(format!("guests: {why}")))?;
+        agent.guests.get_or_init(|| guests);
         Ok(agent)
+    }
+
+    pub(crate) fn host(&self) -> &Arc<Host> {
+        &self.host
     }
 
     /// Name of this host.
@@ -488,7 +497,7 @@ fn ending(host: &Arc<Host>, vm: &Arc<Vm>) -> impl FnOnce() + Send + use<> {
     }
 }
 
-fn random() -> Result<[u8; 16], AgentError> {
+pub(crate) fn random() -> Result<[u8; 16], AgentError> {
     let mut bytes = [0; 16];
     let read = std::fs::File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes));
     read.map_err(|why| AgentError::Failed(format!("no random numbers: {why}")))?;

@@ -36,6 +36,9 @@ pub struct Config {
     /// What a peer's names of taps and files are called here.
     #[serde(default)]
     pub map: HostMap,
+    /// What guests may ask for.
+    #[serde(default)]
+    pub guests: Guests,
     /// What is switched off; no file can say so.
     #[serde(skip)]
     pub(crate) without: Vec<Mechanism>,
@@ -101,6 +104,35 @@ pub struct QemuConfig {
     /// Folders below which every file that a peer names must lie.
     #[serde(default)]
     pub path_roots: Vec<PathBuf>,
+}
+
+/// What guests may ask for, through their port. A guest is trusted by nobody: what is not written here, it may not.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct Guests {
+    /// Hosts that a guest may ask to be moved to.
+    #[serde(default)]
+    pub may_migrate_to: Vec<String>,
+    /// What holds for single VMs in its place, by their names.
+    #[serde(default)]
+    pub vms: BTreeMap<String, GuestRules>,
+}
+
+/// What one VM's guest may ask for.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct GuestRules {
+    /// Hosts that it may ask to be moved to.
+    #[serde(default)]
+    pub may_migrate_to: Vec<String>,
+}
+
+impl Guests {
+    /// Whether the guest of this VM may ask to be moved to this host.
+    pub fn may_migrate(&self, vm: &str, host: &str) -> bool {
+        let hosts = self.vms.get(vm).map_or(&self.may_migrate_to, |rules| &rules.may_migrate_to);
+        hosts.iter().any(|allowed| allowed == host)
+    }
 }
 
 fn default_state_dir() -> PathBuf {

@@ -5,6 +5,7 @@
 //! peer         TLS port: who calls, and why    source/target   one thread owns one migration and performs what
 //! journal      records of the hand-off                          the engine's state machine wants done
 //! registry     VMs, found again after a restart   pages        the bulk path: send-sets, senders, receivers
+//! guest        the helper inside of a guest: asks for its own migration, slows what writes too much
 //! ```
 //!
 //! Start reading at [`Agent`], then `source.rs` (a migration as a list of performed actions).
@@ -18,6 +19,7 @@ pub mod config;
 mod control;
 mod doubt;
 mod fit;
+mod guest;
 #[cfg(feature = "holds")]
 mod hold;
 mod host;

@@ -48,6 +48,20 @@ pub struct VmView {
     /// What a person should know: why it is where it is, and what to do.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub notice: Option<String>,
+    /// The helper that answers inside of the guest, if one does. The guest says this of itself.
+    #[serde(rename = "guest-helper", skip_serializing_if = "Option::is_none", default)]
+    pub guest_helper: Option<GuestHelperView>,
+}
+
+/// `sterna-guest`, as it presents itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GuestHelperView {
+    /// Version of the port's protocol that it speaks.
+    pub version: u32,
+    /// What it can do: `migrate` (ask for a migration), `stun` (slow processes that write much memory).
+    pub capabilities: Vec<String>,
+    /// Its name and version.
+    pub software: String,
 }
 
 /// Decides where a VM runs that is unresolved.

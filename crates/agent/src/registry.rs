@@ -1,5 +1,6 @@
 //! The VMs of this host, kept in files so that a restarted agent finds them again by pid and start time.
 
+use crate::guest::GuestLink;
 use crate::model::VmView;
 use crate::working_set::Slot;
 use serde::{Deserialize, Serialize};
@@ -97,6 +98,7 @@ pub(crate) struct Vm {
     decisions: Mutex<Option<mpsc::Sender<Decision>>>,
     held: Option<Process>,
     measurement: Slot,
+    guest: Arc<GuestLink>,
 }
 
 /// What an operator decides, and where to say what became of it.
@@ -120,6 +122,7 @@ impl Vm {
             decisions: Mutex::default(),
             held,
             measurement: Slot::default(),
+            guest: Arc::default(),
         })
     }
 
@@ -150,6 +153,11 @@ impl Vm {
         &self.measurement
     }
 
+    /// The helper inside of the guest, if there is one.
+    pub(crate) fn guest(&self) -> &Arc<GuestLink> {
+        &self.guest
+    }
+
     /// The migration that has this VM, if one does.
     pub(crate) fn migration(&self) -> Option<String> {
         lock(&self.migration).clone()
@@ -168,6 +176,7 @@ impl Vm {
     }
 
     pub(crate) fn free(&self) {
+        self.guest.speak();
         *lock(&self.migration) = None;
     }
 
@@ -263,6 +272,7 @@ impl Vm {
             log: record.log.display().to_string(),
             migration: self.migration(),
             notice: lock(&self.notice).clone(),
+            guest_helper: self.guest.helper().map(|helper| helper.view()),
         }
     }
 }

@@ -43,7 +43,6 @@ pub(crate) use unresolved::resolve;
 const REFRESH: Duration = Duration::from_millis(100);
 /// How long the source's QEMU may take to end after its VM has gone.
 const QUIT_WITHIN: Duration = Duration::from_secs(5);
-
 /// How long a QEMU that does not answer may take to be seen dead: its memory is freed before.
 const DYING: Duration = Duration::from_secs(2);
 
@@ -494,6 +493,7 @@ impl Outgoing {
         self.view.stopping();
         self.lap = Instant::now();
         self.stop_tried = true;
+        self.vm.guest().hush();
         let found = self.qemu(|qemu| qemu.pause())?;
         if activity_of(&found) != Some(self.activity) {
             return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
@@ -601,6 +601,7 @@ impl Outgoing {
     }
 
     fn update(&mut self, machine: &mut Source) {
+        self.keep_stunned();
         if let Some(rate) = self.sample_writes() {
             machine.handle(SourceInput::Writes(rate), self.now());
         }

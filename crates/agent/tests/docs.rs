@@ -95,7 +95,8 @@ fn every_key_is_in_the_guide_and_in_the_example() {
     assert!(keys.len() > 15, "{keys:?}");
     let (guide, example) = (read(GUIDE), read(EXAMPLE));
     for key in &keys {
-        let written = [format!("{key} = "), format!("[{key}"), format!("[map.{key}]")];
+        let written =
+            [format!("{key} = "), format!("[{key}"), format!("[map.{key}]"), format!("[guests.{key}.")];
         let has = |text: &str| written.iter().any(|form| text.contains(form));
         assert!(has(&guide), "{GUIDE} does not show {key}");
         assert!(has(&example), "{EXAMPLE} does not show {key}");

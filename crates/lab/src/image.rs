@@ -17,12 +17,19 @@ use crate::{LabError, Packages, run};
 use cpio::Archive;
 
 /// Our programs that run inside guests.
-const PROGRAMS: &[&str] = &["load", "beacon", "game"];
+const PROGRAMS: &[&str] = &["load", "beacon", "game", "sterna-guest"];
 /// A cold build compiles the standard library's few dependencies on a loaded machine.
 const BUILD: Duration = Duration::from_secs(600);
 /// Modules whose devices the lab's guests may have; what these need is found.
-const MODULES: &[&str] =
-    &["virtio_pci", "virtio_mmio", "virtio_net", "virtio_blk", "virtio_balloon", "pvpanic-mmio"];
+const MODULES: &[&str] = &[
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_net",
+    "virtio_blk",
+    "virtio_balloon",
+    "virtio_console",
+    "pvpanic-mmio",
+];
 /// The same for guests with every kind of device, whose kernel has drivers for them.
 const EVERY_MODULE: &[&str] = &[
     "virtio_pci",
@@ -234,6 +241,8 @@ mod tests {
             "bin/load",
             "bin/beacon",
             "bin/game",
+            "bin/sterna-guest",
+            "modules/virtio_console.ko",
             "bin/redis-server",
             "modules/virtio_net.ko",
             "modules/order",

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The first process of a lab guest. It reads what to do from the kernel's command line:
-#   sterna.ip=ADDRESS/BITS  sterna.run=redis,web,iperf3,game,beacon:CLIENT:PORT,load:--option=value+--option,use
+#   sterna.ip=ADDRESS/BITS  sterna.run=redis,web,iperf3,game,beacon:CLIENT:PORT,load:--option=value+--option,use,helper
 # says READY on the console when all of it runs, and then obeys lines from the console (poweroff, reboot).
 export PATH=/bin
 mount -t proc proc /proc
@@ -49,6 +49,7 @@ for program in $programs; do
         beacon:*) beacon "${program#beacon:}" & ;;
         load:*) load $(echo "${program#load:}" | tr + ' ') & ;;
         use) use & ;;
+        helper) sterna-guest daemon & ;;
         *) echo "INIT does not know $program" ;;
     esac
 done

@@ -9,9 +9,9 @@ use crate::host::Host;
 use crate::model::{CompressionMode, MigrateRequest, SetRequest};
 use crate::pages::{SendOptions, SourceBlock};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sterna_engine::Source;
-use sterna_engine::policy::{Method, RateLimits, STEP, writers};
+use sterna_engine::policy::{KEEP_ALL, Method, RateLimits, STEP, writers};
 use sterna_engine::source::SourceInput;
 use sterna_engine::units::{Pages, Rate};
 use sterna_memory::{Throttle, first_writes};
@@ -52,6 +52,10 @@ pub(super) fn options_of(request: &MigrateRequest, host: &Host, blocks: &[Source
 /// what it has written.
 const SAMPLE_AFTER: Duration = Duration::from_millis(200);
 
+/// How long the guest's helper slows what it was told to, unless it is told again, and when it is.
+const STUN_MS: u32 = 3000;
+const STUN_AGAIN: Duration = Duration::from_secs(1);
+
 /// The guest's processors that are slowed, and what is known of what they write.
 #[derive(Default)]
 pub(super) struct Slowed {
@@ -63,6 +67,8 @@ pub(super) struct Slowed {
     now: Vec<u64>,
     throttle: Option<Throttle>,
     failed: bool,
+    /// What the guest's own helper was told to take from the processes that write most, in percent, and when.
+    asked: Option<(u32, Instant)>,
 }
 
 impl Slowed {
@@ -106,9 +112,17 @@ impl Outgoing {
         }
     }
 
-    /// Lets the processors that write most have this part of their time. Where that cannot be done, the user is told once, and
-    /// the migration goes on without.
+    /// Lets what writes most have this part of its time. The guest's own helper, where there is one, knows which process that is, and is
+    /// asked first; a guest that writes on all the same is slowed from outside, by its processors. Where that cannot be done, the
+    /// user is told once, and the migration goes on without.
     pub(super) fn stun(&mut self, keep: u32) {
+        if keep >= KEEP_ALL && self.slowed.asked.take().is_some() {
+            self.vm.guest().unstun();
+        }
+        let first = keep < KEEP_ALL && self.slowed.asked.is_none() && self.slowed.throttle.is_none();
+        if first && self.ask_helper(KEEP_ALL - keep) {
+            return;
+        }
         let done = self.try_stun(keep);
         if let Err(why) = done
             && !std::mem::replace(&mut self.slowed.failed, true)
@@ -119,9 +133,27 @@ impl Outgoing {
         }
     }
 
+    fn ask_helper(&mut self, percent: u32) -> bool {
+        let guest = self.vm.guest();
+        let there = guest.is_there().is_some_and(|helper| helper.can("stun"));
+        let asked = there && guest.stun(percent, STUN_MS);
+        self.slowed.asked = asked.then(|| (percent, Instant::now()));
+        asked
+    }
+
+    /// A guest's helper lets go when it is not told again.
+    pub(super) fn keep_stunned(&mut self) {
+        if let Some((percent, at)) = &mut self.slowed.asked
+            && at.elapsed() >= STUN_AGAIN
+        {
+            self.vm.guest().stun(*percent, STUN_MS);
+            *at = Instant::now();
+        }
+    }
+
     fn try_stun(&mut self, keep: u32) -> Result<(), String> {
         let slowed = &mut self.slowed;
-        if slowed.throttle.is_none() && keep < 100 && !slowed.failed {
+        if slowed.throttle.is_none() && keep < KEEP_ALL && !slowed.failed {
             let attach = self.host.attach();
             let throttle = Throttle::start(&self.process, &slowed.writers(), &attach);
             slowed.throttle = Some(throttle.map_err(|why| explain(&why))?);

@@ -77,6 +77,7 @@ pub(crate) fn vm(name: &str) -> VmView {
         log: format!("/run/sterna/vms/{name}/qemu.log"),
         migration: None,
         notice: (name == "lost").then(|| "look at hostb".to_owned()),
+        guest_helper: None,
     }
 }
 

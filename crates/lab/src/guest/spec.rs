@@ -121,6 +121,8 @@ pub enum Program {
     Load(Vec<String>),
     /// Uses whatever devices there are, all the time.
     UseDevices,
+    /// Sterna's helper; it needs a port ([`GuestSpec::with_helper_port`]).
+    Helper,
 }
 
 impl Program {
@@ -132,6 +134,7 @@ impl Program {
             Program::Game => "game".to_owned(),
             Program::Beacon(to) => format!("beacon:{to}"),
             Program::UseDevices => "use".to_owned(),
+            Program::Helper => "helper".to_owned(),
             Program::Load(options) => format!("load:{}", options.join("+")),
         }
     }
@@ -201,6 +204,18 @@ impl GuestSpec {
             kernel: kernel.to_owned(),
             initramfs: initramfs.to_owned(),
         }
+    }
+
+    /// The same guest with the port for Sterna's helper, which the host reaches at `socket`.
+    #[must_use]
+    pub fn with_helper_port(mut self, socket: &Path) -> GuestSpec {
+        let mut line = Line(self.extra);
+        line.add("-chardev", &format!("socket,id=helper,path={},server=on,wait=off", path(socket)));
+        let bus = if self.machine == Machine::Microvm { "device" } else { "pci" };
+        line.add("-device", &format!("virtio-serial-{bus}"));
+        line.add("-device", "virtserialport,chardev=helper,name=org.sterna.guest.0");
+        self.extra = line.0;
+        self
     }
 
     /// QEMU's arguments, without the program.

@@ -105,6 +105,11 @@ impl CommandLine {
         Ok(Self { program, options })
     }
 
+    /// Reads one that runs already: our own options may be in it.
+    pub(super) fn parse_any(argv: Vec<String>) -> Option<Self> {
+        Self::read(argv).ok()
+    }
+
     /// The command line as it was read.
     pub fn to_argv(&self) -> Vec<String> {
         let mut argv = vec![self.program.clone()];
@@ -177,7 +182,7 @@ impl CommandLine {
         images::images_in(&pairs_of("drive"), &pairs_of("blockdev"))
     }
 
-    fn settings_of<'a>(&'a self, name: &'static str) -> impl Iterator<Item = Settings> + 'a {
+    pub(super) fn settings_of<'a>(&'a self, name: &'static str) -> impl Iterator<Item = Settings> + 'a {
         let values = self.options.iter().filter(move |option| option.name == name);
         values.filter_map(move |option| Settings::parse(option.value.as_deref()?, implied_key(name)))
     }

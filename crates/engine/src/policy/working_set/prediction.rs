@@ -79,6 +79,7 @@ pub fn predict(first_round: Bytes, curve: &Curve, path: &Path) -> Prediction {
             unsettled: Bytes(0),
             bandwidth: path.bandwidth,
             elapsed,
+            exhausted: false,
         };
         if rule.decide(seen) == Verdict::Stop {
             let fits = path.bandwidth.time_for(residual.bytes()) <= path.downtime_limit;
@@ -193,7 +194,13 @@ mod tests {
             }
             let residual = Pages((rate * (step * since).as_secs_f64()).min(set as f64) as u64);
             let (bandwidth, unsettled) = (path.bandwidth, Bytes(0));
-            let seen = Observation { residual: residual.bytes(), unsettled, bandwidth, elapsed: clock };
+            let seen = Observation {
+                residual: residual.bytes(),
+                unsettled,
+                bandwidth,
+                elapsed: clock,
+                exhausted: false,
+            };
             if rule.decide(seen) == Verdict::Stop {
                 return Some((rounds + 1, residual.0, clock));
             }
