@@ -30,6 +30,13 @@ pub(crate) fn take(host: &Arc<Host>, vm: &Vm, whole: u64) -> Result<u64, String>
     let Some(target) = shrunk(GuestMemory { actual: Bytes(whole), available: Bytes(available) }) else {
         return Ok(0);
     };
+    tracing::info!(
+        vm = vm.name(),
+        whole,
+        available,
+        target = target.0,
+        "its guest gives memory away for a move"
+    );
     let written = host.registry().update(vm, |record| record.balloon = Some(whole));
     written.map_err(|why| {
         format!("it cannot be written down that its guest is to get its memory back: {why}")

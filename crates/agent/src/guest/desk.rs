@@ -3,7 +3,7 @@
 use super::link::Request;
 use crate::Agent;
 use crate::journal::Found;
-use crate::model::{MigrateRequest, default_downtime_limit};
+use crate::model::MigrateRequest;
 use crate::registry::Vm;
 use std::time::Duration;
 use sterna_engine::Step;
@@ -58,15 +58,7 @@ pub(super) fn answer(agent: &std::sync::Arc<Agent>, vm: &Vm, request: &Request) 
         }
         Decision::Begin => {
             vm.guest().begins();
-            let wanted = MigrateRequest {
-                vm: name.clone(),
-                host: request.host.clone(),
-                max_bandwidth: None,
-                downtime_limit: default_downtime_limit(),
-                timeout: None,
-                verify: false,
-                parallel_connections: None,
-            };
+            let wanted = MigrateRequest::new(&name, &request.host);
             match agent.migrate(wanted, None) {
                 Ok(view) => {
                     tracing::info!(

@@ -41,13 +41,17 @@ impl Qemu {
     pub fn balloon_available(&mut self) -> Result<Option<u64>, VmmError> {
         let Some(path) = self.balloon_path()? else { return Ok(None) };
         let operation = "tell what its guest says of its memory";
+        // What it said when it booted, or was looked at last, may be far from what holds now: a guest from which too much is taken kills
+        // its own programs.
+        let updated = |answer: &Value| answer["last-update"].as_u64().unwrap_or(0);
+        let before = updated(&self.qom(&path, "guest-stats", operation)?);
         let interval = json!({ "path": path, "property": "guest-stats-polling-interval", "value": 1 });
         self.ask("qom-set", interval, operation)?;
         let end = Instant::now() + STATS_WITHIN;
         let found = loop {
             let answer = self.qom(&path, "guest-stats", operation)?;
             let stat = |name: &str| answer["stats"][name].as_u64().filter(|bytes| *bytes != UNKNOWN);
-            let known = answer["last-update"].as_u64().is_some_and(|at| at > 0);
+            let known = updated(&answer) > before;
             match stat("stat-available-memory").or_else(|| stat("stat-free-memory")) {
                 Some(bytes) if known => break Some(bytes),
                 _ if Instant::now() >= end => break None,
