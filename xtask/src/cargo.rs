@@ -10,7 +10,7 @@ use crate::packages::Ready;
 
 /// Packages whose programs the tests, the demo and the benchmarks run.
 const PROGRAMS: &[&str] = &["sterna", "sterna-memory", "sterna-lab"];
-/// Where tests hold an agent: the tests' program alone has it, and the build of the tests asks for the same.
+/// Where tests hold an agent: what tests run has it, all of it alike, so that nothing is compiled twice.
 const HOLDS: &str = "sterna-agent/holds";
 /// Tests that run at once. Most start an emulated machine or two, which want a core each; more only miss their deadlines.
 const TESTS_AT_ONCE: &str = "2";
@@ -63,13 +63,13 @@ pub(crate) fn test(ready: &Ready, extent: Extent, arguments: &[String]) -> anyho
     lint()?;
     if has("nextest") {
         let mut command = cargo();
-        command.args(["nextest", "run", "--workspace", "--test-threads", TESTS_AT_ONCE]).args(arguments);
-        run(ready.tell(extent.tell(&mut command)))?;
+        command.args(["nextest", "run", "--workspace", "--features", HOLDS, "--test-threads", TESTS_AT_ONCE]);
+        run(ready.tell(extent.tell(command.args(arguments))))?;
         // nextest does not know tests in documentation.
-        run(cargo().args(["test", "--workspace", "--doc", "--quiet"]))?;
+        run(cargo().args(["test", "--workspace", "--features", HOLDS, "--doc", "--quiet"]))?;
     } else {
         let mut command = cargo();
-        command.args(["test", "--workspace"]).args(arguments);
+        command.args(["test", "--workspace", "--features", HOLDS]).args(arguments);
         if !arguments.iter().any(|a| a == "--") {
             command.args(["--", "--test-threads", TESTS_AT_ONCE]);
         }

@@ -9,6 +9,7 @@ use fake::{Server, wait_until};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Child, Output, Stdio};
+use sterna_agent::model::CompressionMode;
 
 /// A command that hangs fails the test instead of blocking it.
 const DEADLINE: std::time::Duration = std::time::Duration::from_secs(100);
@@ -94,12 +95,23 @@ fn flags_become_the_request() {
         0,
     );
     ends(&sterna(&server, &["migrate", "web", "hostb", "--bandwidth", "0", "--verbose"]), 0);
+    let paced =
+        ["--min-bandwidth", "100Mbit/s", "--max-bandwidth", "800Mbit/s", "--bandwidth-step", "10Mbit/s"];
+    let packed = ["--auto-converge", "--balloon", "--compression", "zstd", "--delta-cache", "256MiB", "-q"];
+    ends(&sterna(&server, &[&["migrate", "web", "hostb"], &paced[..], &packed].concat()), 0);
+    ends(&sterna(&server, &["migrate", "web", "hostb", "--bandwidth-step", "10Mbit/s"]), 2);
     let requests = server.fake.requests.lock().unwrap();
-    let [first, second] = requests.as_slice() else { panic!("{requests:?}") };
+    let [first, second, third] = requests.as_slice() else { panic!("{requests:?}") };
     assert_eq!((first.vm.as_str(), first.host.as_str()), ("web", "hostb"));
     assert_eq!((first.max_bandwidth, first.downtime_limit, first.timeout), (Some(64 << 20), 50, Some(2.5)));
     assert_eq!((first.parallel_connections, first.verify), (Some(4), false));
     assert_eq!((second.max_bandwidth, second.downtime_limit, second.timeout), (None, 300, None));
+    assert_eq!((second.min_bandwidth, second.auto_converge, second.balloon), (None, false, false));
+    assert_eq!((second.compression, second.delta_cache), (CompressionMode::Auto, None));
+    let rates = (third.min_bandwidth, third.max_bandwidth, third.bandwidth_step);
+    assert_eq!(rates, (Some(12_500_000), Some(100_000_000), Some(1_250_000)));
+    assert_eq!((third.auto_converge, third.balloon), (true, true));
+    assert_eq!((third.compression, third.delta_cache), (CompressionMode::Zstd, Some(256 << 20)));
 }
 
 #[test]
@@ -323,8 +335,6 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     for flags in [
         &["--postcopy"][..],
         &["--postcopy-after-precopy"],
-        &["--auto-converge"],
-        &["--comp-methods", "xbzrle"],
         &["--persistent"],
         &["--copy-storage-all"],
         &["--abort-on-error"],
@@ -344,6 +354,15 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     let compressed = sterna(&server, &["migrate", "web", "hostb", "--compressed"]);
     ends(&compressed, 2);
     assert!(err(&compressed).contains("--compressed: not needed; leave it out"), "{}", err(&compressed));
+    for (flags, instead) in [
+        (["--comp-methods", "xbzrle"], "write `--compression"),
+        (["--comp-xbzrle-cache", "1000"], "write `--delta-cache"),
+        (["--auto-converge-initial", "30"], "not needed: `--auto-converge` slows"),
+    ] {
+        let output = sterna(&server, &[&["migrate", "web", "hostb"], &flags[..]].concat());
+        ends(&output, 2);
+        assert!(err(&output).contains(instead), "{}", err(&output));
+    }
     let abort = sterna(&server, &["abort", "web", "--postcopy"]);
     ends(&abort, 2);
     assert!(err(&abort).contains("not supported yet"), "{}", err(&abort));
@@ -435,6 +454,10 @@ fn a_migration_is_changed_and_aborted_by_its_vms_name() {
     ends(&sterna(&server, &["set", "stuck", "--bandwidth", "1Gbit/s", "--max-downtime", "40"]), 0);
     let sets = server.fake.sets.lock().unwrap().clone();
     assert_eq!((sets[0].max_bandwidth, sets[0].downtime_limit), (Some(125_000_000), Some(40)));
+    assert_eq!((sets[0].min_bandwidth, sets[0].auto_converge), (None, None));
+    ends(&sterna(&server, &["set", "stuck", "--min-bandwidth", "0", "--auto-converge", "off"]), 0);
+    let sets = server.fake.sets.lock().unwrap().clone();
+    assert_eq!((sets[1].min_bandwidth, sets[1].auto_converge), (Some(0), Some(false)));
     let output = sterna(&server, &["abort", "stuck"]);
     ends(&output, 0);
     assert_eq!(out(&output), "stuck: cancelled; it runs at hosta\n");
@@ -558,7 +581,7 @@ fn man_pages_and_completions_are_made() {
     let folder = tempfile::tempdir().unwrap();
     ends(&sterna_at(folder.path(), &["man", folder.path().to_str().unwrap()]), 0);
     let page = std::fs::read_to_string(folder.path().join("sterna-migrate.1")).unwrap();
-    assert!(page.contains("max\\-downtime") && !page.contains("auto\\-converge"), "{page}");
+    assert!(page.contains("max\\-downtime") && !page.contains("comp\\-methods"), "{page}");
     let script = out(&sterna_at(folder.path(), &["completion", "bash"]));
     assert!(script.contains("--max-downtime"), "{script}");
 }

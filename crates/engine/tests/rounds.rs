@@ -1,0 +1,195 @@
+//! The rounds of a source, driven through the machine by guests that write as recorded or made up: how fast they go, when they rest, whom they
+//! slow, and that all of it ends.
+
+use proptest::prelude::*;
+use std::time::Duration;
+use sterna_engine::Status;
+use sterna_engine::handoff::{Activity, MigrationId};
+use sterna_engine::policy::RateLimits;
+use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::units::{Pages, Rate};
+use sterna_engine::wire::message::{Accepted, Barrier, Block, Offer, Welcome};
+use sterna_engine::wire::{Message, VERSION_MAX};
+
+/// Pages of RAM: 512 MiB.
+const RAM: u64 = 131_072;
+/// What the link takes.
+const LINK: u64 = 119_000_000;
+
+/// A guest that writes pages of a working set over and over.
+#[derive(Clone, Copy, Debug)]
+struct Guest {
+    pages: u64,
+    bytes_per_second: u64,
+}
+
+impl Guest {
+    /// Different pages written in so much time, with this part of the guest's own.
+    fn written(&self, time: Duration, keep: u32) -> u64 {
+        let all = time.as_secs_f64() * self.bytes_per_second as f64 * f64::from(keep) / 100.0 / 4096.0;
+        (all as u64).min(self.pages)
+    }
+}
+
+/// What a migration was like.
+#[derive(Debug, Default)]
+struct Seen {
+    paces: Vec<Option<Rate>>,
+    keeps: Vec<u32>,
+    rounds: u32,
+    stopped: Option<u64>,
+    rested: u32,
+}
+
+/// Drives a migration of `guest` until its stop or the end of its time.
+fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, at_most: Duration) -> Seen {
+    let block = Block { name: "ram".into(), bytes: RAM * 4096, travels: true };
+    let offer = Offer { vm: "vm".into(), generation: 1, blocks: vec![block], streams: 1, ..Offer::default() };
+    let parameters = SourceParameters {
+        id: MigrationId([1; 16]),
+        peer: "b".into(),
+        offer,
+        downtime_limit: limit,
+        timeout: None,
+        activity: Activity::Running,
+        rate,
+        auto_converge,
+    };
+    let mut now = Duration::ZERO;
+    let mut source = Source::new(parameters, now);
+    let mut seen = Seen { paces: vec![rate.max], ..Seen::default() };
+    let (mut to_send, mut sent, mut keep, mut since_scan) = (RAM, 0u64, 100, Duration::ZERO);
+    let mut inputs = std::collections::VecDeque::new();
+    while now < at_most {
+        while let Some(action) = source.poll() {
+            match action {
+                SourceAction::Record(_) => inputs.push_back(SourceInput::Recorded),
+                SourceAction::Send(Message::Hello(_)) => {
+                    let welcome = Welcome { version: VERSION_MAX, software: String::new() };
+                    inputs.push_back(SourceInput::Message(Message::Welcome(welcome)));
+                }
+                SourceAction::Send(Message::Offer(_)) => {
+                    inputs.push_back(SourceInput::Message(Message::Accepted(Accepted::default())));
+                }
+                SourceAction::OpenStreams(_) => inputs.push_back(SourceInput::Opened),
+                SourceAction::Track => inputs.push_back(SourceInput::Tracked(Pages(RAM))),
+                SourceAction::Pace(pace) => seen.paces.push(pace),
+                SourceAction::Stun(part) => {
+                    keep = part;
+                    seen.keeps.push(part);
+                }
+                SourceAction::SendRound(round) => {
+                    seen.rounds = round;
+                    let pace = seen.paces.last().copied().flatten().map_or(LINK, |pace| pace.0.min(LINK));
+                    let took = Rate(pace).time_for(Pages(to_send).bytes());
+                    if took > Duration::from_millis(200) {
+                        let moment = Duration::from_millis(200);
+                        let pages = Pages(guest.written(moment, keep));
+                        let writes = Rate::measured(pages.bytes(), moment).unwrap();
+                        source.handle(SourceInput::Writes(writes), now + moment);
+                    }
+                    now += took.max(Duration::from_micros(500));
+                    sent += to_send;
+                    since_scan += took;
+                    source.handle(SourceInput::Sent(Pages(sent).bytes()), now);
+                    inputs.push_back(SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 })));
+                }
+                SourceAction::Scan => {
+                    to_send = guest.written(since_scan.max(Duration::from_micros(500)), keep);
+                    since_scan = Duration::ZERO;
+                    let counted = SourceInput::Counted { normal: Pages(sent), postponed: Pages(0) };
+                    source.handle(counted, now);
+                    inputs.push_back(SourceInput::Scanned(Pages(to_send)));
+                }
+                SourceAction::Stop => {
+                    seen.stopped = Some(to_send);
+                    assert_eq!(keep, 100, "a guest that has little time stops late");
+                    return seen;
+                }
+                other => panic!("{other:?} has no place in a migration that goes well"),
+            }
+        }
+        match inputs.pop_front() {
+            Some(input) => source.handle(input, now),
+            None => {
+                seen.rested += 1;
+                let at = source.deadline().expect("it waits for something");
+                since_scan += at - now;
+                now = at;
+                source.handle(SourceInput::Tick, now);
+            }
+        }
+    }
+    assert_eq!(source.status(now), Status::Active);
+    source.handle(SourceInput::Cancel, now);
+    while let Some(action) = source.poll() {
+        if let SourceAction::Stun(part) = action {
+            keep = part;
+        }
+    }
+    assert_eq!(keep, 100, "the guest was left slow");
+    seen
+}
+
+fn mbit(rate: u64) -> Rate {
+    Rate(rate * 1_000_000 / 8)
+}
+
+const SECONDS_40: Duration = Duration::from_secs(40);
+const LIMIT: Duration = Duration::from_millis(300);
+
+#[test]
+fn an_idle_guest_needs_two_rounds_at_most() {
+    let idle = Guest { pages: 10, bytes_per_second: 40_960 };
+    let seen = drive(idle, RateLimits::default(), true, LIMIT, SECONDS_40);
+    assert!(seen.rounds <= 2 && seen.stopped.is_some() && seen.keeps.is_empty(), "{seen:?}");
+}
+
+#[test]
+fn rounds_follow_what_the_guest_writes() {
+    let guest = Guest { pages: 32_768, bytes_per_second: 30_000_000 };
+    let limits = RateLimits { min: Some(mbit(100)), max: Some(mbit(800)), ..RateLimits::default() };
+    let seen = drive(guest, limits, false, LIMIT, Duration::from_secs(100));
+    assert_eq!(seen.paces[1], Some(mbit(100)), "the first round goes at the minimum: {seen:?}");
+    assert_eq!(seen.paces.last(), Some(&Some(mbit(800))), "the last one at the maximum: {seen:?}");
+    let stopped = Pages(seen.stopped.expect("it converges")).bytes();
+    assert!(Rate(LINK).time_for(stopped) <= LIMIT, "{seen:?}");
+}
+
+/// MMuncher of the paper and of the benchmarks: it never converges by itself, and does within two seconds of rounds when it is slowed.
+#[test]
+fn a_guest_that_outruns_the_link_converges_only_when_it_is_slowed() {
+    let muncher = Guest { pages: 32_768, bytes_per_second: 200_000_000 };
+    let limit = Duration::from_millis(30);
+    let free = drive(muncher, RateLimits::default(), false, limit, SECONDS_40);
+    assert!(free.stopped.is_none() && free.keeps.is_empty(), "{free:?}");
+    let slowed = drive(muncher, RateLimits::default(), true, limit, Duration::from_millis(6500));
+    assert!(slowed.stopped.is_some(), "{slowed:?}");
+    assert_eq!(slowed.keeps.last(), Some(&100), "{slowed:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever the guest does and the user asks for: no pace leaves its limits, and a guest that was slowed is let go.
+    #[test]
+    fn no_pace_leaves_its_limits_and_no_guest_is_left_slow(
+        pages in 1u64..RAM, written in 0u64..2_000_000_000, min in 1u64..200_000_000, more in 0u64..200_000_000,
+        auto_converge in any::<bool>(), limit_ms in 1u64..1000, seconds in 1u64..60,
+    ) {
+        let (min, max) = (Rate(min), Rate(min + more));
+        let limits = RateLimits { min: Some(min), max: Some(max), ..RateLimits::default() };
+        let guest = Guest { pages, bytes_per_second: written };
+        // The driver itself asserts that the guest is let go, and that it is before a stop.
+        let seen = drive(guest, limits, auto_converge, Duration::from_millis(limit_ms), Duration::from_secs(seconds));
+        for pace in seen.paces.iter().flatten() {
+            prop_assert!(min <= *pace && *pace <= max);
+        }
+        prop_assert!(auto_converge || seen.keeps.is_empty());
+        if let Some(pages) = seen.stopped {
+            // At the stop the link, or the limit, is what holds; a paced round is never told to be faster than it was.
+            let fits = Rate(LINK.min(max.0)).time_for(Pages(pages).bytes());
+            prop_assert!(fits <= Duration::from_millis(limit_ms) * 11 / 10 + Duration::from_millis(1), "{seen:?}");
+        }
+    }
+}
