@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sterna_agent::model::{MigrationView, RunRequest};
+use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest};
 use sterna_agent::{Agent, Config};
 use sterna_lab::guest::{GuestSpec, Program};
 use support::{BOOT, MOVE, World, idle, load, migrate, request};
@@ -255,6 +255,33 @@ fn what_writes_fast_is_slowed_as_asked_and_always_let_go() {
 }
 
 /// The agent goes away without a word: the guest sees its port close.
+/// The helper knows which process it is, and is asked before the guest's processors are limited from outside. Nothing of it is left
+/// when the guest has moved.
+#[test]
+fn a_guest_that_outruns_its_move_is_slowed_from_inside_first() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    boot(&world, &a, vec![fast(), Program::Helper]);
+    world.wait_for("vm", "LOAD t=", BOOT);
+    let asked = MigrateRequest {
+        auto_converge: true,
+        max_bandwidth: Some(20_000_000),
+        delta_cache: Some(0),
+        timeout: None,
+        ..request("vm", "b")
+    };
+    let id = a.migrate(asked, None).unwrap().id;
+    world.wait_until("its helper slows it", || a.guest_stunned("vm").is_some());
+    let view = support::wait(&a, &id);
+    assert_eq!(view.status, "completed", "{view:?}");
+    assert_eq!(view.notices, [""; 0]);
+    world.wait_for_more("vm", "LOAD", BOOT);
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    world
+        .wait_until("its helper slows nothing", || b.guest_is_there("vm") && b.guest_stunned("vm").is_none());
+    b.stop("vm").unwrap();
+}
+
 #[test]
 fn a_guest_whose_agent_ends_is_let_go() {
     let world = World::new("7.2");

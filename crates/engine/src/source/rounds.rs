@@ -26,8 +26,8 @@ pub(super) struct Rounds {
     link: Option<Rate>,
     /// The fastest round so far.
     fastest: Option<Rate>,
-    /// Pages that went by in the last round, as if all had gone whole: more than the bandwidth where they shrink on their way.
-    throughput: Option<Rate>,
+    /// Pages that went by in the last round, and how fast, as if all had gone whole: faster than the link where they shrink on their way.
+    throughput: Option<(Bytes, Rate)>,
     /// Pages that this round was to send.
     pages: Pages,
     normal: Pages,
@@ -108,14 +108,19 @@ impl Source {
         }
     }
 
-    /// What the last round will go at, as far as it can be known: each round was at most that fast.
-    fn bandwidth_at_stop(&self) -> Rate {
+    /// What the last round will go at, as far as it can be known: each round was at most that fast. So much as went by in the round
+    /// before will shrink on its way as it did then; what is more is new, and may not.
+    fn bandwidth_at_stop(&self, residual: Bytes) -> Rate {
         let rounds = &self.rounds;
         let seen = match self.parameters.rate.min {
             Some(_) => rounds.link.or(rounds.fastest),
             None => self.progress.bandwidth,
         };
-        seen.max(rounds.throughput).or(self.progress.bandwidth).unwrap_or(Rate(1))
+        let link = seen.or(self.progress.bandwidth).unwrap_or(Rate(1));
+        let Some((handled, rate)) = rounds.throughput.filter(|(_, rate)| *rate > link) else { return link };
+        let alike = residual.min(handled);
+        let time = rate.time_for(alike).saturating_add(link.time_for(Bytes(residual.0 - alike.0)));
+        Rate::measured(residual, time).unwrap_or(rate).clamp(link, rate)
     }
 
     pub(super) fn on_scanned(&mut self, pages: Pages, now: Duration) {
@@ -126,9 +131,9 @@ impl Source {
         let writes = self.rounds.sampled.take().map_or(written, |sampled| sampled.max(written));
         let handled = Pages(self.rounds.normal.0 - self.rounds.normal_before.0).bytes();
         if handled >= BANDWIDTH_SAMPLE_MIN {
-            self.rounds.throughput = Rate::measured(handled, round_time);
+            self.rounds.throughput = Rate::measured(handled, round_time).map(|rate| (handled, rate));
         }
-        let bandwidth = self.bandwidth_at_stop();
+        let bandwidth = self.bandwidth_at_stop(residual);
         self.progress.dirty_pages_rate = writes.0 / PAGE_BYTES;
         self.progress.expected_downtime = Some(bandwidth.time_for(residual));
         self.progress.ram_remaining = residual;
@@ -154,7 +159,7 @@ impl Source {
     }
 
     fn fits(&self, residual: Bytes) -> bool {
-        self.bandwidth_at_stop().time_for(residual) <= self.convergence.downtime_limit()
+        self.bandwidth_at_stop(residual).time_for(residual) <= self.convergence.downtime_limit()
     }
 
     /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.
