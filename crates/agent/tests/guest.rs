@@ -3,7 +3,6 @@
 
 mod support;
 
-use std::cell::Cell;
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -166,26 +165,33 @@ fn a_hostile_guest_is_cut_off_and_moves_when_its_host_wants() {
 /// busy this machine is.
 struct Share<'a> {
     world: &'a World,
-    asked: Cell<u32>,
 }
 
 impl<'a> Share<'a> {
+    /// The guest tells it by itself from now on: each line that is typed at its console may be broken by one that it prints.
     fn new(world: &'a World) -> Self {
-        Self { world, asked: Cell::new(0) }
+        let stat = "cut -d' ' -f14,15 /proc/$(busybox pidof load)/stat";
+        say(
+            world,
+            "a",
+            &format!("while usleep 300000;do echo ST''AT $({stat}) $(cat /proc/uptime) END;done&"),
+        );
+        Self { world }
     }
 
     /// Seconds that the load has computed, and seconds since the boot.
     fn look(&self) -> (f64, f64) {
         /// Ticks of proc(5) in a second.
         const TICKS: f64 = 100.0;
-        let number = self.asked.replace(self.asked.get() + 1);
-        let stat = "cut -d' ' -f14,15 /proc/$(busybox pidof load)/stat";
-        say(self.world, "a", &format!("echo ST''AT{number} $({stat}) $(cat /proc/uptime) END"));
-        let mark = format!("STAT{number} ");
-        let text = || self.world.console("vm").split(&mark).nth(1).map(str::to_owned).unwrap_or_default();
+        let told = |text: &str| text.matches("STAT ").count();
+        let next = told(&self.world.console("vm")) + 1;
+        let text =
+            || self.world.console("vm").split("STAT ").nth(next).map(str::to_owned).unwrap_or_default();
         self.world.wait_until("the guest counts", || text().contains("END"));
         // The load may speak in the middle of it, in a line of its own.
-        let numbers: Vec<f64> = text().split_whitespace().filter_map(|word| word.parse().ok()).collect();
+        let text = text();
+        let words = text.split_whitespace().take_while(|word| *word != "END");
+        let numbers: Vec<f64> = words.filter_map(|word| word.parse().ok()).collect();
         ((numbers[0] + numbers[1]) / TICKS, numbers[2])
     }
 
