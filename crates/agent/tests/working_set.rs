@@ -8,8 +8,10 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sterna_agent::Agent;
-use sterna_agent::model::{MigrateRequest, WorkingSetEvent, WorkingSetRequest, WorkingSetView};
+use sterna_agent::model::{
+    CompressionMode, MigrateRequest, WorkingSetEvent, WorkingSetRequest, WorkingSetView,
+};
+use sterna_agent::{Agent, Mechanism};
 use sterna_lab::guest::{GuestSpec, Program};
 use support::scene::{AT_REST, Scene, left_in_qemu, until};
 use support::{BOOT, World, migrate, request, wait};
@@ -98,7 +100,8 @@ fn a_prediction_comes_true() {
     const BANDWIDTH: u64 = 12_000_000;
     const LIMIT_MS: u64 = 600;
     let world = World::new("7.2");
-    let (a, b) = (world.agent("a"), world.agent("b"));
+    // A prediction knows nothing of what need not be sent after all.
+    let (a, b) = (world.agent_without("a", Mechanism::Postponing), world.agent("b"));
     // All of the set is written anew while it is sent, three times over: rounds shrink it no more, and it fits the limit.
     boot(&world, &a, writes(4, 40));
     let bandwidths = vec![BANDWIDTH];
@@ -108,6 +111,8 @@ fn a_prediction_comes_true() {
     let limits = MigrateRequest {
         max_bandwidth: Some(BANDWIDTH),
         downtime_limit: LIMIT_MS,
+        compression: CompressionMode::None,
+        delta_cache: Some(0),
         verify: false,
         timeout: Some(90.0),
         ..request("vm", "b")

@@ -4,6 +4,7 @@
 //! and a page that is sent again and again keeps it: with more such pages than places a part of them always gains, where the usual
 //! replacement of the oldest would throw out each just before it is needed.
 
+use memmap2::MmapMut;
 use sterna_engine::policy::Delta;
 use sterna_engine::wire::patch::{self, Difference};
 use sterna_memory::PAGE;
@@ -19,7 +20,8 @@ const ROUNDS_KEPT: u32 = 2;
 pub(super) struct Kept {
     /// Whose page is in a place, and the round in which it was sent last.
     owners: Vec<Option<(u16, u32, u32)>>,
-    pages: Vec<u8>,
+    /// A mapping of its own: the kernel gives it out as it is used, and gets it back as a whole.
+    pages: Option<MmapMut>,
     pub(super) rule: Delta,
     /// Pages that were found here, since whoever counts them has set it back.
     pub(super) found: u32,
@@ -39,8 +41,10 @@ pub(super) enum Sent {
 impl Kept {
     /// Keeps so many bytes of pages at most; memory is taken as pages come.
     pub(super) fn new(bytes: u64) -> Self {
-        let places = (bytes / PAGE) as usize;
-        Self { owners: vec![None; places], pages: vec![0; places * PAGE_BYTES], rule: Delta::new(), found: 0 }
+        let pages =
+            MmapMut::map_anon((bytes / PAGE) as usize * PAGE_BYTES).ok().filter(|pages| !pages.is_empty());
+        let places = pages.as_ref().map_or(0, |pages| pages.len() / PAGE_BYTES);
+        Self { owners: vec![None; places], pages, rule: Delta::new(), found: 0 }
     }
 
     /// Whether the next `pages` are looked up here.
@@ -57,8 +61,9 @@ impl Kept {
         content: &[u8],
         patches: &mut Vec<u8>,
     ) -> Sent {
+        let Some(pages) = &mut self.pages else { return Sent::Whole };
         let place = (at % self.owners.len() as u64) as usize;
-        let kept = &mut self.pages[place * PAGE_BYTES..][..PAGE_BYTES];
+        let kept = &mut pages[place * PAGE_BYTES..][..PAGE_BYTES];
         let sent = match self.owners[place] {
             Some((owner, number, _)) if (owner, number) == (block, page) => {
                 self.found += 1;
