@@ -11,9 +11,10 @@
 //! sent already are read once more and compared with what was sent ([`SentHashes`](super::SentHashes)): those that differ are
 //! sent again. That is done at the stop, or before it while the VM runs, when they are many.
 
-use super::{SendSet, SourceBlock, intersect, merge, subtract};
+use super::{PAGES_PER_STRIPE, SendSet, SourceBlock, intersect, merge, stripes_of, subtract};
 use crate::control::explain;
 use std::sync::Arc;
+use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
     populated, with_data,
@@ -78,6 +79,7 @@ impl Collector {
             let pages = self.populated(at)?;
             self.set.add(at, &pages, &[]);
         }
+        self.set.hot = self.hot_stripes()?;
         Ok(())
     }
 
@@ -170,6 +172,33 @@ impl Collector {
             self.tracker.peek(at, &mut found).map_err(|why| explain(&why))?;
         }
         Ok(found.iter().map(|run| run.pages).sum())
+    }
+
+    /// Which stripes of each block are written most, as far as it shows already: the fewest that account for most of what was written
+    /// since the last scan, ascending.
+    fn hot_stripes(&mut self) -> Result<Vec<Vec<u64>>, String> {
+        let (mut stripes, mut counts) = (Vec::new(), Vec::new());
+        for at in 0..self.blocks.len() {
+            let mut written = Vec::new();
+            self.tracker.peek(at, &mut written).map_err(|why| explain(&why))?;
+            for stripe in written.into_iter().flat_map(stripes_of) {
+                let number = stripe.first / PAGES_PER_STRIPE;
+                match stripes.last() {
+                    Some(&last) if last == (at, number) => {
+                        *counts.last_mut().unwrap_or(&mut 0) += stripe.pages
+                    }
+                    _ => {
+                        stripes.push((at, number));
+                        counts.push(stripe.pages);
+                    }
+                }
+            }
+        }
+        let mut hot = vec![Vec::new(); self.blocks.len()];
+        for (at, number) in writers(&counts).into_iter().map(|most| stripes[most]) {
+            hot[at].push(number);
+        }
+        Ok(hot)
     }
 
     /// Ends the tracking and leaves the process as it was.

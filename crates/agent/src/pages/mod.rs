@@ -20,10 +20,20 @@ pub(crate) use set::SendSet;
 use set::{intersect, merge, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
-use sterna_memory::PAGE;
+use sterna_memory::{PAGE, PageRun};
 
 /// Pages that always share a stream: one full batch, so that a contiguous run is one read, one frame, one install.
 pub(crate) const PAGES_PER_STRIPE: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
+
+/// A run cut where the stream may change.
+fn stripes_of(mut run: PageRun) -> impl Iterator<Item = PageRun> {
+    std::iter::from_fn(move || {
+        let pages = run.pages.min(PAGES_PER_STRIPE - run.first % PAGES_PER_STRIPE);
+        let stripe = PageRun { first: run.first, pages };
+        run = PageRun { first: run.first + pages, pages: run.pages - pages };
+        (pages > 0).then_some(stripe)
+    })
+}
 
 /// The stream that carries every version of this page (PROTOCOL.md, "Order").
 pub(crate) fn stream_of(block: usize, page: u64, streams: u32) -> u32 {

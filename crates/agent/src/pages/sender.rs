@@ -3,7 +3,7 @@
 use super::kept::{Kept, Sent};
 use super::pack::Packer;
 use super::send::{Haste, Job, Part, SendCounters, SendOptions};
-use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, subtract};
+use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, stripes_of, subtract};
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
@@ -121,9 +121,9 @@ impl Sender {
         for (at, block) in blocks.iter().enumerate() {
             self.discard(block, job.round, &job.set.holes[at])?;
             self.resend = Resend::Always;
-            self.send_pages(block, job.round, &job.set.pages[at])?;
+            self.send_pages(block, job.round, &job.set.pages[at], &job.set.hot[at])?;
             self.resend = Resend::IfChanged;
-            self.send_pages(block, job.round, &job.set.suspects[at])?;
+            self.send_pages(block, job.round, &job.set.suspects[at], &[])?;
         }
         if job.part == Part::End {
             self.head.clear();
@@ -146,12 +146,31 @@ impl Sender {
     fn share(&self, block: &SourceBlock, runs: &[PageRun]) -> impl Iterator<Item = PageRun> + use<> {
         let (stream, streams, index) = (self.link.stream, self.streams, usize::from(block.index));
         let runs = runs.to_vec();
-        runs.into_iter().flat_map(stripes).filter(move |run| stream_of(index, run.first, streams) == stream)
+        runs.into_iter()
+            .flat_map(stripes_of)
+            .filter(move |run| stream_of(index, run.first, streams) == stream)
     }
 
-    fn send_pages(&mut self, block: &SourceBlock, round: u32, runs: &[PageRun]) -> Result<(), String> {
+    /// Sends what of `runs` is this stream's, what is farthest from `hot` stripes first: whoever writes there comes to the stripes
+    /// around them soon, and what was written by the time that it is looked at need not be sent now.
+    fn send_pages(
+        &mut self,
+        block: &SourceBlock,
+        round: u32,
+        runs: &[PageRun],
+        hot: &[u64],
+    ) -> Result<(), String> {
+        let mut share: Vec<PageRun> = self.share(block, runs).collect();
+        if !hot.is_empty() {
+            share.sort_by_key(|run| std::cmp::Reverse(distance(hot, run.first)));
+        }
         let mut pages = 0;
-        for mut run in self.share(block, runs) {
+        for mut run in share {
+            // A batch is in ascending order.
+            if self.pending.last().is_some_and(|last| run.first < last.end()) {
+                self.send_pending(block, round)?;
+                pages = 0;
+            }
             while run.pages > 0 {
                 let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, BATCH_PAGES_MAX);
                 let take = run.pages.min(limit.saturating_sub(pages));
@@ -387,14 +406,12 @@ fn append(descriptors: &mut Vec<Descriptor>, page: u64, content: Content) {
     }
 }
 
-/// A run cut where the stream may change.
-fn stripes(mut run: PageRun) -> impl Iterator<Item = PageRun> {
-    std::iter::from_fn(move || {
-        let pages = run.pages.min(PAGES_PER_STRIPE - run.first % PAGES_PER_STRIPE);
-        let stripe = PageRun { first: run.first, pages };
-        run = PageRun { first: run.first + pages, pages: run.pages - pages };
-        (pages > 0).then_some(stripe)
-    })
+/// How far a page's stripe is from the next hot one; `hot` is ascending.
+fn distance(hot: &[u64], page: u64) -> u64 {
+    let stripe = page / PAGES_PER_STRIPE;
+    let after = hot.partition_point(|&other| other < stripe);
+    let near = hot[..after].last().into_iter().chain(hot.get(after));
+    near.map(|other| stripe.abs_diff(*other)).min().unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -402,9 +419,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_is_far_from_hot_stripes_is_known() {
+        let hot = [3, 10];
+        let of = |stripe: u64| distance(&hot, stripe * PAGES_PER_STRIPE + 7);
+        assert_eq!([0, 3, 4, 6, 7, 10, 100].map(of), [3, 0, 1, 3, 3, 0, 90]);
+        assert_eq!(distance(&[], 5), 0);
+    }
+
+    #[test]
     fn stripes_cover_a_run_and_never_cross_a_stream() {
         let run = PageRun { first: 250, pages: 600 };
-        let cut: Vec<_> = stripes(run).collect();
+        let cut: Vec<_> = stripes_of(run).collect();
         assert_eq!(cut.iter().map(|run| run.pages).collect::<Vec<_>>(), [6, 256, 256, 82]);
         for stripe in cut {
             assert_eq!(stream_of(3, stripe.first, 2), stream_of(3, stripe.end() - 1, 2));

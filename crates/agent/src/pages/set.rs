@@ -11,12 +11,15 @@ pub(crate) struct SendSet {
     pub(crate) holes: Vec<Vec<PageRun>>,
     /// Pages that were sent before and are sent again only if they differ from that, one list a block.
     pub(crate) suspects: Vec<Vec<PageRun>>,
+    /// Stripes that the guest writes most, where that is known, one list a block: they go last, and by then it shows which of their
+    /// pages would be sent twice.
+    pub(crate) hot: Vec<Vec<u64>>,
 }
 
 impl SendSet {
     pub(crate) fn new(blocks: usize) -> Self {
         let none = || vec![Vec::new(); blocks];
-        Self { pages: none(), holes: none(), suspects: none() }
+        Self { pages: none(), holes: none(), suspects: none(), hot: vec![Vec::new(); blocks] }
     }
 
     /// Pages to be read and sent.
