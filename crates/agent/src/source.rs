@@ -141,14 +141,19 @@ pub(crate) fn start(
     let (host, vm, request) = (host.clone(), vm.clone(), request.clone());
     std::thread::spawn(move || {
         let mut view = view;
+        // The VM is free before anybody is told that it is over: who was told may begin the next migration at once.
         match Outgoing::prepare(&host, &vm, &request, id, tell, &mut view) {
-            Err(outcome) => view.finish(&outcome),
+            Err(outcome) => {
+                done();
+                view.finish(&outcome);
+            }
             Ok((mut outgoing, machine)) => {
                 std::mem::swap(&mut outgoing.view, &mut view);
-                outgoing.drive(machine, &events);
+                let outcome = outgoing.drive(machine, &events);
+                done();
+                outgoing.view.finish(&outcome);
             }
         }
-        done();
     });
     handle
 }
@@ -222,12 +227,13 @@ impl Outgoing {
     }
 
     /// Runs the machine to its end.
-    fn drive(&mut self, mut machine: Source, events: &mpsc::Receiver<Event>) {
+    fn drive(&mut self, mut machine: Source, events: &mpsc::Receiver<Event>) -> Outcome {
         loop {
             while let Some(action) = machine.poll() {
                 if let SourceAction::Over(outcome) = action {
                     self.show(&machine);
-                    return self.over(&outcome);
+                    self.over(&outcome);
+                    return outcome;
                 }
                 let asked = action == SourceAction::Ask;
                 if let Some(input) = self.perform(action) {
@@ -351,10 +357,7 @@ impl Outgoing {
                 self.pacer.set_rate(rate.map(|rate| rate.0));
                 None
             }
-            SourceAction::Stun(keep) => {
-                self.stun(keep);
-                None
-            }
+            SourceAction::Stun(keep) => self.stun(keep),
             SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
             SourceAction::SendRound(round) => self.send_round(round),
             SourceAction::Scan => Some(settle(self.scan(), SourceInput::Scanned)),
@@ -648,7 +651,6 @@ impl Outgoing {
                 }
             }
         }
-        self.view.finish(outcome);
     }
 }
 

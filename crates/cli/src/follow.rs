@@ -30,8 +30,11 @@ pub(crate) async fn follow(
 ) -> Result<MigrationView, Failure> {
     let mut watch = Watch::new(client.clone(), first);
     let mut cancelling: Option<JoinHandle<Result<(), ClientError>>> = None;
-    let mut asked_to_cancel = false;
+    let (mut asked_to_cancel, mut told) = (false, 0);
     loop {
+        // What was asked for and cannot be done must not be missed.
+        watch.last.notices.iter().skip(told).for_each(|notice| progress.note(notice));
+        told = watch.last.notices.len().max(told);
         tokio::select! {
             next = watch.next(progress) => match next? {
                 Next::View => progress.show(&watch.last),

@@ -272,7 +272,7 @@ impl Source {
             }
             SourceInput::DowntimeLimit(limit) => self.convergence.set_downtime_limit(limit),
             SourceInput::RateLimits(limits) => self.on_rate_limits(limits),
-            SourceInput::AutoConverge(allowed) => self.stun.allow(allowed),
+            SourceInput::AutoConverge(allowed) => self.on_auto_converge(allowed),
             SourceInput::Tick => self.on_tick(now),
             _ => {}
         }

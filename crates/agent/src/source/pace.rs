@@ -115,13 +115,13 @@ impl Outgoing {
     /// Lets what writes most have this part of its time. The guest's own helper, where there is one, knows which process that is, and is
     /// asked first; a guest that writes on all the same is slowed from outside, by its processors. Where that cannot be done, the
     /// user is told once, and the migration goes on without.
-    pub(super) fn stun(&mut self, keep: u32) {
+    pub(super) fn stun(&mut self, keep: u32) -> Option<SourceInput> {
         if keep >= KEEP_ALL && self.slowed.asked.take().is_some() {
             self.vm.guest().unstun();
         }
         let first = keep < KEEP_ALL && self.slowed.asked.is_none() && self.slowed.throttle.is_none();
         if first && self.ask_helper(KEEP_ALL - keep) {
-            return;
+            return None;
         }
         let done = self.try_stun(keep);
         if let Err(why) = done
@@ -135,7 +135,8 @@ impl Outgoing {
 
     fn ask_helper(&mut self, percent: u32) -> bool {
         let guest = self.vm.guest();
-        let there = guest.is_there().is_some_and(|helper| helper.can("stun"));
+        // One that was heard of before: a guest that computes all the time may take long to say so again.
+        let there = guest.helper().is_some_and(|helper| helper.can("stun"));
         let asked = there && guest.stun(percent, STUN_MS);
         self.slowed.asked = asked.then(|| (percent, Instant::now()));
         asked
@@ -200,6 +201,7 @@ impl Outgoing {
         }
         if let Some(allowed) = request.auto_converge {
             self.slowed.watch(allowed);
+            self.slowed.failed &= !allowed;
             machine.handle(SourceInput::AutoConverge(allowed), now);
         }
         if request.max_bandwidth.is_some() || request.min_bandwidth.is_some() {

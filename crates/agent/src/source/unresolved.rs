@@ -35,8 +35,8 @@ pub(crate) fn resolve(
         let process = match host.process_of(&vm) {
             Ok(process) => process,
             Err(why) => {
-                view.finish(&Outcome::Stranded(why));
-                return done();
+                done();
+                return view.finish(&Outcome::Stranded(why));
             }
         };
         let address = host.address_of(&record.peer).unwrap_or_default();
@@ -52,8 +52,9 @@ pub(crate) fn resolve(
             process,
         );
         outgoing.activity = record.activity;
-        outgoing.drive(machine, &events);
+        let outcome = outgoing.drive(machine, &events);
         done();
+        outgoing.view.finish(&outcome);
     });
     handle
 }

@@ -88,7 +88,7 @@ pub enum SourceInput {
     DowntimeLimit(Duration),
     /// The user changes how fast rounds are sent.
     RateLimits(RateLimits),
-    /// The user allows a guest that does not converge to be slowed, or not any more.
+    /// The user allows a guest that does not converge to be slowed, or not any more; or it was found that it cannot be done.
     AutoConverge(bool),
     /// An operator decides who owns a VM that was released; answered by [`SourceAction::Reply`].
     Recover(Choice),

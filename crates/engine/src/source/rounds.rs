@@ -7,6 +7,8 @@ use std::time::Duration;
 
 /// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
 const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
+/// A round that is shorter tells nothing about how fast the guest writes: it does so in bursts.
+const RATE_SAMPLE_MIN: Duration = Duration::from_millis(100);
 /// The least time between two rounds when most pages of the first were written again before they could go. Scans that follow each other
 /// at once would only take the guest's time.
 const ROUND_MIN: Duration = Duration::from_millis(250);
@@ -134,7 +136,9 @@ impl Source {
             self.rounds.throughput = Rate::measured(handled, round_time).map(|rate| (handled, rate));
         }
         let bandwidth = self.bandwidth_at_stop(residual);
-        self.progress.dirty_pages_rate = writes.0 / PAGE_BYTES;
+        if round_time >= RATE_SAMPLE_MIN {
+            self.progress.dirty_pages_rate = writes.0 / PAGE_BYTES;
+        }
         self.progress.expected_downtime = Some(bandwidth.time_for(residual));
         self.progress.ram_remaining = residual;
         let elapsed = now.saturating_sub(self.began);
@@ -174,6 +178,14 @@ impl Source {
             self.wait(now, ROUND_MIN - round_time);
         } else {
             self.begin_round(self.progress.rounds + 1, pages, now);
+        }
+    }
+
+    /// Who takes the permission back wants his guest back, and not at the end of a round.
+    pub(super) fn on_auto_converge(&mut self, allowed: bool) {
+        self.stun.allow(allowed);
+        if !allowed {
+            self.let_go();
         }
     }
 
