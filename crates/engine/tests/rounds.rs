@@ -1,6 +1,8 @@
 //! The rounds of a source, driven through the machine by guests that write as recorded or made up: how fast they go, when they rest, whom they
 //! slow, and that all of it ends.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
+
 use proptest::prelude::*;
 use std::time::Duration;
 use sterna_engine::Status;
@@ -41,11 +43,10 @@ struct Seen {
     rested: u32,
 }
 
-/// Drives a migration of `guest` until its stop or the end of its time.
-fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, at_most: Duration) -> Seen {
+fn parameters(rate: RateLimits, auto_converge: bool, limit: Duration) -> SourceParameters {
     let block = Block { name: "ram".into(), bytes: RAM * 4096, travels: true };
     let offer = Offer { vm: "vm".into(), generation: 1, blocks: vec![block], streams: 1, ..Offer::default() };
-    let parameters = SourceParameters {
+    SourceParameters {
         id: MigrationId([1; 16]),
         peer: "b".into(),
         offer,
@@ -54,7 +55,24 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
         activity: Activity::Running,
         rate,
         auto_converge,
-    };
+    }
+}
+
+/// A migration that is cancelled has let its guest go.
+fn assert_let_go(source: &mut Source, now: Duration, mut keep: u32) {
+    assert_eq!(source.status(now), Status::Active);
+    source.handle(SourceInput::Cancel, now);
+    while let Some(action) = source.poll() {
+        if let SourceAction::Stun(part) = action {
+            keep = part;
+        }
+    }
+    assert_eq!(keep, 100, "the guest was left slow");
+}
+
+/// Drives a migration of `guest` until its stop or the end of its time.
+fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, at_most: Duration) -> Seen {
+    let parameters = parameters(rate, auto_converge, limit);
     let mut now = Duration::ZERO;
     let mut source = Source::new(parameters, now);
     let mut seen = Seen { paces: vec![rate.max], ..Seen::default() };
@@ -120,14 +138,7 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
             }
         }
     }
-    assert_eq!(source.status(now), Status::Active);
-    source.handle(SourceInput::Cancel, now);
-    while let Some(action) = source.poll() {
-        if let SourceAction::Stun(part) = action {
-            keep = part;
-        }
-    }
-    assert_eq!(keep, 100, "the guest was left slow");
+    assert_let_go(&mut source, now, keep);
     seen
 }
 
@@ -166,6 +177,44 @@ fn a_guest_that_outruns_the_link_converges_only_when_it_is_slowed() {
     let slowed = drive(muncher, RateLimits::default(), true, limit, Duration::from_millis(6500));
     assert!(slowed.stopped.is_some(), "{slowed:?}");
     assert_eq!(slowed.keeps.last(), Some(&100), "{slowed:?}");
+}
+
+/// Who takes the permission back has his guest back at once, in the middle of a round.
+#[test]
+fn a_guest_that_may_not_be_slowed_any_more_is_let_go_at_once() {
+    let mut source =
+        Source::new(parameters(RateLimits::default(), true, Duration::from_millis(1)), Duration::ZERO);
+    let mut keep = Vec::new();
+    for second in 0..20 {
+        let now = Duration::from_secs(second);
+        while let Some(action) = source.poll() {
+            let input = match action {
+                SourceAction::Record(_) => SourceInput::Recorded,
+                SourceAction::Send(Message::Hello(_)) => SourceInput::Message(Message::Welcome(Welcome {
+                    version: VERSION_MAX,
+                    ..Welcome::default()
+                })),
+                SourceAction::Send(_) => SourceInput::Message(Message::Accepted(Accepted::default())),
+                SourceAction::OpenStreams(_) => SourceInput::Opened,
+                SourceAction::Track => SourceInput::Tracked(Pages(RAM)),
+                SourceAction::Scan => SourceInput::Scanned(Pages(RAM)),
+                SourceAction::Stun(part) => {
+                    keep.push(part);
+                    continue;
+                }
+                SourceAction::SendRound(round) if keep.is_empty() => {
+                    source.handle(SourceInput::Sent(Pages(RAM * u64::from(round)).bytes()), now);
+                    SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 }))
+                }
+                _ => continue,
+            };
+            source.handle(input, now);
+        }
+    }
+    assert!(keep.len() == 1 && keep[0] < 100, "{keep:?}");
+    source.handle(SourceInput::AutoConverge(false), Duration::from_secs(20));
+    assert_eq!(source.poll(), Some(SourceAction::Stun(100)));
+    assert_eq!(source.progress().throttle, 0);
 }
 
 proptest! {

@@ -124,13 +124,22 @@ impl Outgoing {
             return None;
         }
         let done = self.try_stun(keep);
+        if keep < KEEP_ALL && self.slowed.asked.is_some() && (done.is_err() || self.slowed.failed) {
+            // What can be done inside of the guest is done.
+            self.slowed.failed = true;
+            self.ask_helper(KEEP_ALL - keep);
+            return None;
+        }
         if let Err(why) = done
             && !std::mem::replace(&mut self.slowed.failed, true)
         {
             tracing::warn!(vm = self.vm.name(), why, "the guest cannot be slowed");
             self.view
                 .notice(&format!("the guest of VM {} cannot be slowed on this host: {why}", self.vm.name()));
+            // Nobody shall believe that it is.
+            return Some(SourceInput::AutoConverge(false));
         }
+        None
     }
 
     fn ask_helper(&mut self, percent: u32) -> bool {
