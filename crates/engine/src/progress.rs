@@ -68,8 +68,6 @@ pub struct Progress {
     pub normal: Pages,
     /// Pages that needed no bytes because they are zero or a hole (QEMU's `duplicate`).
     pub duplicate: Pages,
-    /// Pages that were to be sent and were left for the next round, because they had been written again by then.
-    pub postponed: Pages,
     /// The part of its time that is taken from the guest, in percent (QEMU's `cpu-throttle-percentage`).
     pub throttle: u32,
     /// Pages written per second in the last round.

@@ -77,7 +77,6 @@ impl Source {
     pub(super) fn on_counted(&mut self, normal: Pages, postponed: Pages) {
         self.rounds.normal = normal.max(self.rounds.normal);
         self.rounds.postponed = postponed.max(self.rounds.postponed);
-        self.progress.postponed = self.rounds.postponed;
     }
 
     pub(super) fn on_writes(&mut self, rate: Rate) {
@@ -147,12 +146,10 @@ impl Source {
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
-            Verdict::Round => self.go_on(
-                pages,
-                Seen { written: writes, bandwidth, fits: self.fits(residual) },
-                now,
-                round_time,
-            ),
+            Verdict::Round => {
+                let fits = bandwidth.time_for(residual) <= self.convergence.downtime_limit();
+                self.go_on(pages, Seen { written: writes, bandwidth, fits }, now, round_time);
+            }
             Verdict::Stop => {
                 self.stopped_at = Some(now);
                 self.let_go();
@@ -160,10 +157,6 @@ impl Source {
                 self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
             }
         }
-    }
-
-    fn fits(&self, residual: Bytes) -> bool {
-        self.bandwidth_at_stop(residual).time_for(residual) <= self.convergence.downtime_limit()
     }
 
     /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.
