@@ -78,6 +78,21 @@ pub fn fill_mib(memory_mib: u32) -> u32 {
     memory_mib.saturating_sub(REST_MIB + memory_mib / 10).max(memory_mib / 4)
 }
 
+/// A guest full of noise that writes the first `working_set_mib` of it over and over at a rate, checks it, and has `more` options.
+#[must_use]
+pub fn writer(
+    stage: &Stage,
+    name: &str,
+    memory_mib: u32,
+    (working_set_mib, rate_mb): (u32, u32),
+    more: &[&str],
+) -> GuestSpec {
+    let fill = format!("--fill={}", fill_mib(memory_mib));
+    let (dirty, rate) = (format!("--dirty={working_set_mib}"), format!("--rate={rate_mb}"));
+    let options = [&[fill.as_str(), &dirty, &rate, "--check"], more].concat();
+    GuestSpec { programs: vec![memory(&options)], ..plain(stage, name, memory_mib) }
+}
+
 /// What is in a console's file.
 pub(crate) fn text_of(console: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(console).unwrap_or_default()).into_owned()

@@ -59,13 +59,5 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
 }
 
 fn guest(stage: &Stage, name: &str) -> GuestSpec {
-    let options = [
-        format!("--fill={}", load::fill_mib(MEMORY_MIB)),
-        format!("--dirty={WORKING_SET_MIB}"),
-        format!("--rate={RATE_MB}"),
-        "--write=sparse".to_owned(),
-        "--check".to_owned(),
-    ];
-    let programs = vec![load::memory(&options.each_ref().map(String::as_str))];
-    GuestSpec { programs, ..load::plain(stage, name, MEMORY_MIB) }
+    load::writer(stage, name, MEMORY_MIB, (WORKING_SET_MIB, RATE_MB), &["--write=sparse"])
 }
