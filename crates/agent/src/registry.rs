@@ -139,6 +139,12 @@ impl Vm {
         lock(&self.qemu)
     }
 
+    /// It has come here and runs: listed as such from now on, though not written down yet.
+    pub(crate) fn arrive(&self, qemu: Option<Qemu>) {
+        *self.qemu() = qemu;
+        lock(&self.record).incoming = false;
+    }
+
     pub(crate) fn is_alive(&self) -> bool {
         self.held.as_ref().is_some_and(|process| !process.wait_exit(std::time::Duration::ZERO))
     }
@@ -334,9 +340,19 @@ impl Registry {
 
     /// Notes that the last try to move a VM away has ended, and the VM is here.
     pub(crate) fn stayed(&self, vm: &Arc<Vm>) {
+        // The record tells the same: this only spares a question after a crash that damages it.
+        self.note(vm, |record| record.leaving = None);
+    }
+
+    /// Notes that a VM has come here for good.
+    pub(crate) fn arrived(&self, vm: &Arc<Vm>) {
+        self.note(vm, |record| record.incoming = false);
+    }
+
+    /// Writes down what another record says already, unless the VM has gone meanwhile.
+    fn note(&self, vm: &Arc<Vm>, change: impl FnOnce(&mut VmRecord)) {
         let listed = self.find(&vm.name()).is_some_and(|found| Arc::ptr_eq(&found, vm));
-        if listed && let Err(why) = self.update(vm, |record| record.leaving = None) {
-            // The record tells the same: this only spares a question after a crash that damages it.
+        if listed && let Err(why) = self.update(vm, change) {
             tracing::warn!(vm = vm.name(), %why, "it cannot be written down");
         }
     }

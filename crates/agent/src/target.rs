@@ -210,7 +210,7 @@ impl Arriving<'_> {
                 if let TargetAction::Over(result) = action {
                     self.drop_streams();
                     if result.is_ok() {
-                        self.adopt();
+                        self.settle();
                     }
                     return result;
                 }
@@ -313,6 +313,12 @@ impl Arriving<'_> {
                 Err(why) => TargetInput::Failed(why),
             }),
             TargetAction::Run => Some(self.resume()),
+            TargetAction::Adopt => {
+                if let Some(vm) = &self.vm {
+                    vm.arrive(self.qemu.take());
+                }
+                None
+            }
             TargetAction::Announce => {
                 self.announce();
                 None
@@ -471,20 +477,17 @@ impl Arriving<'_> {
         }
     }
 
-    fn announce(&mut self) {
-        if let Some(Err(why)) = self.qemu.as_mut().map(|qemu| qemu.announce()) {
-            let (vm, why) = (&self.offer.vm, explain(&why));
-            tracing::warn!(vm, why, "the VM was not announced to the network");
+    fn announce(&self) {
+        let Some(vm) = &self.vm else { return };
+        if let Err(why) = self.host.with_qemu(vm, |qemu| qemu.announce()) {
+            tracing::warn!(vm = vm.name(), why, "the VM was not announced to the network");
         }
     }
 
-    /// From here on it is a VM of this host like any other. The record says so already; this is for the lists.
-    fn adopt(&mut self) {
+    /// Writes down what the lists say already, and gives the guest what was taken from it for the move.
+    fn settle(&self) {
         let Some(vm) = &self.vm else { return };
-        *vm.qemu() = self.qemu.take();
-        if let Err(why) = self.host.registry().update(vm, |record| record.incoming = false) {
-            tracing::error!(vm = self.offer.vm, %why, "the VM cannot be written down");
-        }
+        self.host.registry().arrived(vm);
         crate::balloon::give_back(&self.host, vm);
     }
 
@@ -522,6 +525,7 @@ pub(crate) fn phase(action: &TargetAction) -> &'static str {
         TargetAction::Prepare(_) => "prepare",
         TargetAction::Load(_) => "load",
         TargetAction::Run => "resume",
+        TargetAction::Adopt => "adopt",
         TargetAction::Announce => "announce",
         TargetAction::Kill => "kill",
         TargetAction::Over(_) => "over",

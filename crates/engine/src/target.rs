@@ -90,6 +90,8 @@ pub enum TargetAction {
     /// Take the VM's disks and let it run, or leave it paused if the source has said that it was. The record of the
     /// commit is on disk.
     Run,
+    /// List the VM as one of this host's own: who is told next that it is here finds it so.
+    Adopt,
     /// Tell the network where the VM is now.
     Announce,
     /// End the waiting QEMU and wait for its death. There may be none.
@@ -108,10 +110,19 @@ enum State {
     Loading,
     Loaded,
     Committing,
-    Starting { record: Duration },
-    Confirming,
-    Ending { why: String, released: bool, reasons: Vec<Reason> },
-    Burying { why: String },
+    Starting {
+        record: Duration,
+    },
+    /// What the source has not been told yet, if it has not.
+    Confirming(Option<Committed>),
+    Ending {
+        why: String,
+        released: bool,
+        reasons: Vec<Reason>,
+    },
+    Burying {
+        why: String,
+    },
     Over,
 }
 
@@ -288,7 +299,11 @@ impl Target {
                 self.owns = true;
                 self.actions.push_back(TargetAction::Run);
             }
-            (State::Confirming, _) => self.over(Ok(())),
+            (State::Confirming(_), _) => {
+                self.tell_committed();
+                self.actions.push_back(TargetAction::Announce);
+                self.over(Ok(()));
+            }
             (State::Burying { why }, _) => {
                 let why = why.clone();
                 self.over(Err(why));
@@ -305,8 +320,21 @@ impl Target {
                 self.kill(format!("the record could not be stored: {why}"), released, Vec::new());
             }
             // The source may be asking: without this record it would be told to ask again for ever.
-            State::Confirming | State::Burying { .. } => self.deadline = Some(now + RECORD_PAUSE),
+            State::Confirming(_) => {
+                self.tell_committed();
+                self.deadline = Some(now + RECORD_PAUSE);
+            }
+            State::Burying { .. } => self.deadline = Some(now + RECORD_PAUSE),
             _ => {}
+        }
+    }
+
+    /// Tells the source, once, that it may let its QEMU go: whoever hears from it that the VM is here may use it here at once.
+    fn tell_committed(&mut self) {
+        let State::Confirming(untold) = &mut self.state else { return };
+        if let Some(committed) = untold.take() {
+            self.actions.push_back(TargetAction::Adopt);
+            self.send(Message::Committed(committed));
         }
     }
 
@@ -341,15 +369,13 @@ impl Target {
     fn on_running(&mut self, took: Duration) {
         let State::Starting { record } = self.state else { return };
         let generation = self.generation().unwrap_or_default();
-        // The source first, which waits for this to let its QEMU go; the network has not noticed anything yet.
-        self.send(Message::Committed(Committed {
+        // Written down before anybody is told: the next migration of the VM has its own record.
+        self.record(Step::Running);
+        self.state = State::Confirming(Some(Committed {
             generation,
             record_us: micros(record),
             resume_us: micros(took),
         }));
-        self.actions.push_back(TargetAction::Announce);
-        self.record(Step::Running);
-        self.state = State::Confirming;
     }
 
     fn on_run_failed(&mut self, why: String) {
@@ -382,7 +408,7 @@ impl Target {
         }
         self.deadline = None;
         match self.state {
-            State::Confirming => return self.record(Step::Running),
+            State::Confirming(_) => return self.record(Step::Running),
             State::Burying { .. } => return self.record(Step::Dead),
             _ => {}
         }
@@ -398,7 +424,7 @@ impl Target {
         match self.state {
             State::Committing
             | State::Starting { .. }
-            | State::Confirming
+            | State::Confirming(_)
             | State::Ending { .. }
             | State::Burying { .. }
             | State::Over => {}

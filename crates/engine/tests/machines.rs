@@ -246,6 +246,8 @@ struct TargetDriver {
     loaded: bool,
     release_seen: bool,
     commit_stored: bool,
+    run_recorded: bool,
+    adopted: bool,
     runs: u32,
     killed: bool,
     dead: bool,
@@ -261,6 +263,8 @@ impl TargetDriver {
             loaded: false,
             release_seen: false,
             commit_stored: false,
+            run_recorded: false,
+            adopted: false,
             runs: 0,
             killed: false,
             dead: false,
@@ -297,6 +301,7 @@ impl TargetDriver {
                 let late = record.step == Step::Dead && !self.dead;
                 assert!(!late, "a death was written down before it was reported");
                 self.commit_stored |= record.step == Step::Committed;
+                self.run_recorded |= record.step == Step::Running;
                 self.honest.push_back(In::Recorded(Duration::from_millis(1)));
             }
             TargetAction::Prepare(_) => self.honest.push_back(In::Prepared),
@@ -307,6 +312,7 @@ impl TargetDriver {
                 self.runs += 1;
                 self.honest.push_back(In::Running(Duration::from_millis(1)));
             }
+            TargetAction::Adopt => self.adopted = true,
             TargetAction::Announce => {}
             TargetAction::Kill => {
                 self.killed = true;
@@ -334,7 +340,8 @@ impl TargetDriver {
                 self.honest.push_back(TargetInput::Message(Message::Release(release)));
             }
             Message::Committed(_) => {
-                assert_eq!((self.runs, self.killed), (1, false), "committed and not running")
+                assert_eq!((self.runs, self.killed), (1, false), "committed and not running");
+                assert!(self.run_recorded && self.adopted, "told, and not one of the host's own VMs yet");
             }
             Message::NotCommitted(_) => assert!(self.dead, "a death was told before it was reported"),
             _ => {}

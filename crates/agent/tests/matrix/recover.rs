@@ -19,6 +19,7 @@ fn an_unresolved_vm_is_recovered_by_an_answer_or_by_an_operator() {
     let watcher = Watcher::start(&scene.world);
     nothing_to_decide(&scene);
     the_last_message_is_lost(&scene, &links);
+    the_target_lists_what_came(&scene);
     the_target_is_at_work(&scene);
     here_while_it_runs_there(&mut scene);
     here_fences_a_commit(&mut scene);
@@ -64,6 +65,19 @@ fn the_last_message_is_lost(scene: &Scene, links: &Links) {
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("completed", other(from)), "{view:?}");
     assert!(scene.host(from).log().matches("\"ask\"").count() > asked, "{}", scene.tell());
     assert_eq!(scene.settle(), other(from));
+    scene.assert_guest_goes_on();
+}
+
+/// Who is told that the VM has moved finds it there, however long the target goes on about it.
+fn the_target_lists_what_came(scene: &Scene) {
+    let from = scene.settle();
+    let to = other(from);
+    let hold = Hold::arm(&scene.world, scene.host(to), "target-announce");
+    let id = scene.host(from).migrate(&to_the_other(from)).unwrap();
+    hold.reached();
+    assert_eq!(scene.host(from).wait(&id).status, "completed");
+    assert_eq!(scene.host(to).vm("vm").unwrap().state, "running");
+    drop(hold);
     scene.assert_guest_goes_on();
 }
 
