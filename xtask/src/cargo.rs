@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 
 use crate::packages::Ready;
 
-/// Packages whose programs the tests, the demo and the benchmarks run.
+/// Packages whose programs the demo and the benchmarks run.
 const PROGRAMS: &[&str] = &["sterna", "sterna-memory", "sterna-lab"];
 /// Where tests hold an agent: what tests run has it, all of it alike, so that nothing is compiled twice.
 const HOLDS: &str = "sterna-agent/holds";
@@ -40,15 +40,6 @@ impl Extent {
     }
 }
 
-/// How programs are compiled.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Profile {
-    /// As tests run them.
-    Dev,
-    /// As they are measured.
-    Release,
-}
-
 /// Formatting and lints of the whole workspace, and what its dependencies bring with them.
 pub(crate) fn lint() -> anyhow::Result<()> {
     run(cargo().args(["fmt", "--all", "--check"]))?;
@@ -59,8 +50,9 @@ pub(crate) fn lint() -> anyhow::Result<()> {
 /// Lints, then all tests.
 pub(crate) fn test(ready: &Ready, extent: Extent, arguments: &[String]) -> anyhow::Result<()> {
     let began = Instant::now();
-    build(Profile::Dev)?;
     lint()?;
+    // Whoever runs the tests builds the programs for them: built here, alone, they would be built once more, for what others need
+    // turns other features of their dependencies on.
     if has("nextest") {
         let mut command = cargo();
         command.args(["nextest", "run", "--workspace", "--features", HOLDS, "--test-threads", TESTS_AT_ONCE]);
@@ -79,22 +71,11 @@ pub(crate) fn test(ready: &Ready, extent: Extent, arguments: &[String]) -> anyho
     Ok(())
 }
 
-/// Compiles the programs and returns the directory in which they lie.
-pub(crate) fn build(profile: Profile) -> anyhow::Result<PathBuf> {
-    let mut command = cargo();
-    command.arg("build").args(PROGRAMS.iter().flat_map(|p| ["--package", p]));
-    let directory = match profile {
-        Profile::Dev => {
-            command.args(["--features", HOLDS]);
-            "debug"
-        }
-        Profile::Release => {
-            command.arg("--release");
-            "release"
-        }
-    };
-    run(&mut command)?;
-    let directory = target()?.join(directory);
+/// Compiles the programs as they are measured, and returns the directory in which they lie.
+pub(crate) fn build() -> anyhow::Result<PathBuf> {
+    let packages = PROGRAMS.iter().flat_map(|p| ["--package", p]);
+    run(cargo().args(["build", "--release"]).args(packages))?;
+    let directory = target()?.join("release");
     directory.canonicalize().with_context(|| format!("cargo did not build into {}", directory.display()))
 }
 

@@ -8,7 +8,7 @@ use anyhow::{Context, ensure};
 use sterna_bench::ours::Progress;
 use sterna_bench::{Extent, Kit, Results, Row, report, rows, table};
 
-use crate::cargo::{self, Profile};
+use crate::cargo;
 use crate::{Bench, Built, interrupt, packages};
 
 /// `cargo xtask demo`
@@ -63,7 +63,7 @@ fn kit(built: &Built) -> anyhow::Result<Kit> {
     ensure!(is_root()?, "hosts are made of network namespaces, which only root can make: run it as root");
     let programs = match &built.programs {
         Some(directory) => directory.clone(),
-        None => cargo::build(Profile::Release)?,
+        None => cargo::build()?,
     };
     interrupt::clean_up_when_interrupted()?;
     Ok(ready.kit(&programs))

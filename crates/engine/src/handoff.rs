@@ -79,6 +79,8 @@ pub enum Step {
     Sending,
     /// Source: the VM was handed out. It must not be resumed here without the target's proof.
     Released,
+    /// Source, in post-copy: the target runs it and fetches pages from what is left of it here, which is kept stopped.
+    Serving,
     /// Source: the target runs it. What is left of it here is to be ended.
     Gone,
     /// Source: the migration is over and the VM is ours.
@@ -89,7 +91,9 @@ pub enum Step {
     Incoming,
     /// Target: the VM is ours; its QEMU may not have been told yet.
     Committed,
-    /// Target: the VM is ours and was seen running; or, if its user has paused it, seen with its disks.
+    /// Target, in post-copy: the VM is ours and runs, and pages of it are still at the source.
+    Fetching,
+    /// Target: the VM is ours, complete, and was seen running; or, if its user has paused it, seen with its disks.
     Running,
     /// Target: the QEMU that waited is dead; this migration never commits.
     Dead,
@@ -101,11 +105,13 @@ impl Step {
         match self {
             Self::Sending => "sending",
             Self::Released => "released",
+            Self::Serving => "serving",
             Self::Gone => "gone",
             Self::Kept => "kept",
             Self::Fenced => "fenced",
             Self::Incoming => "incoming",
             Self::Committed => "committed",
+            Self::Fetching => "fetching",
             Self::Running => "running",
             Self::Dead => "dead",
         }
@@ -114,7 +120,7 @@ impl Step {
     /// The step with this word.
     pub fn from_word(word: &str) -> Option<Self> {
         use Step::*;
-        [Sending, Released, Gone, Kept, Fenced, Incoming, Committed, Running, Dead]
+        [Sending, Released, Serving, Gone, Kept, Fenced, Incoming, Committed, Fetching, Running, Dead]
             .into_iter()
             .find(|step| step.word() == word)
     }
@@ -122,8 +128,10 @@ impl Step {
     /// Which end writes this step.
     pub fn role(self) -> Role {
         match self {
-            Self::Sending | Self::Released | Self::Gone | Self::Kept | Self::Fenced => Role::Source,
-            Self::Incoming | Self::Committed | Self::Running | Self::Dead => Role::Target,
+            Self::Sending | Self::Released | Self::Serving | Self::Gone | Self::Kept | Self::Fenced => {
+                Role::Source
+            }
+            Self::Incoming | Self::Committed | Self::Fetching | Self::Running | Self::Dead => Role::Target,
         }
     }
 
@@ -221,7 +229,7 @@ pub enum SourceRecovery {
 pub fn at_source(step: Step) -> SourceRecovery {
     match step {
         Step::Sending | Step::Fenced => SourceRecovery::Resume,
-        Step::Released => SourceRecovery::Ask,
+        Step::Released | Step::Serving => SourceRecovery::Ask,
         Step::Gone => SourceRecovery::End,
         _ => SourceRecovery::Nothing,
     }
@@ -237,6 +245,8 @@ pub enum TargetRecovery {
     /// only, if the crash came before the sync: running on it, and losing the host, would leave a record that gives the VM
     /// back although it has run here.
     Continue,
+    /// The VM is ours and runs: take its userfaultfd again, and wait for the source, which brings what is missing.
+    Fetch,
     /// Nothing: the VM is ours like any other, or not at all.
     Nothing,
 }
@@ -246,6 +256,7 @@ pub fn at_target(step: Step) -> TargetRecovery {
     match step {
         Step::Incoming => TargetRecovery::Kill,
         Step::Committed => TargetRecovery::Continue,
+        Step::Fetching => TargetRecovery::Fetch,
         _ => TargetRecovery::Nothing,
     }
 }
@@ -255,6 +266,8 @@ pub fn at_target(step: Step) -> TargetRecovery {
 pub enum Ownership {
     /// The target owns the VM and has run it: the source ends its own. Never taken back.
     Target,
+    /// The target owns the VM and runs it, and needs pages that only the source has: the source keeps them. Never taken back.
+    Fetching,
     /// The target's QEMU is dead and this migration never commits: the VM is the source's. Never taken back.
     Source,
     /// The target is still at it: ask again.
@@ -285,6 +298,9 @@ pub fn answer(
     }
     match record.step {
         Step::Running => Ownership::Target,
+        Step::Fetching if qemu_lives => Ownership::Fetching,
+        // It ran there and has died there: what is left of it at the source is from before, and of no use.
+        Step::Fetching => Ownership::Target,
         // The start can still fail, which gives the VM back: a source that ended its own by then would have lost it.
         Step::Committed if qemu_lives => Ownership::Undecided,
         Step::Committed => Ownership::Unknown,
@@ -333,7 +349,7 @@ pub enum Continuation {
 /// A source without any record of the try has not taken the VM back either: that leaves a record.
 pub fn may_continue(answer: Option<Ownership>) -> Continuation {
     match answer {
-        Some(Ownership::Target | Ownership::Unknown) => Continuation::Run,
+        Some(Ownership::Target | Ownership::Fetching | Ownership::Unknown) => Continuation::Run,
         Some(Ownership::Source) => Continuation::Kill,
         Some(Ownership::Undecided) | None => Continuation::Ask,
     }

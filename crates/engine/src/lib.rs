@@ -17,5 +17,5 @@ pub mod wire;
 
 pub use handoff::{Generation, Journal, MigrationId, Record, Role, Step};
 pub use progress::{Progress, Status};
-pub use source::{Outcome, Source, SourceAction, SourceInput, SourceParameters};
-pub use target::{Target, TargetAction, TargetInput};
+pub use source::{Outcome, Postcopy, Source, SourceAction, SourceInput, SourceParameters};
+pub use target::{Lazily, Target, TargetAction, TargetInput};

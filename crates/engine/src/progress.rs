@@ -12,6 +12,12 @@ pub enum Status {
     Active,
     /// The VM is stopped; the residual and the device state are on their way.
     Device,
+    /// The target runs the VM, and pages of it are on their way.
+    PostcopyActive,
+    /// The target runs the VM, pages of it are still here, and the connection is lost: the VM waits where it touches one.
+    PostcopyPaused,
+    /// The connection is being made again.
+    PostcopyRecover,
     /// The target runs the VM.
     Completed,
     /// The migration failed and the VM runs at the source.
@@ -31,6 +37,9 @@ impl Status {
             Self::Setup => "setup",
             Self::Active => "active",
             Self::Device => "device",
+            Self::PostcopyActive => "postcopy-active",
+            Self::PostcopyPaused => "postcopy-paused",
+            Self::PostcopyRecover => "postcopy-recover",
             Self::Completed => "completed",
             Self::Failed => "failed",
             Self::Cancelling => "cancelling",

@@ -7,8 +7,9 @@
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
 //!                                               |
 //!                                           Released -> (Asking) -> Ending -> Done     the VM is not ours to resume
-//!                                                           |
-//!                                                        Fencing -> Reclaiming         an operator has decided
+//!                                               |           |
+//!                                               |        Fencing -> Reclaiming         an operator has decided
+//!                                           Serving <-> Asking, Reattaching            post-copy: the target fetches pages
 //! ```
 //!
 //! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
@@ -24,12 +25,14 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 mod interface;
+mod postcopy;
 mod recover;
 mod rounds;
 
+use postcopy::Lazy;
 use rounds::Rounds;
 
-pub use interface::{Outcome, SourceAction, SourceInput, SourceParameters};
+pub use interface::{Outcome, Postcopy, SourceAction, SourceInput, SourceParameters};
 
 /// How long the target may take to answer the first message.
 const WELCOME_WAIT: Duration = Duration::from_secs(10);
@@ -91,6 +94,8 @@ enum State {
     Asking {
         pause: Duration,
     },
+    Serving,
+    Reattaching,
     Fencing,
     Reclaiming,
     Ending,
@@ -119,6 +124,7 @@ pub struct Source {
     unsettled: Pages,
     rounds: Rounds,
     stun: Stun,
+    lazy: Lazy,
 }
 
 impl Source {
@@ -143,10 +149,14 @@ impl Source {
             activity: record.activity,
             rate: RateLimits::default(),
             auto_converge: false,
+            postcopy: Postcopy::default(),
         };
         let mut source = Self::in_state(parameters, State::Over, now);
         source.released_at = Some(now);
         source.stopped_at = Some(now);
+        if record.step == Step::Serving {
+            source.lazy.serves();
+        }
         source.ask(now);
         source
     }
@@ -154,9 +164,10 @@ impl Source {
     fn in_state(parameters: SourceParameters, state: State, now: Duration) -> Self {
         let ram_total = Bytes(parameters.offer.blocks.iter().map(|block| block.bytes).sum());
         Self {
-            convergence: Convergence::new(parameters.downtime_limit, parameters.timeout),
+            convergence: Convergence::new(parameters.downtime_limit, postcopy::timeout_of_stop(&parameters)),
             rounds: Rounds::new(&parameters),
             stun: Stun::new(parameters.auto_converge),
+            lazy: Lazy::default(),
             parameters,
             state,
             began: now,
@@ -182,7 +193,7 @@ impl Source {
 
     /// When [`SourceInput::Tick`] is due, unless something else happens first.
     pub fn deadline(&self) -> Option<Duration> {
-        self.deadline
+        self.deadline.into_iter().chain(self.switch_at()).min()
     }
 
     /// The figures of this migration. The driver adds what only it can count (normal, duplicate, device state).
@@ -197,8 +208,9 @@ impl Source {
 
     /// The VM is not ours to resume, or the migration is over.
     fn is_settled_or_out(&self) -> bool {
-        use State::{Asking, Ending, Fencing, Over, Reclaiming, Released};
-        matches!(self.state, Released | Asking { .. } | Fencing | Reclaiming | Ending | Over)
+        use State::{Asking, Ending, Fencing, Over, Reattaching, Reclaiming, Released, Serving};
+        let handed_over = matches!(self.state, Released | Asking { .. } | Serving | Reattaching);
+        handed_over || matches!(self.state, Fencing | Reclaiming | Ending | Over)
     }
 
     /// QEMU's word for where the migration is.
@@ -211,6 +223,9 @@ impl Source {
                 Status::Active
             }
             State::Undoing(_) if self.cancelling => Status::Cancelling,
+            State::Serving => Status::PostcopyActive,
+            State::Reattaching => Status::PostcopyRecover,
+            State::Asking { .. } if self.lazy.is_served() => Status::PostcopyPaused,
             State::Released | State::Asking { .. } if self.needs_attention(now) => Status::Unresolved,
             State::Undoing(_) => Status::Failed,
             State::Over => self.ended,
@@ -221,6 +236,7 @@ impl Source {
     /// True when the VM was released long ago and the target has not said who owns it.
     pub fn needs_attention(&self, now: Duration) -> bool {
         matches!(self.state, State::Released | State::Asking { .. })
+            && !self.lazy.is_served()
             && self.released_at.is_some_and(|at| now.saturating_sub(at) >= ATTENTION_AFTER)
     }
 
@@ -265,7 +281,10 @@ impl Source {
                 self.actions.push_back(SourceAction::Over(Outcome::Completed));
             }
             SourceInput::Failed(_) if self.state == State::Ending => self.wait(now, END_PAUSE),
+            SourceInput::Failed(_) if self.lazy.is_served() => self.lose(now),
             SourceInput::Failed(why) => self.fail(Outcome::Failed(why)),
+            SourceInput::Switch => self.on_switch(now),
+            SourceInput::Reattached => self.on_reattached(now),
             SourceInput::Cancel if self.can_cancel() => {
                 self.cancelling = true;
                 self.fail(Outcome::Cancelled);
@@ -290,10 +309,7 @@ impl Source {
                 let offer = Message::Offer(self.parameters.offer.clone());
                 self.enter(State::Offered, SourceAction::Send(offer), now, ACCEPT_WAIT);
             }
-            (Message::Accepted(_), State::Offered) => {
-                let streams = self.parameters.offer.streams;
-                self.enter(State::Opening, SourceAction::OpenStreams(streams), now, LOCAL_WAIT);
-            }
+            (Message::Accepted(accepted), State::Offered) => self.on_accepted(&accepted, now),
             (Message::Refused(refused), State::Negotiating | State::Offered) => {
                 self.fail(Outcome::Refused(refused.reasons));
             }
@@ -309,7 +325,15 @@ impl Source {
             (Message::Committed(committed), State::Released | State::Asking { .. })
                 if committed.generation == self.parameters.offer.generation =>
             {
-                self.on_answer(Ownership::Target, now);
+                match self.lazy.is_switched() {
+                    true => self.serve(now),
+                    false => self.on_answer(Ownership::Target, now),
+                }
+            }
+            (Message::Filled(filled), State::Serving)
+                if filled.generation == self.parameters.offer.generation =>
+            {
+                self.end();
             }
             (Message::NotCommitted(text), State::Released | State::Asking { .. }) => {
                 self.given_back(text.text);
@@ -323,6 +347,7 @@ impl Source {
         self.connected = false;
         match self.state {
             State::Released => self.ask(now),
+            State::Serving | State::Reattaching => self.lose(now),
             _ => self.fail(Outcome::Failed(why)),
         }
     }
@@ -364,7 +389,10 @@ impl Source {
 
     fn on_tracked(&mut self, pages: Pages, now: Duration) {
         self.progress.setup_time = now.saturating_sub(self.began);
-        self.begin_round(1, pages, now);
+        match self.parameters.postcopy == Postcopy::AtOnce && pages == Pages(0) {
+            true => self.switch(now),
+            false => self.begin_round(1, pages, now),
+        }
     }
 
     fn on_sent(&mut self, bytes: Bytes, now: Duration) {
@@ -421,7 +449,11 @@ impl Source {
         self.progress.rounds = round;
         self.progress.ram_remaining = pages.bytes();
         let state = State::Finishing { round, barriers: 0, quiet: false, loaded: false };
-        self.enter(state, SourceAction::Finish(round), now, STOPPED_STALL_WAIT);
+        let finish = match self.lazy.is_switched() {
+            true => SourceAction::FinishPostcopy(round),
+            false => SourceAction::Finish(round),
+        };
+        self.enter(state, finish, now, STOPPED_STALL_WAIT);
     }
 
     fn on_finished(&mut self, found: Pages, now: Duration) {
@@ -459,9 +491,11 @@ impl Source {
                     Choice::Here,
                     format!("host {peer} answers that it runs the VM: it is ended here"),
                 );
-                self.progress.downtime = self.stopped_at.map(|at| now.saturating_sub(at));
+                let downtime = self.stopped_at.map(|at| now.saturating_sub(at));
+                self.progress.downtime = self.progress.downtime.or(downtime);
                 self.end();
             }
+            Ownership::Fetching => self.reattach(now),
             Ownership::Source => {
                 self.given_back("the target's QEMU died before it owned the VM".into());
             }
@@ -496,6 +530,9 @@ impl Source {
     }
 
     fn on_tick(&mut self, now: Duration) {
+        if self.switch_at().is_some_and(|at| now >= at) {
+            return self.on_switch(now);
+        }
         if self.deadline.is_none_or(|deadline| now < deadline) {
             return;
         }
@@ -505,6 +542,7 @@ impl Source {
             State::Asking { .. } => self.actions.push_back(SourceAction::Ask),
             State::Ending => self.actions.push_back(SourceAction::End),
             State::Resting { pages } => self.begin_round(self.progress.rounds + 1, *pages, now),
+            State::Reattaching => self.lose(now),
             State::Undoing(_) | State::Over => {}
             state => {
                 let what = waiting_for(state);

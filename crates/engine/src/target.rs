@@ -4,6 +4,8 @@
 //! Greeting -> Admitting -> Recording -> Preparing -> Receiving -> Loading -> Loaded      never runs the VM
 //!                                                                              |
 //!                                Over <- Confirming <- Starting <- Committing <-+        owns the VM
+//!                                 ^          |
+//!                            Completing <- Fetching                                      post-copy: pages are still missing
 //! ```
 //!
 //! Until the release everything that goes wrong ends the waiting QEMU, waits for its death and writes that down
@@ -13,7 +15,8 @@
 use crate::handoff::{Activity, Generation, MigrationId, Record, Step};
 use crate::source::STREAMS_MAX;
 use crate::wire::message::{
-    Accepted, Barrier, Committed, Hello, Loaded, Offer, Reason, Refused, StateEnd, Text, Welcome,
+    Accepted, Barrier, BlockDigest, Committed, Filled, Hello, Loaded, Offer, Reason, Reattached, Refused,
+    StateEnd, Text, Welcome,
 };
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN, batch};
 use std::collections::VecDeque;
@@ -48,7 +51,7 @@ pub enum TargetInput {
     /// [`TargetAction::Record`] could not be stored.
     RecordFailed(String),
     /// [`TargetAction::Prepare`] is done: a QEMU waits.
-    Prepared,
+    Prepared(Lazily),
     /// Pages have arrived.
     Received,
     /// A round ended on a stream, and all of it is installed.
@@ -64,6 +67,12 @@ pub enum TargetInput {
     Running(Duration),
     /// [`TargetAction::Run`] failed and the VM does not run.
     RunFailed(String),
+    /// Post-copy: every page has come; these are sums of what was fetched, if any were asked for.
+    Filled(Vec<BlockDigest>),
+    /// Post-copy: the source has connected again; so many pages are missing.
+    Reattached(u64),
+    /// Post-copy: the QEMU that runs the VM has ended, or its memory cannot be filled.
+    Died(String),
     /// [`TargetAction::Kill`] is done: no QEMU of this migration lives.
     Dead,
     /// A local step failed.
@@ -72,6 +81,18 @@ pub enum TargetInput {
     Cancel,
     /// Time has passed.
     Tick,
+}
+
+/// Whether the VM may run here before all of its pages have come.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Lazily {
+    /// It may, once these blocks (places in the offer) are complete.
+    Yes {
+        /// In ascending order.
+        eager: Vec<u32>,
+    },
+    /// It may not, for this reason.
+    No(String),
 }
 
 /// What the target wants done, in this order.
@@ -115,6 +136,9 @@ enum State {
     },
     /// What the source has not been told yet, if it has not.
     Confirming(Option<Committed>),
+    Fetching,
+    /// Every page has come, or none will; it is being written down.
+    Completing(Result<Vec<BlockDigest>, String>),
     Ending {
         why: String,
         released: bool,
@@ -140,6 +164,7 @@ pub struct Target {
     connected: bool,
     recorded: bool,
     owns: bool,
+    filled: Option<Result<Vec<BlockDigest>, String>>,
     prepare_began: Duration,
     load_began: Duration,
 }
@@ -159,10 +184,26 @@ impl Target {
             connected: true,
             recorded: false,
             owns: false,
+            filled: None,
             prepare_began: now,
             load_began: now,
         };
         target.greet(hello);
+        target
+    }
+
+    /// A post-copy that an earlier life of this agent was in the middle of: the VM runs, and the source is waited for.
+    pub fn resume(record: &Record, now: Duration) -> Self {
+        let mut target = Self::new(&Hello::default(), &record.peer, now);
+        let offer = Offer { vm: record.vm.clone(), generation: record.generation.0, ..Offer::default() };
+        let paused = record.activity == Activity::Paused;
+        target.id = record.id;
+        target.offer = Some(offer);
+        target.state_end = Some(StateEnd { postcopy: true, paused, ..StateEnd::default() });
+        target.state = State::Fetching;
+        (target.connected, target.recorded, target.owns) = (false, true, true);
+        target.actions.clear();
+        target.deadline = None;
         target
     }
 
@@ -226,11 +267,15 @@ impl Target {
             }
             TargetInput::Recorded(took) => self.on_recorded(took, now),
             TargetInput::RecordFailed(why) => self.on_record_failed(why, now),
-            TargetInput::Prepared if self.state == State::Preparing => {
+            TargetInput::Prepared(lazily) if self.state == State::Preparing => {
                 let prepare_us = micros(now.saturating_sub(self.prepare_began));
                 self.state = State::Receiving;
                 self.deadline = Some(now + STALL_WAIT);
-                self.send(Message::Accepted(Accepted { prepare_us }));
+                let (postcopy, postcopy_refusal, eager) = match lazily {
+                    Lazily::Yes { eager } => (true, String::new(), eager),
+                    Lazily::No(why) => (false, why, Vec::new()),
+                };
+                self.send(Message::Accepted(Accepted { prepare_us, postcopy, postcopy_refusal, eager }));
             }
             TargetInput::Received if self.state == State::Receiving => self.deadline = Some(now + STALL_WAIT),
             TargetInput::RoundEnd { stream, round } => self.on_round_end(stream, round, now),
@@ -242,6 +287,14 @@ impl Target {
             }
             TargetInput::Running(took) => self.on_running(took),
             TargetInput::RunFailed(why) => self.on_run_failed(why),
+            TargetInput::Filled(sums) => self.on_filled(Ok(sums)),
+            TargetInput::Died(why) => self.on_filled(Err(why)),
+            TargetInput::Reattached(pages)
+                if matches!(self.state, State::Fetching | State::Completing(_)) =>
+            {
+                self.connected = true;
+                self.send(Message::Reattached(Reattached { pages }));
+            }
             TargetInput::Dead => self.on_dead(),
             TargetInput::Failed(why) => self.fail(why),
             TargetInput::Cancel => self.fail("the migration was cancelled at the target".into()),
@@ -302,7 +355,14 @@ impl Target {
             (State::Confirming(_), _) => {
                 self.tell_committed();
                 self.actions.push_back(TargetAction::Announce);
-                self.over(Ok(()));
+                match self.is_postcopy() {
+                    true => self.fetch(),
+                    false => self.over(Ok(())),
+                }
+            }
+            (State::Completing(result), _) => {
+                let result = result.clone();
+                self.complete(result);
             }
             (State::Burying { why }, _) => {
                 let why = why.clone();
@@ -324,7 +384,7 @@ impl Target {
                 self.tell_committed();
                 self.deadline = Some(now + RECORD_PAUSE);
             }
-            State::Burying { .. } => self.deadline = Some(now + RECORD_PAUSE),
+            State::Burying { .. } | State::Completing(_) => self.deadline = Some(now + RECORD_PAUSE),
             _ => {}
         }
     }
@@ -370,12 +430,65 @@ impl Target {
         let State::Starting { record } = self.state else { return };
         let generation = self.generation().unwrap_or_default();
         // Written down before anybody is told: the next migration of the VM has its own record.
-        self.record(Step::Running);
+        self.record(if self.is_postcopy() { Step::Fetching } else { Step::Running });
         self.state = State::Confirming(Some(Committed {
             generation,
             record_us: micros(record),
             resume_us: micros(took),
         }));
+    }
+
+    /// The VM runs, and pages come.
+    fn fetch(&mut self) {
+        self.state = State::Fetching;
+        self.deadline = None;
+        if let Some(result) = self.filled.take() {
+            self.on_filled(result);
+        }
+    }
+
+    /// Every page has come, or the QEMU that they were for has died. It is written down before the source hears of it.
+    fn on_filled(&mut self, result: Result<Vec<BlockDigest>, String>) {
+        match self.state {
+            State::Fetching => {
+                self.record(Step::Running);
+                self.state = State::Completing(result);
+            }
+            // Sooner than the start was written down.
+            State::Starting { .. } | State::Confirming(_) => self.filled = Some(result),
+            // Before the release it is a failure like any other.
+            _ => {
+                if let Err(why) = result {
+                    self.fail(why);
+                }
+            }
+        }
+    }
+
+    fn complete(&mut self, result: Result<Vec<BlockDigest>, String>) {
+        let generation = self.generation().unwrap_or_default();
+        let over = match result {
+            Ok(sums) => {
+                self.send(Message::Filled(Filled { generation, sums }));
+                Ok(())
+            }
+            Err(why) => Err(format!("it ran here, and ended before all of its pages had come: {why}")),
+        };
+        self.over(over);
+    }
+
+    fn is_postcopy(&self) -> bool {
+        self.state_end.as_ref().is_some_and(|end| end.postcopy)
+    }
+
+    /// True while the VM runs here and pages of it are missing.
+    pub fn is_fetching(&self) -> bool {
+        matches!(self.state, State::Fetching | State::Completing(_))
+    }
+
+    /// True while the source can be reached.
+    pub fn is_connected(&self) -> bool {
+        self.connected
     }
 
     fn on_run_failed(&mut self, why: String) {
@@ -408,7 +521,8 @@ impl Target {
         }
         self.deadline = None;
         match self.state {
-            State::Confirming(_) => return self.record(Step::Running),
+            State::Confirming(_) if self.is_postcopy() => return self.record(Step::Fetching),
+            State::Confirming(_) | State::Completing(_) => return self.record(Step::Running),
             State::Burying { .. } => return self.record(Step::Dead),
             _ => {}
         }
@@ -425,6 +539,8 @@ impl Target {
             State::Committing
             | State::Starting { .. }
             | State::Confirming(_)
+            | State::Fetching
+            | State::Completing(_)
             | State::Ending { .. }
             | State::Burying { .. }
             | State::Over => {}

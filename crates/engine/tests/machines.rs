@@ -6,13 +6,13 @@ use std::collections::VecDeque;
 use std::time::Duration;
 use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step, answer};
 use sterna_engine::policy::RateLimits;
-use sterna_engine::source::{Outcome, Source, SourceAction, SourceInput, SourceParameters};
-use sterna_engine::target::{Target, TargetAction, TargetInput};
+use sterna_engine::source::{Outcome, Postcopy, Source, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::target::{Lazily, Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{
-    Accepted, Barrier, Block, Committed, Hello, Loaded, Offer, Query, Reason, Refused, Release, StateEnd,
-    Text, Welcome,
+    Accepted, Barrier, Block, Committed, Filled, Hello, Loaded, Offer, Query, Reason, Refused, Release,
+    StateEnd, Text, Welcome,
 };
 use sterna_engine::{Status, wire};
 
@@ -52,6 +52,7 @@ fn any_message() -> impl Strategy<Value = Message> {
         generation
             .prop_map(|generation| Message::Committed(Committed { generation, ..Committed::default() })),
         Just(Message::NotCommitted(Text::default())),
+        Just(Message::Filled(Filled { generation: GENERATION, ..Filled::default() })),
         Just(Message::Abort(Text::default())),
         Just(Message::Query(Query::default())),
     ]
@@ -62,6 +63,7 @@ fn any_source_input() -> impl Strategy<Value = SourceInput> {
         Just(Ownership::Target),
         Just(Ownership::Source),
         Just(Ownership::Undecided),
+        Just(Ownership::Fetching),
         Just(Ownership::Unknown)
     ];
     prop_oneof![
@@ -82,9 +84,20 @@ fn any_source_input() -> impl Strategy<Value = SourceInput> {
         1 => Just(SourceInput::Ended),
         1 => Just(SourceInput::Failed("no".into())),
         1 => Just(SourceInput::Cancel),
+        1 => Just(SourceInput::Switch),
+        1 => Just(SourceInput::Reattached),
         1 => Just(SourceInput::DowntimeLimit(Duration::from_millis(1))),
         1 => Just(SourceInput::Tick),
     ]
+}
+
+fn any_postcopy() -> impl Strategy<Value = Postcopy> {
+    use Postcopy::{AfterPrecopy, AtOnce, AtTimeout, OnDemand};
+    prop_oneof![Just(OnDemand), Just(AtOnce), Just(AfterPrecopy), Just(AtTimeout)]
+}
+
+fn any_lazily() -> impl Strategy<Value = Lazily> {
+    prop_oneof![Just(Lazily::Yes { eager: Vec::new() }), Just(Lazily::No("a file".into()))]
 }
 
 fn any_target_input() -> impl Strategy<Value = TargetInput> {
@@ -95,7 +108,10 @@ fn any_target_input() -> impl Strategy<Value = TargetInput> {
         1 => Just(TargetInput::Refused(vec![Reason::default()])),
         1 => Just(TargetInput::Recorded(Duration::from_millis(1))),
         1 => Just(TargetInput::RecordFailed("full".into())),
-        1 => Just(TargetInput::Prepared),
+        1 => any_lazily().prop_map(TargetInput::Prepared),
+        1 => Just(TargetInput::Filled(Vec::new())),
+        1 => Just(TargetInput::Died("killed".into())),
+        1 => any::<u64>().prop_map(TargetInput::Reattached),
         1 => Just(TargetInput::Received),
         2 => (0u32..4, 0u32..4).prop_map(|(stream, round)| TargetInput::RoundEnd { stream, round }),
         1 => Just(TargetInput::Loaded(1)),
@@ -123,13 +139,15 @@ struct SourceDriver {
     released: bool,
     proof: bool,
     owned_by_target: bool,
+    /// The target runs the VM, and needs pages of it.
+    needed: bool,
     /// The part of its time that the guest has.
     keep: u32,
     overs: u32,
 }
 
 impl SourceDriver {
-    fn new() -> Self {
+    fn new(postcopy: Postcopy) -> Self {
         let parameters = SourceParameters {
             id: ID,
             peer: "b".into(),
@@ -139,6 +157,7 @@ impl SourceDriver {
             activity: Activity::Running,
             rate: RateLimits::default(),
             auto_converge: true,
+            postcopy,
         };
         Self {
             source: Source::new(parameters, Duration::ZERO),
@@ -148,6 +167,7 @@ impl SourceDriver {
             released: false,
             proof: false,
             owned_by_target: false,
+            needed: false,
             keep: 100,
             overs: 0,
         }
@@ -158,13 +178,18 @@ impl SourceDriver {
             SourceInput::Message(Message::NotCommitted(_)) | SourceInput::Answered(Ownership::Source) => {
                 self.proof |= self.released;
             }
-            SourceInput::Message(Message::Committed(_)) | SourceInput::Answered(Ownership::Target) => {
+            SourceInput::Answered(Ownership::Target) => (self.owned_by_target, self.needed) = (true, false),
+            SourceInput::Message(Message::Committed(_)) | SourceInput::Answered(Ownership::Fetching) => {
                 self.owned_by_target = true;
             }
+            SourceInput::Message(Message::Filled(_)) => self.needed = false,
             _ => {}
         }
         self.source.handle(input, self.now);
-        let _ = (self.source.status(self.now), self.source.can_cancel(), self.source.progress());
+        // Not every word is taken: only in its turn.
+        let status = self.source.status(self.now);
+        self.needed |= matches!(status, Status::PostcopyActive | Status::PostcopyRecover);
+        let _ = (self.source.can_cancel(), self.source.progress());
         while let Some(action) = self.source.poll() {
             self.act(action);
         }
@@ -178,18 +203,26 @@ impl SourceDriver {
                 self.honest.push_back(In::Recorded);
             }
             SourceAction::Send(message) => self.sent(message),
-            SourceAction::OpenStreams(_) => self.honest.push_back(In::Opened),
+            SourceAction::OpenStreams { .. } => self.honest.push_back(In::Opened),
             SourceAction::Track => self.honest.push_back(In::Tracked(Pages(9))),
-            SourceAction::SendRound(round) | SourceAction::Finish(round) => {
+            SourceAction::SendRound(round)
+            | SourceAction::Finish(round)
+            | SourceAction::FinishPostcopy(round) => {
                 let barrier = |stream| In::Message(Message::Barrier(Barrier { round, stream }));
                 self.honest.extend((0..STREAMS).map(barrier));
                 // Too early during a round, and then it is out of turn; right after the last one.
-                if matches!(action, SourceAction::Finish(_)) {
+                if !matches!(action, SourceAction::SendRound(_)) {
                     self.honest.push_back(In::Finished(Pages(0)));
                     self.honest.push_back(In::Message(Message::Loaded(Loaded::default())));
                 }
             }
-            SourceAction::Pace(_) => {}
+            SourceAction::Pace(_) | SourceAction::Abandon => {}
+            SourceAction::Push => {
+                assert!(self.needed || !self.owned_by_target, "served nobody");
+                let filled = Filled { generation: GENERATION, ..Filled::default() };
+                self.honest.push_back(In::Message(Message::Filled(filled)));
+            }
+            SourceAction::Reattach => self.honest.push_back(In::Reattached),
             SourceAction::Stun(keep) => {
                 assert!((1..=100).contains(&keep), "below the floor");
                 self.keep = keep;
@@ -209,6 +242,7 @@ impl SourceDriver {
             SourceAction::Ask => self.honest.push_back(In::Answered(Ownership::Undecided)),
             SourceAction::End => {
                 assert!(self.released && self.owned_by_target, "ended a VM that nobody else owns");
+                assert!(!self.needed, "ended what the target needs pages of");
                 self.honest.push_back(In::Ended);
             }
             SourceAction::Over(outcome) => {
@@ -226,7 +260,7 @@ impl SourceDriver {
             Message::Hello(_) => {
                 Message::Welcome(Welcome { version: wire::VERSION_MAX, software: String::new() })
             }
-            Message::Offer(_) => Message::Accepted(Accepted::default()),
+            Message::Offer(_) => Message::Accepted(Accepted { postcopy: true, ..Accepted::default() }),
             Message::Release(release) => {
                 assert!(self.record_stored, "released before the record was asked for");
                 self.released = true;
@@ -240,6 +274,8 @@ impl SourceDriver {
 }
 
 struct TargetDriver {
+    postcopy: bool,
+    died: bool,
     target: Target,
     now: Duration,
     honest: VecDeque<TargetInput>,
@@ -255,8 +291,10 @@ struct TargetDriver {
 }
 
 impl TargetDriver {
-    fn new() -> Self {
+    fn new(postcopy: bool) -> Self {
         let mut driver = Self {
+            postcopy,
+            died: false,
             target: Target::new(&hello(), "a", Duration::ZERO),
             now: Duration::ZERO,
             honest: VecDeque::from([TargetInput::Message(Message::Offer(offer()))]),
@@ -280,6 +318,7 @@ impl TargetDriver {
                 self.release_seen |= self.loaded;
             }
             TargetInput::Dead => self.dead |= self.killed,
+            TargetInput::Died(_) => self.died = true,
             _ => {}
         }
         self.target.handle(input, self.now);
@@ -301,10 +340,12 @@ impl TargetDriver {
                 let late = record.step == Step::Dead && !self.dead;
                 assert!(!late, "a death was written down before it was reported");
                 self.commit_stored |= record.step == Step::Committed;
-                self.run_recorded |= record.step == Step::Running;
+                self.run_recorded |= matches!(record.step, Step::Running | Step::Fetching);
                 self.honest.push_back(In::Recorded(Duration::from_millis(1)));
             }
-            TargetAction::Prepare(_) => self.honest.push_back(In::Prepared),
+            TargetAction::Prepare(_) => {
+                self.honest.push_back(In::Prepared(Lazily::Yes { eager: Vec::new() }));
+            }
             TargetAction::Load(_) => self.honest.push_back(In::Loaded(1)),
             TargetAction::Run => {
                 assert!(self.release_seen && self.commit_stored, "ran without a release or its record");
@@ -313,15 +354,17 @@ impl TargetDriver {
                 self.honest.push_back(In::Running(Duration::from_millis(1)));
             }
             TargetAction::Adopt => self.adopted = true,
-            TargetAction::Announce => {}
+            TargetAction::Announce => self.honest.push_back(In::Filled(Vec::new())),
             TargetAction::Kill => {
                 self.killed = true;
                 self.honest.push_back(In::Dead);
             }
             TargetAction::Over(result) => {
                 self.overs += 1;
-                assert_eq!(result.is_ok(), self.target.owns());
-                assert_eq!(result.is_ok(), self.runs == 1 && !self.killed);
+                let runs = self.runs == 1 && !self.killed;
+                assert_eq!(self.target.owns(), runs);
+                // What ran and ended before it was complete was this host's all the same.
+                assert!(result.is_ok() == runs || (runs && self.died), "{result:?}");
             }
         }
     }
@@ -331,7 +374,7 @@ impl TargetDriver {
             Message::Accepted(_) => {
                 let end = |stream| TargetInput::RoundEnd { stream, round: 1 };
                 self.honest.extend((0..STREAMS).map(end));
-                let end = StateEnd { last_round: 1, ..StateEnd::default() };
+                let end = StateEnd { last_round: 1, postcopy: self.postcopy, ..StateEnd::default() };
                 self.honest.push_back(TargetInput::Message(Message::StateEnd(end)));
             }
             Message::Loaded(_) => {
@@ -353,8 +396,10 @@ proptest! {
     #![proptest_config(ProptestConfig { cases: 4000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn a_source_never_takes_back_without_proof(inputs in mixed(any_source_input())) {
-        let mut driver = SourceDriver::new();
+    fn a_source_never_takes_back_without_proof(
+        inputs in mixed(any_source_input()), postcopy in any_postcopy(),
+    ) {
+        let mut driver = SourceDriver::new(postcopy);
         driver.feed(SourceInput::DowntimeLimit(Duration::from_millis(300)));
         for (input, wait_ms) in inputs {
             driver.now += Duration::from_millis(wait_ms);
@@ -365,6 +410,8 @@ proptest! {
         // From here on all that is outstanding is answered, and time passes: it ends, once.
         for _ in 0..400 {
             let answered = match driver.honest.pop_front() {
+                // Who runs a VM does not give it back.
+                Some(SourceInput::Answered(_)) if driver.owned_by_target => SourceInput::Answered(Ownership::Target),
                 Some(SourceInput::Answered(_)) => SourceInput::Answered(Ownership::Source),
                 Some(input) => input,
                 None => SourceInput::Tick,
@@ -376,8 +423,8 @@ proptest! {
     }
 
     #[test]
-    fn a_target_never_runs_without_a_release(inputs in mixed(any_target_input())) {
-        let mut driver = TargetDriver::new();
+    fn a_target_never_runs_without_a_release(inputs in mixed(any_target_input()), postcopy in any::<bool>()) {
+        let mut driver = TargetDriver::new(postcopy);
         for (input, wait_ms) in inputs {
             driver.now += Duration::from_millis(wait_ms);
             if let Some(input) = input.or_else(|| driver.honest.pop_front()) {
@@ -395,7 +442,13 @@ proptest! {
 
 #[test]
 fn left_alone_with_honest_peers_both_machines_hand_over() {
-    let mut source = SourceDriver::new();
+    for postcopy in [Postcopy::OnDemand, Postcopy::AtOnce, Postcopy::AfterPrecopy] {
+        hand_over(postcopy);
+    }
+}
+
+fn hand_over(postcopy: Postcopy) {
+    let mut source = SourceDriver::new(postcopy);
     source.feed(SourceInput::DowntimeLimit(Duration::from_millis(300)));
     while let Some(input) = source.honest.pop_front() {
         source.now += Duration::from_millis(1);
@@ -403,7 +456,8 @@ fn left_alone_with_honest_peers_both_machines_hand_over() {
     }
     assert!(source.released && source.overs == 1);
     assert_eq!(source.source.status(source.now), Status::Completed);
-    let mut target = TargetDriver::new();
+    assert_eq!(source.source.is_postcopy(), postcopy == Postcopy::AtOnce);
+    let mut target = TargetDriver::new(postcopy == Postcopy::AtOnce);
     while let Some(input) = target.honest.pop_front() {
         target.feed(input);
     }
@@ -429,6 +483,8 @@ fn a_commit_is_no_answer_until_the_vm_was_seen_running() {
     assert_eq!(ask(Step::Committed, true), Ownership::Undecided);
     assert_eq!(ask(Step::Committed, false), Ownership::Unknown);
     assert_eq!(ask(Step::Running, true), Ownership::Target);
+    assert_eq!(ask(Step::Fetching, true), Ownership::Fetching);
+    assert_eq!(ask(Step::Fetching, false), Ownership::Target);
     assert_eq!(ask(Step::Incoming, true), Ownership::Undecided);
     assert_eq!(ask(Step::Dead, false), Ownership::Source);
 }
@@ -452,7 +508,7 @@ fn newer_records_prove_that_the_vm_came_and_went() {
 /// killed the QEMU and left the record saying that one waits, for ever.
 #[test]
 fn a_record_under_way_when_the_link_is_lost_is_buried_too() {
-    let mut driver = TargetDriver::new();
+    let mut driver = TargetDriver::new(false);
     driver.feed(TargetInput::Message(Message::Offer(offer())));
     driver.feed(TargetInput::Admitted);
     driver.feed(TargetInput::Disconnected("cut".into()));
@@ -467,7 +523,7 @@ fn a_record_under_way_when_the_link_is_lost_is_buried_too() {
 #[test]
 fn a_last_record_that_fails_is_stored_again() {
     for runs in [true, false] {
-        let mut driver = TargetDriver::new();
+        let mut driver = TargetDriver::new(false);
         while driver.runs == 0 {
             let input = driver.honest.pop_front().expect("an honest source leads to the start");
             driver.feed(input);
@@ -496,7 +552,7 @@ fn a_last_record_that_fails_is_stored_again() {
 /// too short to measure another, nothing ever fitted the downtime limit, and the VM was never stopped.
 #[test]
 fn figures_that_come_late_do_not_keep_the_vm_from_stopping() {
-    let mut driver = SourceDriver::new();
+    let mut driver = SourceDriver::new(Postcopy::OnDemand);
     driver.feed(SourceInput::DowntimeLimit(Duration::from_millis(300)));
     let mut sent = 0;
     while !driver.released {

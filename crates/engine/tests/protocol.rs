@@ -48,12 +48,27 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ),
         ("Welcome", Message::Welcome(Welcome { version: 1, software: "s".into() }), GOLDEN[1]),
         ("Offer", Message::Offer(offer()), GOLDEN[2]),
-        ("Accepted", Message::Accepted(Accepted { prepare_us: 300 }), GOLDEN[3]),
+        (
+            "Accepted",
+            Message::Accepted(Accepted {
+                prepare_us: 300,
+                postcopy: true,
+                postcopy_refusal: "no".into(),
+                eager: vec![1, 4],
+            }),
+            GOLDEN[3],
+        ),
         ("Refused", Message::Refused(Refused { reasons: vec![reason()] }), GOLDEN[4]),
         ("Barrier", Message::Barrier(Barrier { round: 3, stream: 1 }), GOLDEN[5]),
         (
             "StateEnd",
-            Message::StateEnd(StateEnd { bytes: 9, last_round: 3, digests: vec![digest()], paused: true }),
+            Message::StateEnd(StateEnd {
+                bytes: 9,
+                last_round: 3,
+                digests: vec![digest()],
+                paused: true,
+                postcopy: true,
+            }),
             GOLDEN[6],
         ),
         ("Loaded", Message::Loaded(Loaded { load_us: 5, blocks_verified: 2 }), GOLDEN[7]),
@@ -67,8 +82,11 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
             GOLDEN[12],
         ),
         ("Answer", Message::Answer(Answer { owner: 2 }), GOLDEN[13]),
-        ("Stream", Message::Stream(Stream { id, index: 1 }), GOLDEN[14]),
+        ("Stream", Message::Stream(Stream { id: id.clone(), index: 1, purpose: 2 }), GOLDEN[14]),
         ("Check", Message::Check(offer()), GOLDEN[15]),
+        ("Filled", Message::Filled(Filled { generation, sums: vec![digest()] }), GOLDEN[16]),
+        ("Reattach", Message::Reattach(Reattach { id, vm: "db".into(), generation, streams: 2 }), GOLDEN[17]),
+        ("Reattached", Message::Reattached(Reattached { pages: 300 }), GOLDEN[18]),
     ]
 }
 
@@ -87,6 +105,7 @@ fn offer() -> Offer {
         images: vec![image()],
         clear_pages: true,
         balloon: 5,
+        postcopy: true,
     }
 }
 
@@ -107,15 +126,15 @@ fn digest() -> BlockDigest {
 }
 
 /// Whole frames, header included, as version 1 has them.
-const GOLDEN: [&str; 16] = [
+const GOLDEN: [&str; 19] = [
     "0d000000010000000a0b080110021a02abab220173",
     "070000000100000012050801120173",
-    "48000000010000001a460a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
-     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef60016805",
-    "0500000001000000220308ac02",
+    "4a000000010000001a480a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
+     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef600168057001",
+    "0f00000001000000220d08ac0210011a026e6f22020104",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
-    "10000000010000003a0e080910031a0608011202cdcd2001",
+    "12000000010000003a10080910031a0608011202cdcd20012801",
     "0600000001000000420408051002",
     "04000000010000004a020807",
     "08000000010000005206080710081809",
@@ -123,9 +142,12 @@ const GOLDEN: [&str; 16] = [
     "070000000100000062050a03776879",
     "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
-    "08000000010000007a060a02abab1001",
-    "49000000010000008201460a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
-     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef60016805",
+    "0a000000010000007a080a02abab10011802",
+    "4b000000010000008201480a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
+     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef600168057001",
+    "0d000000010000008a010a0807120608011202cdcd",
+    "0f0000000100000092010c0a02abab1202646218072002",
+    "06000000010000009a010308ac02",
 ];
 
 fn hex(bytes: &[u8]) -> String {
@@ -317,9 +339,12 @@ fn the_kinds_are_the_code() {
     });
     assert_eq!(kinds("content").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     let coded =
-        (1..=4).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
+        (1..=5).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
     assert_eq!(kinds("owner in an Answer").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
-    assert_eq!(Ownership::from(Answer { owner: 5 }), Ownership::Unknown);
+    assert_eq!(Ownership::from(Answer { owner: 6 }), Ownership::Unknown);
+    let coded = (0..3).map(|number| (number as u8, format!("{:?}", Purpose::from_number(number).unwrap())));
+    assert_eq!(kinds("purpose of a Stream").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
+    assert_eq!(Purpose::from_number(3), None);
 }
 
 #[test]

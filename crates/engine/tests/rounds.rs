@@ -8,7 +8,7 @@ use std::time::Duration;
 use sterna_engine::Status;
 use sterna_engine::handoff::{Activity, MigrationId};
 use sterna_engine::policy::RateLimits;
-use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::source::{Postcopy, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Pages, Rate};
 use sterna_engine::wire::message::{Accepted, Barrier, Block, Offer, Welcome};
 use sterna_engine::wire::{Message, VERSION_MAX};
@@ -55,6 +55,7 @@ fn parameters(rate: RateLimits, auto_converge: bool, limit: Duration) -> SourceP
         activity: Activity::Running,
         rate,
         auto_converge,
+        postcopy: Postcopy::OnDemand,
     }
 }
 
@@ -89,7 +90,7 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
                 SourceAction::Send(Message::Offer(_)) => {
                     inputs.push_back(SourceInput::Message(Message::Accepted(Accepted::default())));
                 }
-                SourceAction::OpenStreams(_) => inputs.push_back(SourceInput::Opened),
+                SourceAction::OpenStreams { .. } => inputs.push_back(SourceInput::Opened),
                 SourceAction::Track => inputs.push_back(SourceInput::Tracked(Pages(RAM))),
                 SourceAction::Pace(pace) => seen.paces.push(pace),
                 SourceAction::Stun(part) => {
@@ -195,7 +196,7 @@ fn a_guest_that_may_not_be_slowed_any_more_is_let_go_at_once() {
                     ..Welcome::default()
                 })),
                 SourceAction::Send(_) => SourceInput::Message(Message::Accepted(Accepted::default())),
-                SourceAction::OpenStreams(_) => SourceInput::Opened,
+                SourceAction::OpenStreams { .. } => SourceInput::Opened,
                 SourceAction::Track => SourceInput::Tracked(Pages(RAM)),
                 SourceAction::Scan => SourceInput::Scanned(Pages(RAM)),
                 SourceAction::Stun(part) => {

@@ -26,6 +26,22 @@ pub struct SourceParameters {
     pub rate: RateLimits,
     /// Whether a guest that writes faster than the link takes is slowed (QEMU's `auto-converge`).
     pub auto_converge: bool,
+    /// Whether the VM runs at the target before all of its pages are there.
+    pub postcopy: Postcopy,
+}
+
+/// When a migration switches to post-copy (Hines, Gopalan, VEE 2009). `virsh`'s words for what they mean.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Postcopy {
+    /// Only when its user says so ([`SourceInput::Switch`]).
+    #[default]
+    OnDemand,
+    /// At once: no page travels before the VM runs at the target.
+    AtOnce,
+    /// After the first round, if what was written meanwhile does not fit the downtime limit (`--postcopy-after-precopy`).
+    AfterPrecopy,
+    /// When the timeout has passed (`--timeout-postcopy`).
+    AtTimeout,
 }
 
 /// What happens to the source.
@@ -88,6 +104,10 @@ pub enum SourceInput {
     DowntimeLimit(Duration),
     /// The user changes how fast rounds are sent.
     RateLimits(RateLimits),
+    /// The user wants the VM to run at the target as soon as it can.
+    Switch,
+    /// [`SourceAction::Reattach`] is done: control connection, demand connection and push streams are open again.
+    Reattached,
     /// The user allows a guest that does not converge to be slowed, or not any more; or it was found that it cannot be done.
     AutoConverge(bool),
     /// An operator decides who owns a VM that was released; answered by [`SourceAction::Reply`].
@@ -103,8 +123,13 @@ pub enum SourceAction {
     Record(Record),
     /// Send a message on the control connection.
     Send(Message),
-    /// Open this many page streams.
-    OpenStreams(u32),
+    /// Open this many page streams, and one for the demands of a post-copy where the target can do that.
+    OpenStreams {
+        /// How many.
+        count: u32,
+        /// Whether that one too.
+        demand: bool,
+    },
     /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
     Track,
     /// From now on send at this rate; `None` is as fast as the link takes it. A migration begins at its maximum.
@@ -114,6 +139,8 @@ pub enum SourceAction {
     Stun(u32),
     /// Move the send-set to the streams as this round, and end the round on each.
     SendRound(u32),
+    /// Send nothing more of the round that is under way, but its end: what is left of the send-set waits for the next scan.
+    Abandon,
     /// Scan: the send-set becomes what was written since the last scan.
     Scan,
     /// Scan, wait until no disk I/O of the guest is in flight, for which the VM stands still for a moment, and add every
@@ -123,6 +150,13 @@ pub enum SourceAction {
     Stop,
     /// Send the send-set as this last round, the device state and [`Message::StateEnd`]; then peek.
     Finish(u32),
+    /// Post-copy: tell in this last round which pages are missing, those of the send-set, and send what must be there; send the device
+    /// state and [`Message::StateEnd`]; answer demands from now on; then peek.
+    FinishPostcopy(u32),
+    /// Post-copy: open the push streams, and send what the target says is missing.
+    Push,
+    /// Post-copy: connect again, and go on as [`SourceAction::Push`] does.
+    Reattach,
     /// Make the VM do here what it did before the stop.
     Resume,
     /// End tracking, and close the streams and the control connection.

@@ -11,6 +11,14 @@ use std::time::Duration;
 impl Source {
     /// The operator's word counts only where the target has none: it is asked once more.
     pub(super) fn on_recover(&mut self, choice: Choice, now: Duration) {
+        if self.lazy.is_served() {
+            let peer = &self.parameters.peer;
+            let text = format!(
+                "the VM runs at host {peer}, which still needs pages of it from here: it is kept for that, and goes on by itself once \
+                 host {peer} is reached"
+            );
+            return self.actions.push_back(SourceAction::Reply(Err(text)));
+        }
         if self.choice.is_some() || !matches!(self.state, State::Released | State::Asking { .. }) {
             let text = "the VM is not unresolved: its owner is known, or is being found out".into();
             return self.actions.push_back(SourceAction::Reply(Err(text)));

@@ -144,19 +144,24 @@ impl Source {
         let unsettled = self.unsettled.bytes();
         let exhausted = self.parameters.rate.is_exhausted(written, residual, self.rounds.link);
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
+        let fits = bandwidth.time_for(residual) <= self.convergence.downtime_limit();
+        if self.switch_is_due(fits, elapsed) {
+            return self.switch(now);
+        }
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
             Verdict::Round => {
-                let fits = bandwidth.time_for(residual) <= self.convergence.downtime_limit();
                 self.go_on(pages, Seen { written: writes, bandwidth, fits }, now, round_time);
             }
-            Verdict::Stop => {
-                self.stopped_at = Some(now);
-                self.let_go();
-                self.pace(self.parameters.rate.of_stop());
-                self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
-            }
+            Verdict::Stop => self.stop(now),
         }
+    }
+
+    pub(super) fn stop(&mut self, now: Duration) {
+        self.stopped_at = Some(now);
+        self.let_go();
+        self.pace(self.parameters.rate.of_stop());
+        self.enter(State::Stopping, SourceAction::Stop, now, LOCAL_WAIT);
     }
 
     /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.

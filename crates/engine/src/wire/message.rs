@@ -5,7 +5,7 @@
 /// What travels in a frame of kind *message*.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Envelope {
-    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16")]
+    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19")]
     pub(crate) body: Option<Message>,
 }
 
@@ -61,6 +61,15 @@ pub enum Message {
     /// that speaks against it, or none; nothing is prepared.
     #[prost(message, tag = "16")]
     Check(Offer),
+    /// Target, in post-copy: every page has come.
+    #[prost(message, tag = "17")]
+    Filled(Filled),
+    /// Source, on a connection of its own that becomes the control connection: the pages that are still missing can be had again.
+    #[prost(message, tag = "18")]
+    Reattach(Reattach),
+    /// Target: the answer to it; streams may be opened.
+    #[prost(message, tag = "19")]
+    Reattached(Reattached),
 }
 
 impl Message {
@@ -83,6 +92,9 @@ impl Message {
             Self::Answer(_) => "an answer",
             Self::Stream(_) => "a stream",
             Self::Check(_) => "a check",
+            Self::Filled(_) => "that every page has come",
+            Self::Reattach(_) => "a reattachment",
+            Self::Reattached(_) => "that it goes on",
         }
     }
 }
@@ -171,6 +183,9 @@ pub struct Offer {
     /// Bytes that the guest is to have again at the target, since its balloon takes some for the move; 0 leaves it as it is.
     #[prost(uint64, tag = "13")]
     pub balloon: u64,
+    /// Whether a switch to post-copy is likely, so that the target gets ready for it in time.
+    #[prost(bool, tag = "14")]
+    pub postcopy: bool,
 }
 
 /// A disk image, as the source shows it to be the same file at both ends.
@@ -196,6 +211,15 @@ pub struct Accepted {
     /// How long the target took to get ready, in microseconds.
     #[prost(uint64, tag = "1")]
     pub prepare_us: u64,
+    /// Whether the VM may run here before all of its pages have come.
+    #[prost(bool, tag = "2")]
+    pub postcopy: bool,
+    /// Why it may not.
+    #[prost(string, tag = "3")]
+    pub postcopy_refusal: String,
+    /// Places in the offer of blocks that must be complete before the VM runs all the same, in ascending order.
+    #[prost(uint32, repeated, tag = "4")]
+    pub eager: Vec<u32>,
 }
 
 /// Why something cannot be done.
@@ -254,6 +278,9 @@ pub struct StateEnd {
     /// Whether the VM stood still before the migration stopped it: then it is left paused at the target too.
     #[prost(bool, tag = "4")]
     pub paused: bool,
+    /// Post-copy: the pages that were told to be missing are fetched once the VM runs at the target. Digests are sums of the others then.
+    #[prost(bool, tag = "5")]
+    pub postcopy: bool,
 }
 
 /// The VM is complete at the target and paused.
@@ -318,9 +345,72 @@ pub struct Query {
 /// Who owns the VM, as far as who is asked can prove it.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 pub struct Answer {
-    /// 1 the target, 2 the source, 3 undecided, 4 unknown. Others count as unknown.
+    /// 1 the target, 2 the source, 3 undecided, 4 unknown, 5 the target, which needs pages. Others count as unknown.
     #[prost(uint32, tag = "1")]
     pub owner: u32,
+}
+
+/// Every page has come: what is left of the VM at the source is of no use any more.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Filled {
+    /// The offer's generation, again.
+    #[prost(uint64, tag = "1")]
+    pub generation: u64,
+    /// Sums of the pages that were fetched, where the offer asked to verify.
+    #[prost(message, repeated, tag = "2")]
+    pub sums: Vec<BlockDigest>,
+}
+
+/// Goes on with a post-copy whose connections were lost, or whose agents were restarted.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Reattach {
+    /// The migration: 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// Name of the VM.
+    #[prost(string, tag = "2")]
+    pub vm: String,
+    /// The try's place in the VM's life.
+    #[prost(uint64, tag = "3")]
+    pub generation: u64,
+    /// Push streams that will be opened.
+    #[prost(uint32, tag = "4")]
+    pub streams: u32,
+}
+
+/// The target fetches again.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Reattached {
+    /// Pages that are still missing.
+    #[prost(uint64, tag = "1")]
+    pub pages: u64,
+}
+
+/// What travels on a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Rounds, before the hand-off.
+    Rounds,
+    /// Post-copy: requests of the target, and the source's answers to faults.
+    Demand,
+    /// Post-copy: pages that nobody has asked for yet.
+    Push,
+}
+
+impl Purpose {
+    /// As [`Stream`] tells it.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Rounds => 0,
+            Self::Demand => 1,
+            Self::Push => 2,
+        }
+    }
+
+    /// The purpose of this number.
+    pub fn from_number(number: u32) -> Option<Self> {
+        [Self::Rounds, Self::Demand, Self::Push].into_iter().find(|purpose| purpose.number() == number)
+    }
 }
 
 /// Opens a page stream.
@@ -329,9 +419,12 @@ pub struct Stream {
     /// The migration: 16 bytes.
     #[prost(bytes = "vec", tag = "1")]
     pub id: Vec<u8>,
-    /// Which stream, from 0.
+    /// Which stream of its purpose, from 0.
     #[prost(uint32, tag = "2")]
     pub index: u32,
+    /// What travels on it: [`Purpose::number`].
+    #[prost(uint32, tag = "3")]
+    pub purpose: u32,
 }
 
 impl From<crate::handoff::Ownership> for Answer {
@@ -342,6 +435,7 @@ impl From<crate::handoff::Ownership> for Answer {
             Source => 2,
             Undecided => 3,
             Unknown => 4,
+            Fetching => 5,
         };
         Self { owner }
     }
@@ -353,6 +447,7 @@ impl From<Answer> for crate::handoff::Ownership {
             1 => Self::Target,
             2 => Self::Source,
             3 => Self::Undecided,
+            5 => Self::Fetching,
             _ => Self::Unknown,
         }
     }

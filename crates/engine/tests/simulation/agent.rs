@@ -143,7 +143,7 @@ impl World {
             handoff::Role::Target => match handoff::at_target(record.step) {
                 TargetRecovery::Kill => self.recover_by_killing(host, record),
                 TargetRecovery::Continue => self.recover_by_continuing(host, record),
-                TargetRecovery::Nothing => {}
+                TargetRecovery::Fetch | TargetRecovery::Nothing => {}
             },
         }
     }

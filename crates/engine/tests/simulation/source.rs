@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step};
 use sterna_engine::policy::RateLimits;
-use sterna_engine::source::{Source, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::source::{Postcopy, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{PAGE_BYTES, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{Block, Offer, Query, Stream};
@@ -103,6 +103,7 @@ impl World {
             activity: Activity::Running,
             rate: RateLimits::default(),
             auto_converge: true,
+            postcopy: Postcopy::OnDemand,
         };
         self.note(|| format!("host {host} migrates the VM, {generation:?}"));
         let machine = Source::new(parameters, self.queue.instant());
@@ -198,12 +199,17 @@ impl World {
         match action {
             SourceAction::Record(record) => self.source_record(host, record),
             SourceAction::Send(message) => self.source_send(host, message),
-            SourceAction::OpenStreams(streams) => {
+            SourceAction::OpenStreams { count: streams, .. } => {
                 self.source_op(host, move |world| world.open_streams(host, streams))
             }
             SourceAction::Track => self.source_op(host, move |world| world.track(host)),
             // The simulation has no rates, and a guest that is slowed is only slower.
             SourceAction::Pace(_) | SourceAction::Stun(_) => {}
+            // Its targets refuse post-copy.
+            SourceAction::Abandon
+            | SourceAction::FinishPostcopy(_)
+            | SourceAction::Push
+            | SourceAction::Reattach => unreachable!("{action:?}"),
             SourceAction::SendRound(round) => self.send_pages(host, round, Round::Live),
             SourceAction::Scan => self.source_op(host, move |world| {
                 world.scan(host);
@@ -290,7 +296,11 @@ impl World {
                 return SourceInput::Failed("a page stream could not be opened".into());
             };
             self.hosts[host].source.as_mut().expect("its own operation").streams.push(connection);
-            self.transmit(connection, host, pack(&Message::Stream(Stream { id: id.clone(), index })));
+            self.transmit(
+                connection,
+                host,
+                pack(&Message::Stream(Stream { id: id.clone(), index, purpose: 0 })),
+            );
         }
         SourceInput::Opened
     }

@@ -6,7 +6,7 @@ use crate::network::{ConnectionId, Frame};
 use crate::world::{Mutation, World};
 use std::time::Duration;
 use sterna_engine::handoff::Record;
-use sterna_engine::target::{Target, TargetAction, TargetInput};
+use sterna_engine::target::{Lazily, Target, TargetAction, TargetInput};
 use sterna_engine::wire::batch::{BatchHeader, Content, FrameKind, HEADER_BYTES};
 use sterna_engine::wire::message::{Hello, Offer, Reason, Stream};
 use sterna_engine::wire::{Layout, Message, WireError};
@@ -252,7 +252,7 @@ impl World {
         self.qemus.push(Qemu::new(host, Some(id)));
         match self.fails() {
             true => TargetInput::Failed("QEMU does not answer".into()),
-            false => TargetInput::Prepared,
+            false => TargetInput::Prepared(Lazily::No("it is not simulated here".into())),
         }
     }
 

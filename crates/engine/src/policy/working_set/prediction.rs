@@ -225,9 +225,11 @@ mod tests {
                 Some((rounds, residual, elapsed)) => {
                     prop_assert_eq!(seen.ending, Ending::Converged);
                     // A step more or less in a round is some pages, and may be a round where rounds hardly shrink.
-                    let slack = residual as f64 * 0.1 + rate * 0.002 + 2.0;
-                    prop_assert!((seen.residual.0 as f64 - residual as f64).abs() <= slack, "{seen:?}, {residual}");
                     prop_assert!(seen.rounds.abs_diff(rounds) <= 1 + rounds / 5, "{seen:?}, {rounds}");
+                    let slack = residual as f64 * 0.1 + rate * 0.002 + 2.0;
+                    let close = (seen.residual.0 as f64 - residual as f64).abs() <= slack;
+                    // What is left after another round is another amount.
+                    prop_assert!(close || seen.rounds != rounds, "{seen:?}, {residual}");
                     let total = elapsed + seen.downtime;
                     let apart = seen.total_time.abs_diff(total).as_secs_f64();
                     prop_assert!(apart <= total.as_secs_f64() * 0.1 + 0.1, "{seen:?}, {total:?}");

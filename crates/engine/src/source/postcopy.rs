@@ -1,0 +1,161 @@
+//! Post-copy: the VM runs at the target while pages of it are still here.
+//!
+//! The hand-off is that of pre-copy; only the last round differs, which tells what is missing instead of sending it. After the commit the
+//! source is a server of pages: its VM stays stopped, in state *Serving*, until the target says that every page has come. Whatever is lost
+//! meanwhile, a connection or either agent, is found again in one way: ask the target, and connect anew.
+
+use super::{
+    ASK_PAUSE_MAX, ASK_PAUSE_MIN, LOCAL_WAIT, Outcome, Postcopy, Source, SourceAction, SourceParameters,
+    State,
+};
+use crate::handoff::Step;
+use crate::wire::message::{Accepted, Reason};
+use std::time::Duration;
+
+/// How long connecting again may take.
+const REATTACH_WAIT: Duration = Duration::from_secs(20);
+
+/// How far a migration is with post-copy.
+#[derive(Debug, Default)]
+pub(super) struct Lazy {
+    /// Why the target does not do it.
+    refusal: Option<String>,
+    /// The user has asked for it.
+    requested: bool,
+    /// The round that is under way was told to end.
+    cut: bool,
+    /// The stop was a switch.
+    switched: bool,
+    /// The target runs the VM and needs pages.
+    served: bool,
+    /// The pause before the next try to connect.
+    pause: Duration,
+}
+
+impl Lazy {
+    pub(super) fn is_switched(&self) -> bool {
+        self.switched
+    }
+
+    pub(super) fn is_served(&self) -> bool {
+        self.served
+    }
+
+    pub(super) fn serves(&mut self) {
+        self.switched = true;
+        self.served = true;
+    }
+}
+
+/// When the VM is stopped for good, whatever is left: not at all where the timeout switches.
+pub(super) fn timeout_of_stop(parameters: &SourceParameters) -> Option<Duration> {
+    parameters.timeout.filter(|_| parameters.postcopy != Postcopy::AtTimeout)
+}
+
+impl Source {
+    pub(super) fn on_accepted(&mut self, accepted: &Accepted, now: Duration) {
+        if !accepted.postcopy {
+            let text = match accepted.postcopy_refusal.as_str() {
+                "" => "its agent does not know post-copy".into(),
+                why => why.to_owned(),
+            };
+            if self.parameters.postcopy != Postcopy::OnDemand {
+                let text = format!("on {}: {text}", self.parameters.peer);
+                return self.fail(Outcome::Refused(vec![Reason { code: "postcopy".into(), text }]));
+            }
+            self.lazy.refusal = Some(text);
+        }
+        let count = self.parameters.offer.streams;
+        let open = SourceAction::OpenStreams { count, demand: accepted.postcopy };
+        self.enter(State::Opening, open, now, LOCAL_WAIT);
+    }
+
+    /// Why this migration cannot switch to post-copy, if it cannot.
+    pub fn postcopy_refusal(&self) -> Option<&str> {
+        self.lazy.refusal.as_deref()
+    }
+
+    /// True once the VM runs at the target, or is about to, with pages missing.
+    pub fn is_postcopy(&self) -> bool {
+        self.lazy.switched
+    }
+
+    /// When the timeout cuts the round that is under way.
+    pub(super) fn switch_at(&self) -> Option<Duration> {
+        let waits = matches!(self.state, State::Sending { .. } | State::Resting { .. }) && !self.lazy.cut;
+        let at = self.parameters.timeout.map(|timeout| self.began + timeout);
+        at.filter(|_| waits && self.parameters.postcopy == Postcopy::AtTimeout)
+    }
+
+    /// What is left of the round waits: it is fetched, like what was written since.
+    pub(super) fn on_switch(&mut self, now: Duration) {
+        if self.lazy.refusal.is_some() || !self.can_cancel() {
+            return;
+        }
+        self.lazy.requested = true;
+        match self.state {
+            State::Sending { .. } if !self.lazy.cut => {
+                self.lazy.cut = true;
+                self.actions.push_back(SourceAction::Abandon);
+            }
+            State::Resting { .. } => {
+                let scanning = State::Scanning { round_time: Duration::ZERO };
+                self.enter(scanning, SourceAction::Scan, now, LOCAL_WAIT);
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether to switch after a scan; `fits` says that what is left could be sent within the downtime limit.
+    pub(super) fn switch_is_due(&self, fits: bool, elapsed: Duration) -> bool {
+        let due = match self.parameters.postcopy {
+            Postcopy::OnDemand => false,
+            Postcopy::AtOnce => true,
+            Postcopy::AfterPrecopy => !fits,
+            Postcopy::AtTimeout => self.parameters.timeout.is_some_and(|timeout| elapsed >= timeout),
+        };
+        self.lazy.refusal.is_none() && (due || self.lazy.requested)
+    }
+
+    pub(super) fn switch(&mut self, now: Duration) {
+        self.lazy.switched = true;
+        self.stop(now);
+    }
+
+    /// The target runs the VM: it has pages to fetch.
+    pub(super) fn serve(&mut self, now: Duration) {
+        let downtime = self.stopped_at.map(|at| now.saturating_sub(at));
+        self.progress.downtime = self.progress.downtime.or(downtime);
+        self.lazy.serves();
+        self.record(Step::Serving);
+        self.state = State::Serving;
+        self.deadline = None;
+        self.lazy.pause = ASK_PAUSE_MIN;
+        self.actions.push_back(SourceAction::Push);
+    }
+
+    /// Something of ours or theirs is gone. The target is asked before it is connected again: it may need nothing any more.
+    pub(super) fn lose(&mut self, now: Duration) {
+        if !matches!(self.state, State::Serving | State::Reattaching) {
+            return;
+        }
+        let pause = self.lazy.pause.max(ASK_PAUSE_MIN);
+        self.lazy.pause = (pause * 2).min(ASK_PAUSE_MAX);
+        self.connected = false;
+        self.state = State::Asking { pause };
+        self.ask_later(now);
+    }
+
+    pub(super) fn reattach(&mut self, now: Duration) {
+        self.lazy.serves();
+        self.record(Step::Serving);
+        self.enter(State::Reattaching, SourceAction::Reattach, now, REATTACH_WAIT);
+    }
+
+    pub(super) fn on_reattached(&mut self, now: Duration) {
+        if matches!(self.state, State::Reattaching) {
+            self.connected = true;
+            self.serve(now);
+        }
+    }
+}
