@@ -11,7 +11,7 @@ use sterna_engine::wire::batch::{
 };
 use sterna_engine::wire::patch;
 use sterna_memory::{Installer, PAGE, PageRun};
-use sterna_transport::{Connection, Shutdown};
+use sterna_transport::{Reader, Shutdown};
 
 /// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
 const READ_WITHIN: Duration = Duration::from_secs(180);
@@ -43,11 +43,31 @@ pub(crate) enum Received {
     Failed(String),
 }
 
-/// What all receivers of a migration share.
+/// Where the pages of all receivers of a migration go.
+pub(crate) trait Install: Send + Sync {
+    /// The VM's blocks.
+    fn layout(&self) -> &Layout;
+
+    /// Runs of a block, and the pages of those that are bytes.
+    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), Received>;
+
+    /// The same where only what has changed comes: places in the block with their lengths, and these bytes.
+    fn patch(
+        &self,
+        block: usize,
+        runs: &[Descriptor],
+        changes: &[(u64, u64)],
+        bytes: &[u8],
+    ) -> Result<(), Received>;
+}
+
+/// What all receivers of rounds share.
 pub(crate) struct Sinks {
     pub(crate) layout: Layout,
     pub(crate) blocks: Vec<Sink>,
     pub(crate) installer: Installer,
+    /// What the source says is missing, block by block, when the VM is handed over before all is here.
+    pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
 }
 
 /// A receiver thread.
@@ -57,18 +77,20 @@ pub(crate) struct Receiver {
 }
 
 impl Receiver {
-    /// Starts a thread that installs what arrives on `connection`.
+    /// Starts a thread that installs what arrives on a stream, from this round on; 0 is none, and stays. `nice` is how much nicer than others
+    /// the thread is.
     pub(crate) fn start(
-        stream: u32,
-        connection: Connection,
-        sinks: Arc<Sinks>,
+        (stream, round): (u32, u32),
+        reader: Reader,
+        sinks: Arc<dyn Install>,
+        nice: i32,
         tell: impl Fn(Received) + Send + 'static,
     ) -> std::io::Result<Self> {
-        let shutdown = connection.shutdown_handle();
+        let shutdown = reader.shutdown_handle();
         let mut receiving = Receiving {
             stream,
-            round: 1,
-            connection,
+            round,
+            reader,
             sinks,
             raw: vec![0; DESCRIPTORS_MAX * DESCRIPTOR_BYTES],
             runs: Vec::with_capacity(DESCRIPTORS_MAX),
@@ -79,6 +101,9 @@ impl Receiver {
         };
         let named = std::thread::Builder::new().name(format!("pages-in-{stream}"));
         let thread = named.spawn(move || {
+            if nice != 0 {
+                let _ = rustix::process::nice(nice);
+            }
             let mut told: Option<Instant> = None;
             loop {
                 match receiving.frame() {
@@ -114,8 +139,8 @@ impl Drop for Receiver {
 struct Receiving {
     stream: u32,
     round: u32,
-    connection: Connection,
-    sinks: Arc<Sinks>,
+    reader: Reader,
+    sinks: Arc<dyn Install>,
     raw: Vec<u8>,
     runs: Vec<Descriptor>,
     payload: Vec<u8>,
@@ -156,22 +181,25 @@ impl Receiving {
     fn frame(&mut self) -> Result<Received, Received> {
         let lost = |stream: u32| move |why: String| Received::Lost(format!("page stream {stream}: {why}"));
         let lost = lost(self.stream);
-        self.connection.set_read_deadline(Some(Instant::now() + READ_WITHIN));
+        self.reader.set_deadline(Some(Instant::now() + READ_WITHIN));
         let mut head = [0; HEADER_BYTES];
-        self.connection.read_exact(&mut head).map_err(|why| lost(why.to_string()))?;
+        self.reader.read_exact(&mut head).map_err(|why| lost(why.to_string()))?;
         let header = BatchHeader::decode(&head).map_err(|why| lost(why.to_string()))?;
         if header.round != self.round {
             return Err(lost(format!("the source sent round {} during round {}", header.round, self.round)));
         }
         if header.kind == FrameKind::RoundEnd {
+            if self.round == 0 {
+                return Err(lost("the source ended a round that never began".into()));
+            }
             self.round += 1;
             return Ok(Received::RoundEnd { stream: self.stream, round: header.round });
         }
         let raw = &mut self.raw[..header.descriptors * DESCRIPTOR_BYTES];
-        self.connection.read_exact(raw).map_err(|why| lost(why.to_string()))?;
-        self.sinks.layout.decode_runs(&header, raw, &mut self.runs).map_err(|why| lost(why.to_string()))?;
+        self.reader.read_exact(raw).map_err(|why| lost(why.to_string()))?;
+        self.sinks.layout().decode_runs(&header, raw, &mut self.runs).map_err(|why| lost(why.to_string()))?;
         let payload = &mut self.payload[..header.payload_bytes];
-        self.connection.read_exact(payload).map_err(|why| lost(why.to_string()))?;
+        self.reader.read_exact(payload).map_err(|why| lost(why.to_string()))?;
         let block = usize::from(header.block);
         let pages = match header.encoding {
             Encoding::Raw => &self.payload[..header.payload_bytes],
@@ -184,11 +212,11 @@ impl Receiving {
                 patches
                     .read(&self.runs, &self.payload[..header.payload_bytes])
                     .map_err(|why| lost(why.to_string()))?;
-                self.sinks.patch(block, &self.runs, patches).map_err(Received::Failed)?;
+                self.sinks.patch(block, &self.runs, &patches.changes, &patches.bytes)?;
                 return Ok(Received::Pages);
             }
         };
-        self.sinks.install(block, &self.runs, pages).map_err(Received::Failed)?;
+        self.sinks.install(block, &self.runs, pages)?;
         Ok(Received::Pages)
     }
 
@@ -213,24 +241,35 @@ fn of(runs: &[Descriptor], content: Content) -> Vec<PageRun> {
     runs.map(|run| PageRun { first: run.first.into(), pages: run.pages.into() }).collect()
 }
 
-impl Sinks {
+impl Install for Sinks {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), Received> {
+        self.put(block, runs, payload).map_err(Received::Failed)
+    }
+
     /// Changes parts of pages, and drops those that are holes now.
-    fn patch(&self, block: usize, runs: &[Descriptor], patches: &Patches) -> Result<(), String> {
-        self.install(
-            block,
-            &runs.iter().copied().filter(|run| run.content == Content::Discard).collect::<Vec<_>>(),
-            &[],
-        )?;
+    fn patch(
+        &self,
+        block: usize,
+        runs: &[Descriptor],
+        changes: &[(u64, u64)],
+        bytes: &[u8],
+    ) -> Result<(), Received> {
+        let others: Vec<Descriptor> =
+            runs.iter().copied().filter(|run| run.content != Content::Bytes).collect();
+        self.install(block, &others, &[])?;
         match &self.blocks[block] {
             Sink::Region(region) => {
-                self.installer
-                    .patch(*region, &patches.changes, &patches.bytes)
-                    .map_err(|why| why.to_string())?;
+                let patched = self.installer.patch(*region, changes, bytes);
+                patched.map_err(|why| Received::Failed(why.to_string()))?;
             }
             Sink::Staged(buffer) => {
                 let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                let mut bytes = &patches.bytes[..];
-                for &(offset, len) in &patches.changes {
+                let mut bytes = bytes;
+                for &(offset, len) in changes {
                     let (now, rest) = bytes.split_at(len as usize);
                     buffer[offset as usize..][..now.len()].copy_from_slice(now);
                     bytes = rest;
@@ -240,9 +279,12 @@ impl Sinks {
         }
         Ok(())
     }
+}
 
-    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
+impl Sinks {
+    fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
         let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
+        let missing = of(runs, Content::Missing);
         match &self.blocks[block] {
             Sink::Region(region) => {
                 if !pages.is_empty() {
@@ -251,7 +293,11 @@ impl Sinks {
                 if !holes.is_empty() {
                     self.installer.discard(*region, &holes).map_err(|why| why.to_string())?;
                 }
+                if !missing.is_empty() {
+                    crate::registry::lock(&self.missing)[block].extend(missing);
+                }
             }
+            _ if !missing.is_empty() => return Err(format!("the source does not send pages of block {block}")),
             Sink::Staged(buffer) => stage(buffer, &pages, &holes, payload),
             Sink::Rebuilt => {}
         }

@@ -1,0 +1,357 @@
+//! The target in post-copy: its QEMU runs with pages missing, and waits where it touches one.
+//!
+//! One thread hears of faults and asks for their pages on the demand connection; a receiver thread a connection puts in place what comes, whether it was asked for or
+//! not. Connections come and go; the pager, and the file of which pages are there, stay, and with them everything that must be known.
+
+use super::latency::Latency;
+use super::receive::{Install, Received, Receiver};
+use crate::registry::lock;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use sterna_engine::wire::batch::{Content, Descriptor, Layout};
+use sterna_engine::wire::message::{BlockDigest, Faults};
+use sterna_engine::wire::request::{REQUEST_BYTES, Request};
+use sterna_memory::{Fault, Installed, PAGE, PageRun, Pager, PagerError};
+use sterna_transport::{Connection, Shutdown, Writer};
+use xxhash_rust::xxh3::xxh3_128_with_seed;
+
+/// How long a look for faults lasts at most: then it is looked whether there is to be another.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long requests may take to be written. The other end reads all the time; only a dead one lets this pass.
+const WRITE_WITHIN: Duration = Duration::from_secs(5);
+/// Requests that are written at once while what is missing is listed: a fault must not wait for all of them.
+const LISTED_AT_ONCE: usize = 512;
+/// How much less nice the threads are that a guest waits for.
+const URGENT: i32 = -15;
+
+/// What becomes of it.
+#[derive(Debug)]
+pub(crate) enum Fetched {
+    /// Every page is there.
+    Filled,
+    /// A connection is lost, or carried something that is not the protocol.
+    Lost(String),
+    /// The QEMU has ended, or its memory cannot be filled.
+    Died(String),
+}
+
+/// What all threads share.
+struct Shared {
+    pager: Pager,
+    layout: Layout,
+    /// The pager's region of each place in the offer, where pages of it are fetched.
+    regions: Vec<Option<usize>>,
+    /// The place of each region.
+    places: Vec<u16>,
+    demand: Mutex<Option<Writer>>,
+    /// What was fetched, added up, where it is to be proved.
+    sums: Option<Sums>,
+    waits: Mutex<Waits>,
+    tell: Box<dyn Fn(Fetched) + Send + Sync>,
+    filled: AtomicBool,
+    over: AtomicBool,
+}
+
+/// How long the guest waited.
+#[derive(Default)]
+struct Waits {
+    latency: Latency,
+    threads: BTreeMap<u32, Duration>,
+}
+
+/// Sums of pages, and which ones they are of.
+struct Sums {
+    seen: Vec<Vec<AtomicU64>>,
+    sums: Mutex<Vec<u128>>,
+    /// False once pages may have come that were not seen here.
+    whole: AtomicBool,
+}
+
+/// A fetch that goes on.
+pub(crate) struct Fetch {
+    shared: Arc<Shared>,
+    faults: Option<JoinHandle<()>>,
+    receivers: Vec<Receiver>,
+    demand: Option<Shutdown>,
+}
+
+/// The hash of a page that is part of a sum; a page that is zero has none.
+pub(crate) fn summand(page: u64, content: &[u8]) -> u128 {
+    xxh3_128_with_seed(content, page)
+}
+
+impl Fetch {
+    /// Begins to hear of faults. `regions` tells the pager's region of each place in the offer.
+    pub(crate) fn start(
+        pager: Pager,
+        layout: Layout,
+        regions: Vec<Option<usize>>,
+        prove: bool,
+        tell: impl Fn(Fetched) + Send + Sync + 'static,
+    ) -> Result<Self, String> {
+        let mut places = vec![0; regions.iter().flatten().count()];
+        for (place, region) in regions.iter().enumerate().filter_map(|(place, region)| Some((place, (*region)?))) {
+            places[region] = place as u16;
+        }
+        let words = |pages: u64| (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
+        let sums = prove.then(|| Sums {
+            seen: pager.bits().pages().map(words).collect(),
+            sums: Mutex::new(vec![0; places.len()]),
+            whole: AtomicBool::new(true),
+        });
+        let shared = Arc::new(Shared {
+            pager,
+            layout,
+            regions,
+            places,
+            demand: Mutex::default(),
+            sums,
+            waits: Mutex::default(),
+            tell: Box::new(tell),
+            filled: AtomicBool::new(false),
+            over: AtomicBool::new(false),
+        });
+        let listening = shared.clone();
+        let thread = std::thread::Builder::new().name("pages-faults".into()).spawn(move || {
+            let _ = rustix::process::nice(URGENT);
+            listening.listen();
+        });
+        let faults = Some(thread.map_err(|why| format!("no thread can be started: {why}"))?);
+        Ok(Self { shared, faults, receivers: Vec::new(), demand: None })
+    }
+
+    /// Pages are asked for on this connection from now on, those first that are waited for.
+    pub(crate) fn demand(&mut self, connection: Connection) -> Result<(), String> {
+        let shutdown = connection.shutdown_handle();
+        let (reader, writer) = connection.split();
+        self.receive(u32::MAX, reader, URGENT)?;
+        *lock(&self.shared.demand) = Some(writer);
+        self.demand = Some(shutdown);
+        let waiting = self.shared.pager.waiting();
+        self.shared.ask(waiting.into_iter());
+        Ok(())
+    }
+
+    /// Pages come on this connection too.
+    pub(crate) fn push(&mut self, index: u32, connection: Connection) -> Result<(), String> {
+        let (reader, _) = connection.split();
+        self.receive(index, reader, 0)
+    }
+
+    fn receive(&mut self, index: u32, reader: sterna_transport::Reader, nice: i32) -> Result<(), String> {
+        let (shared, telling) = (self.shared.clone(), self.shared.clone());
+        let receiver = Receiver::start((index, 0), reader, shared, nice, move |received| match received {
+            Received::Lost(why) => telling.lose(why),
+            Received::Failed(why) => (telling.tell)(Fetched::Died(why)),
+            Received::Pages | Received::RoundEnd { .. } => {}
+        });
+        self.receivers.push(receiver.map_err(|why| format!("no thread can be started: {why}"))?);
+        Ok(())
+    }
+
+    /// Tells the source all that is missing, so that it pushes that.
+    pub(crate) fn list(&self) {
+        let (shared, mut requests) = (&self.shared, Vec::new());
+        for (region, &block) in shared.places.iter().enumerate() {
+            shared.pager.bits().clear_runs(region, |run| {
+                let mut first = run.first;
+                while first < run.end() {
+                    let pages = u32::try_from(run.end() - first).unwrap_or(u32::MAX);
+                    requests.push(Request::Missing { block, first, pages });
+                    first += u64::from(pages);
+                }
+            });
+        }
+        requests.push(Request::Listed);
+        for some in requests.chunks(LISTED_AT_ONCE) {
+            shared.write(some.iter());
+        }
+        shared.look_whether_filled();
+    }
+
+    /// Lets go of the connections; whoever waits for a page waits on.
+    pub(crate) fn disconnect(&mut self) {
+        lock(&self.shared.demand).take();
+        self.demand.take().iter().for_each(Shutdown::shutdown);
+        self.receivers.iter().for_each(Receiver::cut);
+        self.receivers.clear();
+        if let Some(sums) = &self.shared.sums {
+            sums.whole.store(false, Ordering::Relaxed);
+        }
+    }
+
+    /// Pages that are missing.
+    pub(crate) fn remaining(&self) -> u64 {
+        self.shared.pager.remaining()
+    }
+
+    /// How long the guest has waited for pages; `processors` are its threads.
+    pub(crate) fn faults(&self, processors: &[u32]) -> Faults {
+        let waits = lock(&self.shared.waits);
+        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let blocked = |thread: &u32| waits.threads.get(thread).copied().map_or(0, us);
+        Faults {
+            count: waits.latency.count(),
+            mean_us: us(waits.latency.mean()),
+            p50_us: us(waits.latency.quantile(0.5)),
+            p99_us: us(waits.latency.quantile(0.99)),
+            max_us: us(waits.latency.max()),
+            vcpu_blocked_us: processors.iter().map(blocked).collect(),
+        }
+    }
+
+    /// Sums of what was fetched, where they were asked for and all of it was seen.
+    pub(crate) fn sums(&self) -> Vec<BlockDigest> {
+        let Some(sums) = self.shared.sums.as_ref().filter(|sums| sums.whole.load(Ordering::Relaxed)) else {
+            return Vec::new();
+        };
+        let found = lock(&sums.sums);
+        let of = |(place, sum): (&u16, &u128)| BlockDigest {
+            block: u32::from(*place),
+            digest: sum.to_le_bytes().to_vec(),
+        };
+        self.shared.places.iter().zip(found.iter()).map(of).collect()
+    }
+
+    /// Ends it, once every page is there: nothing of ours is left in the QEMU.
+    pub(crate) fn end(mut self) -> Result<(), String> {
+        self.stop();
+        let shared = self.shared.clone();
+        drop(self);
+        let shared = Arc::into_inner(shared).ok_or("its threads have not ended")?;
+        shared.pager.end().map_err(|why| crate::control::explain(&why))
+    }
+
+    fn stop(&mut self) {
+        self.shared.over.store(true, Ordering::Relaxed);
+        self.disconnect();
+        if let Some(thread) = self.faults.take() {
+            drop(thread.join());
+        }
+    }
+}
+
+impl Drop for Fetch {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+impl Shared {
+    fn listen(&self) {
+        let mut faults: Vec<Fault> = Vec::new();
+        while !self.over.load(Ordering::Relaxed) {
+            faults.clear();
+            if let Err(why) = self.pager.next(LOOK, &mut faults) {
+                if !self.over.load(Ordering::Relaxed) {
+                    (self.tell)(Fetched::Died(crate::control::explain(&why)));
+                }
+                return;
+            }
+            self.ask(faults.iter().map(|fault| (fault.region, fault.page)));
+            self.look_whether_filled();
+        }
+    }
+
+    fn ask(&self, pages: impl Iterator<Item = (usize, u64)>) {
+        let request = |(region, first): (usize, u64)| Request::Fault { block: self.places[region], first, pages: 1 };
+        let requests: Vec<Request> = pages.map(request).collect();
+        if !requests.is_empty() {
+            self.write(requests.iter());
+        }
+    }
+
+    fn write<'a>(&self, requests: impl Iterator<Item = &'a Request>) {
+        let mut frame = Vec::with_capacity(REQUEST_BYTES);
+        requests.for_each(|request| request.encode(&mut frame));
+        let mut demand = lock(&self.demand);
+        let Some(writer) = demand.as_mut() else { return };
+        writer.set_deadline(Some(Instant::now() + WRITE_WITHIN));
+        if let Err(why) = writer.write_all(&frame).and_then(|()| writer.flush()) {
+            *demand = None;
+            drop(demand);
+            self.lose(format!("the demand connection to the source is lost: {why}"));
+        }
+    }
+
+    fn lose(&self, why: String) {
+        if !self.over.load(Ordering::Relaxed) {
+            (self.tell)(Fetched::Lost(why));
+        }
+    }
+
+    fn look_whether_filled(&self) {
+        if self.pager.remaining() == 0 && !self.filled.swap(true, Ordering::Relaxed) {
+            (self.tell)(Fetched::Filled);
+        }
+    }
+
+    fn note(&self, installed: &Installed) {
+        if installed.resolved.is_empty() {
+            return;
+        }
+        let mut waits = lock(&self.waits);
+        for resolved in &installed.resolved {
+            waits.latency.add(resolved.waited);
+            *waits.threads.entry(resolved.thread).or_default() += resolved.waited;
+        }
+    }
+
+    fn place(&self, region: usize, runs: &[Descriptor], mut payload: &[u8]) -> Result<(), PagerError> {
+        for run in runs {
+            let (first, pages) = (u64::from(run.first), u64::from(run.pages));
+            let installed = match run.content {
+                Content::Bytes => {
+                    let (bytes, rest) = payload.split_at((pages * PAGE) as usize);
+                    payload = rest;
+                    if let Some(sums) = &self.sums {
+                        sums.add(region, first, bytes);
+                    }
+                    self.pager.install(region, first, bytes)?
+                }
+                Content::Discard => self.pager.settle_zero(region, PageRun { first, pages })?,
+                // Only before the hand-off is anything told to be missing.
+                Content::Missing => continue,
+            };
+            self.note(&installed);
+        }
+        Ok(())
+    }
+}
+
+impl Install for Shared {
+    fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), Received> {
+        let region = self.regions.get(block).copied().flatten();
+        let region = region
+            .ok_or_else(|| Received::Lost(format!("the source sent pages of block {block}, which is complete")))?;
+        self.place(region, runs, payload).map_err(|why| Received::Failed(crate::control::explain(&why)))?;
+        self.look_whether_filled();
+        Ok(())
+    }
+
+    fn patch(&self, _: usize, _: &[Descriptor], _: &[(u64, u64)], _: &[u8]) -> Result<(), Received> {
+        Err(Received::Lost("the source sent what has changed of pages that are not here".into()))
+    }
+}
+
+impl Sums {
+    /// Adds pages, each the first time that it comes.
+    fn add(&self, region: usize, first: u64, bytes: &[u8]) {
+        let mut sum = 0u128;
+        for (page, content) in (first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            let (word, bit) = (&self.seen[region][(page / 64) as usize], 1 << (page % 64));
+            if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+                sum = sum.wrapping_add(summand(page, content));
+            }
+        }
+        let mut sums = lock(&self.sums);
+        sums[region] = sums[region].wrapping_add(sum);
+    }
+}
