@@ -9,7 +9,9 @@ use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView, SetRequest};
 use crate::offer::activity_of;
-use crate::pages::{Collector, Haste, Job, Part, SendCounters, SendOptions, Senders, SourceBlock, Writers};
+use crate::pages::{
+    Collector, Haste, Job, Part, SendCounters, SendOptions, Senders, Serving, SourceBlock, Writers,
+};
 use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;
@@ -21,7 +23,7 @@ use sterna_engine::policy::RateLimits;
 use sterna_engine::source::{Outcome, SourceAction, SourceInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{BlockDigest, StateEnd, Stream};
+use sterna_engine::wire::message::{BlockDigest, Purpose, StateEnd, Stream};
 use sterna_engine::{Source, Step};
 use sterna_memory::Process;
 use sterna_transport::{Connection, Counters, Pacer};
@@ -31,10 +33,12 @@ use tokio::sync::watch;
 
 mod pace;
 mod phase;
+mod postcopy;
 mod prepare;
 mod unresolved;
 
 use pace::Slowed;
+use postcopy::Lazily;
 
 pub(crate) use phase::phase;
 pub(crate) use unresolved::resolve;
@@ -101,6 +105,7 @@ struct Outgoing {
     streams: Vec<Connection>,
     wire: Vec<Counters>,
     senders: Option<Senders>,
+    lazy: Lazily,
     collector: Option<Collector>,
     writers: Writers,
     activity: Activity,
@@ -189,6 +194,7 @@ impl Outgoing {
             streams: Vec::new(),
             wire: Vec::new(),
             senders: None,
+            lazy: Lazily::default(),
             collector: None,
             writers: Writers::Processors,
             activity: Activity::Running,
@@ -350,8 +356,8 @@ impl Outgoing {
         match action {
             SourceAction::Record(record) => Some(self.record(&record)),
             SourceAction::Send(message) => self.message(&message),
-            SourceAction::OpenStreams(count) => {
-                Some(settle(self.open_streams(count), |()| SourceInput::Opened))
+            SourceAction::OpenStreams { count, demand } => {
+                Some(settle(self.open_streams(count, demand), |()| SourceInput::Opened))
             }
             SourceAction::Pace(rate) => {
                 self.pacer.set_rate(rate.map(|rate| rate.0));
@@ -364,6 +370,18 @@ impl Outgoing {
             SourceAction::Settle => Some(settle(self.settle(), SourceInput::Settled)),
             SourceAction::Stop => Some(settle(self.stop(), SourceInput::Stopped)),
             SourceAction::Finish(round) => Some(settle(self.finish(round), SourceInput::Finished)),
+            SourceAction::FinishPostcopy(round) => {
+                Some(settle(self.finish_postcopy(round), SourceInput::Finished))
+            }
+            SourceAction::Abandon => {
+                self.senders.iter().for_each(Senders::abandon);
+                None
+            }
+            SourceAction::Push => self.push().err().map(SourceInput::Failed),
+            SourceAction::Reattach => Some(match self.reattach() {
+                Ok(()) => SourceInput::Reattached,
+                Err(why) => SourceInput::Disconnected(why),
+            }),
             SourceAction::Resume => Some(match self.resume() {
                 Ok(()) => SourceInput::Resumed,
                 Err(why) => SourceInput::ResumeFailed(why),
@@ -399,27 +417,38 @@ impl Outgoing {
         control.send(message).err().map(lost)
     }
 
-    fn open_streams(&mut self, count: u32) -> Result<(), String> {
+    fn open_streams(&mut self, count: u32, demand: bool) -> Result<(), String> {
+        self.streams = self.open(count, Purpose::Rounds)?;
+        if demand {
+            self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
+        }
+        Ok(())
+    }
+
+    /// Opens streams of the target's, all of them before the first is waited for.
+    fn open(&mut self, count: u32, purpose: Purpose) -> Result<Vec<Connection>, String> {
+        let mut streams = Vec::new();
         for index in 0..count {
             let connection = self.host.endpoint().connect(&self.address, &self.peer, CONNECT_WITHIN);
             let mut connection = connection.map_err(|why| explain(&why))?;
-            control::send(&mut connection, &Message::Stream(Stream { id: self.id.0.to_vec(), index }))?;
+            let stream = Stream { id: self.id.0.to_vec(), index, purpose: purpose.number() };
+            control::send(&mut connection, &Message::Stream(stream))?;
             self.wire.push(connection.counters());
-            self.streams.push(connection);
+            streams.push(connection);
         }
         if self.host.config().tls.page_streams == PageStreams::Clear {
-            for stream in &mut self.streams {
+            for stream in &mut streams {
                 stream.set_deadline(Some(Instant::now() + CONNECT_WITHIN));
                 stream.send_in_clear().map_err(|why| explain(&why))?;
             }
         }
-        Ok(())
+        Ok(streams)
     }
 
     /// Attaches, and starts with every page that may not be zero.
     fn track(&mut self) -> Result<Pages, String> {
         self.shrink();
-        let (blocks, attach) = (self.blocks.clone(), self.host.attach());
+        let (blocks, attach) = (self.tracked(), self.host.attach());
         let process = self.process.try_clone().map_err(|why| explain(&why))?;
         let mut collector = Collector::arm(process, blocks, &attach, self.writers)?;
         if !self.host.config().has(Mechanism::Discards) {
@@ -437,8 +466,12 @@ impl Outgoing {
         let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
         let how = (self.pacer.clone(), self.options);
-        self.senders =
-            Some(Senders::start(streams, &self.process, &self.blocks, how, &self.counters, failed)?);
+        let tracked = self.tracked();
+        self.senders = Some(Senders::start(streams, &self.process, &tracked, how, &self.counters, failed)?);
+        if pages == Pages(0) {
+            // No round hides it.
+            self.qemu(|qemu| qemu.prepare_save())?;
+        }
         Ok(pages)
     }
 
@@ -511,14 +544,16 @@ impl Outgoing {
         collector.scan()?;
         collector.settle();
         let early = collector.page_count();
-        self.send(self.round + 1, Part::Beginning);
+        if !self.lazy.switched {
+            self.send(self.round + 1, Part::Beginning);
+        }
         self.state = self.qemu(|qemu| qemu.save_finish(ticket))?;
         self.split("save");
         let collector = self.collector()?;
         collector.scan()?;
         let late = collector.page_count();
         self.split("scan");
-        Ok(Pages(early + late))
+        Ok(Pages(if self.lazy.switched { late } else { early + late }))
     }
 
     fn split(&mut self, name: &'static str) {
@@ -530,8 +565,18 @@ impl Outgoing {
     fn finish(&mut self, round: u32) -> Result<Pages, String> {
         let digests = if self.verify { self.digests()? } else { Vec::new() };
         self.send(round, Part::End);
+        self.finish_state(round, digests, false)
+    }
+
+    /// Sends the device state and says that it is complete; then looks whether anything changed behind our back.
+    fn finish_state(
+        &mut self,
+        round: u32,
+        digests: Vec<BlockDigest>,
+        postcopy: bool,
+    ) -> Result<Pages, String> {
         let paused = self.activity == Activity::Paused;
-        let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests, paused };
+        let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests, paused, postcopy };
         let Some(control) = &mut self.control else {
             return Err("the connection to the target is gone".into());
         };
@@ -571,6 +616,7 @@ impl Outgoing {
     fn release(&mut self) {
         self.slowed.let_go();
         self.senders = None;
+        self.lazy.disconnect();
         self.streams.clear();
         if let Some(collector) = self.collector.take()
             && self.vm.is_alive()
@@ -617,6 +663,7 @@ impl Outgoing {
 
     fn show(&mut self, machine: &Source) {
         self.updated = Instant::now();
+        self.show_postcopy();
         let wire = self.wire.iter().map(Counters::bytes_sent).sum();
         self.view.set_run_state(self.activity.word());
         let pace = self.pacer.rate();

@@ -15,8 +15,8 @@
 use crate::handoff::{Activity, Generation, MigrationId, Record, Step};
 use crate::source::STREAMS_MAX;
 use crate::wire::message::{
-    Accepted, Barrier, BlockDigest, Committed, Filled, Hello, Loaded, Offer, Reason, Reattached, Refused,
-    StateEnd, Text, Welcome,
+    Accepted, Barrier, Committed, Filled, Hello, Loaded, Offer, Reason, Reattached, Refused, StateEnd, Text,
+    Welcome,
 };
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN, batch};
 use std::collections::VecDeque;
@@ -67,8 +67,8 @@ pub enum TargetInput {
     Running(Duration),
     /// [`TargetAction::Run`] failed and the VM does not run.
     RunFailed(String),
-    /// Post-copy: every page has come; these are sums of what was fetched, if any were asked for.
-    Filled(Vec<BlockDigest>),
+    /// Post-copy: every page has come; what the source is told of it, but for the generation.
+    Filled(Filled),
     /// Post-copy: the source has connected again; so many pages are missing.
     Reattached(u64),
     /// Post-copy: the QEMU that runs the VM has ended, or its memory cannot be filled.
@@ -138,7 +138,7 @@ enum State {
     Confirming(Option<Committed>),
     Fetching,
     /// Every page has come, or none will; it is being written down.
-    Completing(Result<Vec<BlockDigest>, String>),
+    Completing(Result<Filled, String>),
     Ending {
         why: String,
         released: bool,
@@ -164,7 +164,7 @@ pub struct Target {
     connected: bool,
     recorded: bool,
     owns: bool,
-    filled: Option<Result<Vec<BlockDigest>, String>>,
+    filled: Option<Result<Filled, String>>,
     prepare_began: Duration,
     load_began: Duration,
 }
@@ -287,7 +287,7 @@ impl Target {
             }
             TargetInput::Running(took) => self.on_running(took),
             TargetInput::RunFailed(why) => self.on_run_failed(why),
-            TargetInput::Filled(sums) => self.on_filled(Ok(sums)),
+            TargetInput::Filled(filled) => self.on_filled(Ok(filled)),
             TargetInput::Died(why) => self.on_filled(Err(why)),
             TargetInput::Reattached(pages)
                 if matches!(self.state, State::Fetching | State::Completing(_)) =>
@@ -448,7 +448,7 @@ impl Target {
     }
 
     /// Every page has come, or the QEMU that they were for has died. It is written down before the source hears of it.
-    fn on_filled(&mut self, result: Result<Vec<BlockDigest>, String>) {
+    fn on_filled(&mut self, result: Result<Filled, String>) {
         match self.state {
             State::Fetching => {
                 self.record(Step::Running);
@@ -465,11 +465,11 @@ impl Target {
         }
     }
 
-    fn complete(&mut self, result: Result<Vec<BlockDigest>, String>) {
+    fn complete(&mut self, result: Result<Filled, String>) {
         let generation = self.generation().unwrap_or_default();
         let over = match result {
-            Ok(sums) => {
-                self.send(Message::Filled(Filled { generation, sums }));
+            Ok(filled) => {
+                self.send(Message::Filled(Filled { generation, ..filled }));
                 Ok(())
             }
             Err(why) => Err(format!("it ran here, and ended before all of its pages had come: {why}")),

@@ -109,7 +109,7 @@ fn any_target_input() -> impl Strategy<Value = TargetInput> {
         1 => Just(TargetInput::Recorded(Duration::from_millis(1))),
         1 => Just(TargetInput::RecordFailed("full".into())),
         1 => any_lazily().prop_map(TargetInput::Prepared),
-        1 => Just(TargetInput::Filled(Vec::new())),
+        1 => Just(TargetInput::Filled(Filled::default())),
         1 => Just(TargetInput::Died("killed".into())),
         1 => any::<u64>().prop_map(TargetInput::Reattached),
         1 => Just(TargetInput::Received),
@@ -354,7 +354,7 @@ impl TargetDriver {
                 self.honest.push_back(In::Running(Duration::from_millis(1)));
             }
             TargetAction::Adopt => self.adopted = true,
-            TargetAction::Announce => self.honest.push_back(In::Filled(Vec::new())),
+            TargetAction::Announce => self.honest.push_back(In::Filled(Filled::default())),
             TargetAction::Kill => {
                 self.killed = true;
                 self.honest.push_back(In::Dead);

@@ -84,7 +84,11 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ("Answer", Message::Answer(Answer { owner: 2 }), GOLDEN[13]),
         ("Stream", Message::Stream(Stream { id: id.clone(), index: 1, purpose: 2 }), GOLDEN[14]),
         ("Check", Message::Check(offer()), GOLDEN[15]),
-        ("Filled", Message::Filled(Filled { generation, sums: vec![digest()] }), GOLDEN[16]),
+        (
+            "Filled",
+            Message::Filled(Filled { generation, sums: vec![digest()], faults: Some(faults()) }),
+            GOLDEN[16],
+        ),
         ("Reattach", Message::Reattach(Reattach { id, vm: "db".into(), generation, streams: 2 }), GOLDEN[17]),
         ("Reattached", Message::Reattached(Reattached { pages: 300 }), GOLDEN[18]),
     ]
@@ -107,6 +111,10 @@ fn offer() -> Offer {
         balloon: 5,
         postcopy: true,
     }
+}
+
+fn faults() -> Faults {
+    Faults { count: 1, mean_us: 2, p50_us: 3, p99_us: 4, max_us: 5, vcpu_blocked_us: vec![6, 300] }
 }
 
 fn image() -> Image {

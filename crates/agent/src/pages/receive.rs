@@ -297,7 +297,9 @@ impl Sinks {
                     crate::registry::lock(&self.missing)[block].extend(missing);
                 }
             }
-            _ if !missing.is_empty() => return Err(format!("the source does not send pages of block {block}")),
+            _ if !missing.is_empty() => {
+                return Err(format!("the source does not send pages of block {block}"));
+            }
             Sink::Staged(buffer) => stage(buffer, &pages, &holes, payload),
             Sink::Rebuilt => {}
         }

@@ -51,6 +51,18 @@ pub enum Content {
     Bytes,
     /// The pages read as zero: what was sent of them before is dropped.
     Discard,
+    /// The content is not here and will be fetched after the hand-off: what was sent of these pages before does not count.
+    Missing,
+}
+
+impl Content {
+    fn number(self) -> u8 {
+        match self {
+            Self::Bytes => 1,
+            Self::Discard => 2,
+            Self::Missing => 3,
+        }
+    }
 }
 
 impl Descriptor {
@@ -58,7 +70,7 @@ impl Descriptor {
     pub fn payload_bytes(self) -> usize {
         match self.content {
             Content::Bytes => usize::from(self.pages) * PAGE_BYTES as usize,
-            Content::Discard => 0,
+            Content::Discard | Content::Missing => 0,
         }
     }
 }
@@ -221,11 +233,8 @@ fn encode_head(
     debug_assert!(runs.len() <= DESCRIPTORS_MAX && payload_bytes <= PAYLOAD_BYTES_MAX);
     out.extend_from_slice(&header.encode());
     for run in runs {
-        let content = match run.content {
-            Content::Bytes => 1,
-            Content::Discard => 2,
-        };
-        let raw = RawDescriptor { first: U32::new(run.first), pages: U16::new(run.pages), content, zero: 0 };
+        let (first, pages) = (U32::new(run.first), U16::new(run.pages));
+        let raw = RawDescriptor { first, pages, content: run.content.number(), zero: 0 };
         out.extend_from_slice(raw.as_bytes());
     }
 }
@@ -242,6 +251,15 @@ impl Layout {
         Self { pages: block_bytes.into_iter().map(|bytes| bytes.div_ceil(PAGE_BYTES)).collect() }
     }
 
+    /// How many pages a block has.
+    ///
+    /// # Errors
+    /// [`WireError`] when there is no such block.
+    pub fn pages(&self, block: u16) -> Result<u64, WireError> {
+        let pages = self.pages.get(usize::from(block)).copied();
+        pages.ok_or(WireError::Invalid { what: "block number", got: block.into() })
+    }
+
     /// Reads the descriptors of the batch that `header` announces into `out` (which is cleared).
     ///
     /// # Errors
@@ -254,10 +272,7 @@ impl Layout {
         out: &mut Vec<Descriptor>,
     ) -> Result<(), WireError> {
         out.clear();
-        let pages = *self
-            .pages
-            .get(usize::from(header.block))
-            .ok_or(WireError::Invalid { what: "block number", got: header.block.into() })?;
+        let pages = self.pages(header.block)?;
         if raw.len() != header.descriptors * DESCRIPTOR_BYTES {
             return Err(WireError::Short { what: "descriptor list" });
         }
@@ -291,6 +306,7 @@ fn decode_run(raw: &[u8]) -> Result<Descriptor, WireError> {
     let content = match (raw.content, raw.zero) {
         (1, 0) => Content::Bytes,
         (2, 0) => Content::Discard,
+        (3, 0) => Content::Missing,
         (other, _) => return Err(WireError::Invalid { what: "content of a run", got: other.into() }),
     };
     Ok(Descriptor { first: raw.first.get(), pages: raw.pages.get(), content })
@@ -331,14 +347,37 @@ mod tests {
     }
 
     #[test]
+    fn runs_without_bytes_have_no_payload() {
+        let layout = Layout::new([1 << 30]);
+        let runs = [run(0, u16::MAX, Content::Missing), run(70000, 9, Content::Discard)];
+        let mut frame = Vec::new();
+        encode_batch(0, 1, &runs, &mut frame);
+        let (header, back) = decode(&layout, &frame).unwrap();
+        assert_eq!((header.payload_bytes, back.as_slice()), (0, runs.as_slice()));
+        assert_eq!((frame[HEADER_BYTES + 6], frame[HEADER_BYTES + 7]), (3, 0));
+        frame[HEADER_BYTES + 7] = 1;
+        assert!(decode(&layout, &frame).is_err(), "reserved");
+        let mut packed = Vec::new();
+        encode_packed_batch(0, 1, &runs, (Encoding::Lz4, 1), &mut packed);
+        assert!(decode(&layout, &packed).is_err(), "nothing to unpack");
+        let mixed = [run(0, 1, Content::Bytes), run(1, 600, Content::Missing), run(700, 2, Content::Bytes)];
+        let mut frame = Vec::new();
+        encode_batch(0, 1, &mixed, &mut frame);
+        let (header, back) = decode(&layout, &frame).unwrap();
+        assert_eq!((header.payload_bytes, back.as_slice()), (3 * PAGE_BYTES as usize, mixed.as_slice()));
+    }
+
+    #[test]
     fn runs_outside_the_block_overlapping_or_unordered_are_refused() {
         let layout = Layout::new([16 * 4096]);
-        let bad: [&[Descriptor]; 5] = [
+        let bad: [&[Descriptor]; 7] = [
             &[run(15, 2, Content::Bytes)],
             &[run(0, 0, Content::Bytes)],
             &[run(4, 2, Content::Bytes), run(5, 1, Content::Bytes)],
             &[run(4, 1, Content::Bytes), run(2, 1, Content::Bytes)],
             &[run(u32::MAX, u16::MAX, Content::Discard)],
+            &[run(15, 2, Content::Missing)],
+            &[run(4, 2, Content::Missing), run(5, 1, Content::Bytes)],
         ];
         for runs in bad {
             let mut frame = Vec::new();

@@ -359,6 +359,32 @@ pub struct Filled {
     /// Sums of the pages that were fetched, where the offer asked to verify.
     #[prost(message, repeated, tag = "2")]
     pub sums: Vec<BlockDigest>,
+    /// How long the guest has waited for pages.
+    #[prost(message, optional, tag = "3")]
+    pub faults: Option<Faults>,
+}
+
+/// How long a guest has waited for pages of a post-copy, from the kernel's word that it does to the page's arrival. Microseconds.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Faults {
+    /// How often.
+    #[prost(uint64, tag = "1")]
+    pub count: u64,
+    /// On average.
+    #[prost(uint64, tag = "2")]
+    pub mean_us: u64,
+    /// Half of them at most.
+    #[prost(uint64, tag = "3")]
+    pub p50_us: u64,
+    /// 99 of 100 at most.
+    #[prost(uint64, tag = "4")]
+    pub p99_us: u64,
+    /// The longest.
+    #[prost(uint64, tag = "5")]
+    pub max_us: u64,
+    /// Each of the guest's processors in all, in QEMU's order of them.
+    #[prost(uint64, repeated, tag = "6")]
+    pub vcpu_blocked_us: Vec<u64>,
 }
 
 /// Goes on with a post-copy whose connections were lost, or whose agents were restarted.

@@ -1,16 +1,19 @@
 //! The wire format, as PROTOCOL.md describes it.
 //!
-//! Two kinds of connection: one *control* connection carries [`Message`]s and the device state in [`control`] frames;
-//! any number of *page streams* carry [`batch`] frames. Everything is little-endian, every length is bounded before
+//! Three kinds of connection: one *control* connection carries [`Message`]s and the device state in [`control`] frames;
+//! any number of *page streams* carry [`batch`] frames; after the hand-off of a VM that has pages missing, one *demand*
+//! connection carries [`Request`]s to the source and [`batch`] frames back. Everything is little-endian, every length is bounded before
 //! anything is allocated, and what does not fit is an error that names what was wrong.
 
 pub mod batch;
 pub mod control;
 pub mod message;
 pub mod patch;
+pub mod request;
 
 pub use batch::{BatchHeader, Descriptor, Encoding, FrameKind, Layout};
 pub use message::Message;
+pub use request::Request;
 
 use thiserror::Error;
 

@@ -111,7 +111,7 @@ impl World {
             for index in run.first..run.first + u32::from(run.pages) {
                 let value = match run.content {
                     Content::Bytes => *payload.next().expect("the runs add up to the payload"),
-                    Content::Discard => 0,
+                    Content::Discard | Content::Missing => 0,
                 };
                 self.qemus[qemu].memory[page_at(header.block, index)] = value;
             }

@@ -204,7 +204,7 @@ mod tests {
             if rule.decide(seen) == Verdict::Stop {
                 return Some((rounds + 1, residual.0, clock));
             }
-            if steps > 400_000 {
+            if steps > 8_000_000 {
                 return None;
             }
             (rounds, since, left, overhead) = (rounds + 1, 0, residual.bytes().0 as f64, path.round_overhead);

@@ -1,0 +1,213 @@
+//! What the source of a post-copy does: it tells what is missing, and serves it.
+
+use super::{Event, Outgoing};
+use crate::control::{self, CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
+use crate::fit;
+use crate::offer;
+use crate::pages::{PAGES_PER_STRIPE, Part, Serving, SourceBlock, merge, subtract};
+use std::sync::Arc;
+use sterna_engine::source::{Postcopy, SourceInput};
+use sterna_engine::units::Pages;
+use sterna_engine::wire::Message;
+use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach};
+use sterna_memory::{PAGE, PageRun, populated};
+use sterna_transport::Connection;
+
+/// How far this migration is with post-copy.
+#[derive(Default)]
+pub(super) struct Lazily {
+    /// When it switches.
+    pub(super) when: Postcopy,
+    /// Open and not used yet.
+    pub(super) demand: Option<Connection>,
+    /// Places of blocks that must be complete before the VM runs at the target.
+    pub(super) eager: Vec<u32>,
+    /// The stop that comes, or has come, is a switch.
+    pub(super) switched: bool,
+    /// Bytes of each block of the offer, as they travel.
+    pub(super) bytes: Vec<u64>,
+    serving: Option<Serving>,
+    /// What was not missing at the switch, added up, where RAM is to be proved equal.
+    present: Vec<BlockDigest>,
+}
+
+impl Lazily {
+    pub(super) fn disconnect(&mut self) {
+        self.demand = None;
+        self.serving = None;
+    }
+}
+
+impl Outgoing {
+    /// The blocks whose writes are followed: where no page travels before the stop, only those that must be complete at it.
+    pub(super) fn tracked(&self) -> Arc<Vec<SourceBlock>> {
+        if self.lazy.when != Postcopy::AtOnce {
+            return self.blocks.clone();
+        }
+        let eager = self.blocks.iter().filter(|block| self.is_eager(block));
+        Arc::new(eager.map(SourceBlock::another).collect())
+    }
+
+    fn is_eager(&self, block: &SourceBlock) -> bool {
+        self.lazy.eager.contains(&u32::from(block.index))
+    }
+
+    /// The last round of a post-copy: what is missing is told, and only what must be there is sent. From here on the target may ask for pages.
+    pub(super) fn finish_postcopy(&mut self, round: u32) -> Result<Pages, String> {
+        self.serve()?;
+        let mut missing = vec![Vec::new(); self.blocks.len()];
+        let set = self.collector()?.take();
+        for (at, block) in self.blocks.iter().enumerate().filter(|(_, block)| !self.is_eager(block)) {
+            missing[at] = match self.lazy.when {
+                Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
+                // What the target is to drop reads as zero here, and is fetched as that.
+                _ => merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]),
+            };
+        }
+        let digests = if self.verify { self.sums_without(&missing)? } else { Vec::new() };
+        let eager = self.eager_part(&set);
+        if let Some(senders) = &self.senders {
+            senders.finish(round, eager, &self.lists(&missing));
+        }
+        self.round = round;
+        self.lazy.present.clone_from(&digests);
+        self.finish_state(round, digests, true)
+    }
+
+    /// What of a send-set belongs to blocks that must be complete, in terms of the blocks that are tracked.
+    fn eager_part(&self, set: &crate::pages::SendSet) -> Arc<crate::pages::SendSet> {
+        match self.lazy.when {
+            Postcopy::AtOnce => Arc::new(set.clone()),
+            _ => {
+                let mut part = set.clone();
+                for (at, _) in self.blocks.iter().enumerate().filter(|(_, block)| !self.is_eager(block)) {
+                    part.clear(at);
+                }
+                Arc::new(part)
+            }
+        }
+    }
+
+    /// What is missing, by place in the offer.
+    fn lists(&self, missing: &[Vec<PageRun>]) -> Vec<(u16, Vec<PageRun>)> {
+        let lists = self.blocks.iter().zip(missing).filter(|(_, runs)| !runs.is_empty());
+        lists.map(|(block, runs)| (block.index, runs.clone())).collect()
+    }
+
+    fn sums_without(&self, missing: &[Vec<PageRun>]) -> Result<Vec<BlockDigest>, String> {
+        let lazy = self.blocks.iter().zip(missing).filter(|(block, _)| !self.is_eager(block));
+        let sum = |(block, missing): (&SourceBlock, &Vec<PageRun>)| {
+            let mut there = Vec::new();
+            populated(&self.process, &block.region, &mut there).map_err(|why| explain(&why))?;
+            fit::sum(&self.process, &block.region, block.index, &subtract(&there, missing))
+        };
+        lazy.map(sum).collect()
+    }
+
+    /// Answers the target's requests from now on.
+    fn serve(&mut self) -> Result<(), String> {
+        let demand =
+            self.lazy.demand.take().ok_or("the target cannot ask for pages: there is no connection")?;
+        let tell = self.tell.clone();
+        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Disconnected(why))));
+        let how = (self.pacer.clone(), self.counters.clone());
+        self.lazy.serving =
+            Some(Serving::start(demand, &self.process, &self.blocks, &self.lazy.bytes, how, failed)?);
+        Ok(())
+    }
+
+    /// Opens streams for what nobody has asked for.
+    pub(super) fn push(&mut self) -> Result<(), String> {
+        // Rounds are over, and so is the tracking: the VM does not write here any more.
+        self.senders = None;
+        if let Some(collector) = self.collector.take()
+            && let Err(why) = collector.stop()
+        {
+            tracing::warn!(vm = self.vm.name(), why, "tracking did not end cleanly");
+        }
+        let streams = self.open(self.push_streams(), Purpose::Push)?;
+        let (tell, options) = (self.tell.clone(), self.options);
+        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Disconnected(why))));
+        let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
+        serving.push(streams, options, failed)
+    }
+
+    fn push_streams(&self) -> u32 {
+        self.host.default_streams()
+    }
+
+    /// Connects again to a target that runs the VM and misses pages.
+    pub(super) fn reattach(&mut self) -> Result<(), String> {
+        self.lazy.disconnect();
+        self.control = None;
+        if self.lazy.bytes.is_empty() {
+            self.find_blocks()?;
+        }
+        let connection = self.host.endpoint().connect(&self.address, &self.peer, CONNECT_WITHIN);
+        let mut connection = connection.map_err(|why| explain(&why))?;
+        let record = self.vm.record();
+        let (id, generation) = (self.id.0.to_vec(), record.generation);
+        let reattach = Reattach { id, vm: record.name, generation, streams: self.push_streams() };
+        control::send(&mut connection, &Message::Reattach(reattach))?;
+        match control::receive(&mut connection, FIRST_MESSAGE_WITHIN)? {
+            Message::Reattached(_) => {}
+            Message::Abort(text) => return Err(text.text),
+            _ => return Err("the target answered something else".into()),
+        }
+        self.attach_control(connection);
+        self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
+        self.serve()
+    }
+
+    /// Finds the blocks of a VM that an earlier life of this agent has handed over, in the order in which it offered them.
+    fn find_blocks(&mut self) -> Result<(), String> {
+        let layout = self.qemu(|qemu| sterna_vmm::Vmm::layout(qemu))?;
+        let (blocks, bytes) = offer::blocks_again(&layout);
+        self.blocks = Arc::new(blocks);
+        self.lazy.bytes = bytes;
+        Ok(())
+    }
+
+    pub(super) fn show_postcopy(&self) {
+        if let Some(serving) = &self.lazy.serving {
+            self.view.postcopy(serving.requests(), serving.pushed(), serving.remaining() * PAGE);
+        }
+    }
+
+    /// Every page has come: what the target says of how it went, and whether what it fetched is what was here.
+    pub(super) fn filled(&mut self, filled: &Filled) {
+        if let Some(faults) = &filled.faults {
+            self.view.faults(faults);
+        }
+        if !self.verify {
+            return;
+        }
+        let proved = if filled.sums.is_empty() { Err(None) } else { self.compare(filled).map_err(Some) };
+        match proved {
+            Ok(blocks) => self.view.verified(blocks, true),
+            Err(None) => self.view.notice(
+                "what was fetched cannot be proved equal: a connection was lost, or an agent restarted, and pages may have come unseen",
+            ),
+            Err(Some(why)) => self.view.notice(&format!("RAM at the target is not proved equal: {why}")),
+        }
+    }
+
+    fn compare(&self, filled: &Filled) -> Result<u32, String> {
+        let value = |digest: &[u8]| <[u8; 16]>::try_from(digest).map(u128::from_le_bytes).unwrap_or_default();
+        let find = |list: &[BlockDigest], block: u16| {
+            list.iter().find(|found| found.block == u32::from(block)).map_or(0, |found| value(&found.digest))
+        };
+        let mut proved = 0;
+        for block in self.blocks.iter().filter(|block| !self.is_eager(block)) {
+            let mut there = Vec::new();
+            populated(&self.process, &block.region, &mut there).map_err(|why| explain(&why))?;
+            let whole = value(&fit::sum(&self.process, &block.region, block.index, &there)?.digest);
+            let told = find(&self.lazy.present, block.index).wrapping_add(find(&filled.sums, block.index));
+            if whole != told {
+                return Err(format!("block {} is not what was here", block.index));
+            }
+            proved += 1;
+        }
+        Ok(proved)
+    }
+}
