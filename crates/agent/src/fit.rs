@@ -2,7 +2,7 @@
 
 use crate::control::explain;
 use crate::host::Host;
-use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks};
+use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks, summand};
 use std::sync::{Mutex, PoisonError};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
 use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
@@ -39,7 +39,8 @@ pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layo
         clear(process, &installer, at, region)?;
     }
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
-    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer })
+    let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
+    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, missing })
 }
 
 /// Makes a block read as zero: what the source never sends is zero there. A fresh QEMU has little that is not, firmware.
@@ -103,6 +104,23 @@ pub(crate) fn install_staged(
         installer.finish().map_err(|why| explain(&why))?;
     }
     Ok(())
+}
+
+/// The sum of pages of a block: each that is not zero counts, in any order.
+pub(crate) fn sum(process: &Process, region: &Region, block: u16, runs: &[PageRun]) -> Result<BlockDigest, String> {
+    let reader = Reader::new(process).map_err(|why| explain(&why))?;
+    let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
+    let mut sum = 0u128;
+    for run in runs.iter().flat_map(|run| pieces(*run)) {
+        let bytes = &mut buffer[..run.bytes() as usize];
+        reader.read(&[region.span(run)], bytes).map_err(|why| explain(&why))?;
+        for (page, content) in (run.first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if !is_zero(content) {
+                sum = sum.wrapping_add(summand(page, content));
+            }
+        }
+    }
+    Ok(BlockDigest { block: block.into(), digest: sum.to_le_bytes().to_vec() })
 }
 
 /// Each block has one digest at most: a digest reads a whole block, and a short message has room for many.

@@ -270,6 +270,9 @@ pub struct MigrationView {
     /// How the downtime was spent, in order.
     #[serde(rename = "downtime-split", default)]
     pub downtime_split: Vec<Span>,
+    /// What is known of its post-copy, if it switched to that.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub postcopy: Option<PostcopyView>,
     /// What went wrong, and what state the VM is in now.
     #[serde(rename = "error-desc", skip_serializing_if = "Option::is_none", default)]
     pub error_desc: Option<String>,
@@ -280,6 +283,39 @@ pub struct MigrationView {
 
 fn running() -> String {
     "running".into()
+}
+
+/// Figures of a post-copy, with QEMU's names where the meaning is equal.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PostcopyView {
+    /// Pages that the target has asked for, and that were sent at once.
+    #[serde(rename = "postcopy-requests")]
+    pub requests: u64,
+    /// Pages that were sent before they were asked for.
+    #[serde(rename = "pushed-pages")]
+    pub pushed: u64,
+    /// How often the guest waited for a page. Known at the end, as what follows is.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub faults: Option<u64>,
+    /// How long it waited, in microseconds.
+    #[serde(rename = "postcopy-latency", skip_serializing_if = "Option::is_none", default)]
+    pub latency: Option<LatencyView>,
+    /// Milliseconds that each of the guest's processors waited in all.
+    #[serde(rename = "postcopy-vcpu-blocktime", skip_serializing_if = "Vec::is_empty", default)]
+    pub vcpu_blocktime: Vec<f64>,
+}
+
+/// How long something took, in microseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct LatencyView {
+    /// On average.
+    pub mean: u64,
+    /// Half of the times at most.
+    pub p50: u64,
+    /// 99 of 100 times at most.
+    pub p99: u64,
+    /// The longest time.
+    pub max: u64,
 }
 
 /// QEMU's `ram` object.

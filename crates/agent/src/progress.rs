@@ -1,6 +1,6 @@
 //! A migration's figures as the API shows them.
 
-use crate::model::{MigrateRequest, MigrationView, RamView, ReasonView, Span};
+use crate::model::{LatencyView, MigrateRequest, MigrationView, PostcopyView, RamView, ReasonView, Span};
 use crate::pages::SendCounters;
 use crate::registry::Vm;
 use std::sync::Arc;
@@ -12,6 +12,7 @@ use sterna_engine::policy::RateLimits;
 use sterna_engine::progress::Status;
 use sterna_engine::source::Outcome;
 use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
+use sterna_engine::wire::message::Faults;
 use tokio::sync::watch;
 
 /// What a migration publishes about itself.
@@ -55,6 +56,7 @@ impl View {
             wire_bytes: 0,
             blocks_verified: None,
             downtime_split: Vec::new(),
+            postcopy: None,
             error_desc: None,
             reasons: Vec::new(),
         };
@@ -167,6 +169,9 @@ impl View {
             if !status.is_final() {
                 view.status = status.word().into();
             }
+            if matches!(status, Status::PostcopyActive | Status::PostcopyPaused | Status::PostcopyRecover) {
+                view.runs_at.clone_from(&view.target);
+            }
             view.total_time = ms(now.max(progress.total_time));
             view.setup_time = ms(progress.setup_time);
             view.downtime = progress.downtime.map(ms);
@@ -193,6 +198,26 @@ impl View {
             // The first round takes longest: until it is over, what it has moved so far tells.
             let so_far = || Rate::measured(Bytes(transferred), now.saturating_sub(progress.setup_time));
             view.ram.mbps = progress.bandwidth.or_else(so_far).map_or(0.0, |rate| rate.mbps());
+        });
+    }
+
+    /// The VM runs at the target, and so much of it is still to go there.
+    pub(crate) fn postcopy(&self, requests: u64, pushed: u64, remaining: u64) {
+        self.shown.send_modify(|view| {
+            let known = view.postcopy.get_or_insert_default();
+            (known.requests, known.pushed) = (requests, pushed);
+            view.ram.remaining = remaining;
+        });
+    }
+
+    /// How long the guest has waited for pages.
+    pub(crate) fn faults(&self, faults: &Faults) {
+        self.shown.send_modify(|view| {
+            let known = view.postcopy.get_or_insert_default();
+            known.faults = Some(faults.count);
+            let (mean, p50, p99, max) = (faults.mean_us, faults.p50_us, faults.p99_us, faults.max_us);
+            known.latency = Some(LatencyView { mean, p50, p99, max });
+            known.vcpu_blocktime = faults.vcpu_blocked_us.iter().map(|us| *us as f64 / 1e3).collect();
         });
     }
 

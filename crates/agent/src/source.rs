@@ -241,6 +241,9 @@ impl Outgoing {
                     self.over(&outcome);
                     return outcome;
                 }
+                if action == SourceAction::Stop {
+                    self.lazy.switched = machine.is_postcopy();
+                }
                 let asked = action == SourceAction::Ask;
                 if let Some(input) = self.perform(action) {
                     if asked {
@@ -327,6 +330,8 @@ impl Outgoing {
     fn note(&mut self, input: &SourceInput) {
         let SourceInput::Message(message) = input else { return };
         match message {
+            Message::Accepted(accepted) => self.lazy.eager.clone_from(&accepted.eager),
+            Message::Filled(filled) => self.filled(filled),
             Message::Barrier(_) if self.view.is_stopped() => self.view.barrier(self.lap.elapsed()),
             Message::Loaded(loaded) => {
                 self.view.loaded(self.lap.elapsed(), Duration::from_micros(loaded.load_us));
@@ -484,7 +489,7 @@ impl Outgoing {
         if let (Some(senders), Some(collector)) = (&self.senders, &mut self.collector) {
             let set = collector.take();
             let haste = if self.view.is_stopped() { Haste::Urgent } else { Haste::Polite };
-            senders.send(&Job { round, set, part, haste });
+            senders.send(&Job { round, set, part, haste, missing: Arc::default() });
         }
         if part == Part::End {
             self.round = round;
@@ -506,8 +511,10 @@ impl Outgoing {
         })?;
         // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
         self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
+        let left = self.senders.as_ref().map_or_else(Vec::new, Senders::left);
         let collector = self.collector()?;
         collector.scan()?;
+        collector.add_left(left);
         let pages = Pages(collector.page_count());
         self.scanned = Some(Instant::now());
         self.look_at_writers();

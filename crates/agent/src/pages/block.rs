@@ -1,7 +1,7 @@
 //! A block of RAM at the source, and what the target has of it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use sterna_memory::{Backing, PageRun, Region};
+use sterna_memory::{Backing, PAGE, PageRun, Region};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Which pages of a block the target may hold as anything but zero: a bit each.
@@ -77,6 +77,16 @@ pub(crate) struct SourceBlock {
     pub(crate) sent: SentPages,
     /// What that was, where it must be known.
     pub(crate) hashes: Option<SentHashes>,
+}
+
+impl SourceBlock {
+    /// The same block, of which the target holds nothing.
+    pub(crate) fn another(&self) -> Self {
+        let pages = self.region.bytes.div_ceil(PAGE);
+        let hashes = self.hashes.as_ref().map(|_| SentHashes::new(pages));
+        let Self { index, region, backing, provable, .. } = *self;
+        Self { index, region, backing, provable, sent: SentPages::new(pages), hashes }
+    }
 }
 
 #[cfg(test)]

@@ -95,6 +95,16 @@ impl Collector {
         Ok(())
     }
 
+    /// Adds pages that were to be sent in a round that was abandoned. What the last scan says of them comes first.
+    pub(crate) fn add_left(&mut self, left: Vec<(usize, PageRun)>) {
+        let mut lists = vec![Vec::new(); self.blocks.len()];
+        left.into_iter().for_each(|(at, run)| lists[at].push(run));
+        for (at, list) in lists.iter().enumerate() {
+            let pages = subtract(&merge(list, &[]), &self.set.holes[at]);
+            self.set.add(at, &pages, &[]);
+        }
+    }
+
     /// Pages that were written, and pages that were sent and are holes now.
     fn changed(&mut self, at: usize) -> Result<(Vec<PageRun>, Vec<PageRun>), String> {
         let Self { process, blocks, tracker, .. } = self;

@@ -5,19 +5,24 @@
 
 mod block;
 mod collect;
+mod fetch;
 mod kept;
+mod latency;
 mod pack;
 mod receive;
 mod send;
 mod sender;
+mod serve;
 mod set;
 
 pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
+pub(crate) use fetch::{Fetch, Fetched, summand};
 pub(crate) use receive::{Received, Receiver, Sink, Sinks};
 pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
-pub(crate) use set::SendSet;
-use set::{intersect, merge, subtract};
+pub(crate) use serve::Serving;
+use set::intersect;
+pub(crate) use set::{SendSet, merge, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
 use sterna_memory::{PAGE, PageRun};

@@ -2,11 +2,12 @@
 
 use super::sender::Sender;
 use super::{SendSet, SourceBlock};
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, mpsc};
+use crate::registry::lock;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use sterna_engine::policy::Method;
-use sterna_memory::Process;
+use sterna_memory::{PageRun, Process};
 use sterna_transport::{Connection, Pacer, Shutdown};
 
 /// Bytes a stream's socket may queue. Autotuning keeps milliseconds of queue that the last round would wait for.
@@ -49,6 +50,8 @@ pub(crate) struct Job {
     pub(crate) set: Arc<SendSet>,
     pub(crate) part: Part,
     pub(crate) haste: Haste,
+    /// Pages that are not sent but told to be missing, with their block's place in the offer.
+    pub(crate) missing: Arc<Vec<(u16, Vec<PageRun>)>>,
 }
 
 /// Who comes first where a processor is short.
@@ -75,6 +78,15 @@ pub(crate) struct Senders {
     threads: Vec<JoinHandle<()>>,
     shutdowns: Vec<Shutdown>,
     pacer: Arc<Pacer>,
+    left: Arc<Left>,
+}
+
+/// What senders leave when a round is abandoned.
+#[derive(Debug, Default)]
+pub(super) struct Left {
+    pub(super) abandoned: AtomicBool,
+    /// Runs, with their block's place among those that are sent.
+    pub(super) runs: Mutex<Vec<(usize, PageRun)>>,
 }
 
 impl Senders {
@@ -89,13 +101,13 @@ impl Senders {
     ) -> Result<Self, String> {
         let count = streams.len() as u32;
         let mut senders =
-            Self { jobs: Vec::new(), threads: Vec::new(), shutdowns: Vec::new(), pacer: pacer.clone() };
+            Self { jobs: Vec::new(), threads: Vec::new(), shutdowns: Vec::new(), pacer: pacer.clone(), left: Arc::default() };
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
             senders.shutdowns.push(connection.shutdown_handle());
             let (tell, jobs) = mpsc::channel::<Job>();
             let link = (stream as u32, count, connection, pacer.clone(), counters.clone());
-            let mut sender = Sender::new(link, process, blocks.clone(), options)?;
+            let mut sender = Sender::new(link, process, blocks.clone(), options, senders.left.clone())?;
             let failed = failed.clone();
             let thread = std::thread::Builder::new().name(format!("pages-out-{stream}")).spawn(move || {
                 while let Ok(job) = jobs.recv() {
@@ -108,6 +120,21 @@ impl Senders {
             senders.jobs.push(tell);
         }
         Ok(senders)
+    }
+
+    /// Nothing more of the round that is under way is sent, but its end.
+    pub(crate) fn abandon(&self) {
+        self.left.abandoned.store(true, Ordering::Relaxed);
+    }
+
+    /// What was left of it: complete once the round has ended.
+    pub(crate) fn left(&self) -> Vec<(usize, PageRun)> {
+        std::mem::take(&mut lock(&self.left.runs))
+    }
+
+    /// The last round of a post-copy: these pages, and what is missing.
+    pub(crate) fn finish(&self, round: u32, set: Arc<SendSet>, missing: Vec<(u16, Vec<PageRun>)>) {
+        self.send(&Job { round, set, part: Part::End, haste: Haste::Urgent, missing: Arc::new(missing) });
     }
 
     /// Gives every sender its share of a round.

@@ -2,8 +2,9 @@
 
 use super::kept::{Kept, Sent};
 use super::pack::Packer;
-use super::send::{Haste, Job, Part, SendCounters, SendOptions};
+use super::send::{Haste, Job, Left, Part, SendCounters, SendOptions};
 use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, stripes_of, subtract};
+use crate::registry::lock;
 use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::Arc;
@@ -18,7 +19,7 @@ use sterna_memory::{PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
 use sterna_transport::{Connection, Pacer};
 
 /// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
-const WRITE_WITHIN: Duration = Duration::from_secs(120);
+pub(super) const WRITE_WITHIN: Duration = Duration::from_secs(120);
 
 /// Pages that travel at once: 256 KiB stay in a processor's own cache on their way from the guest to the socket, and at the
 /// other end from the socket to the guest.
@@ -35,7 +36,7 @@ const PEEK_GAP: u64 = 512;
 const FIRST_KEPT: u32 = 2;
 
 /// A stream.
-struct Link {
+pub(super) struct Link {
     stream: u32,
     connection: Connection,
     pacer: Arc<Pacer>,
@@ -85,6 +86,7 @@ pub(super) struct Sender {
     patched: Vec<Descriptor>,
     patches: Vec<u8>,
     haste: Haste,
+    left: Arc<Left>,
 }
 
 impl Sender {
@@ -94,10 +96,11 @@ impl Sender {
         process: &Process,
         blocks: Arc<Vec<SourceBlock>>,
         options: SendOptions,
+        left: Arc<Left>,
     ) -> Result<Self, String> {
         let peeker = options.postpone.then(|| Peeker::new(process)).transpose();
         Ok(Self {
-            link: Link { stream, connection, pacer, counters, waited: Duration::ZERO },
+            link: Link::new(stream, connection, pacer, counters),
             resend: Resend::Always,
             streams,
             reader: Reader::new(process).map_err(|why| why.to_string())?,
@@ -112,6 +115,7 @@ impl Sender {
             patched: Vec::new(),
             patches: Vec::new(),
             haste: Haste::Urgent,
+            left,
         })
     }
 
@@ -121,9 +125,12 @@ impl Sender {
         for (at, block) in blocks.iter().enumerate() {
             self.discard(block, job.round, &job.set.holes[at])?;
             self.resend = Resend::Always;
-            self.send_pages(block, job.round, &job.set.pages[at], &job.set.hot[at])?;
+            self.send_pages((at, block), job.round, &job.set.pages[at], &job.set.hot[at])?;
             self.resend = Resend::IfChanged;
-            self.send_pages(block, job.round, &job.set.suspects[at], &[])?;
+            self.send_pages((at, block), job.round, &job.set.suspects[at], &[])?;
+        }
+        if self.link.stream == 0 {
+            self.tell_missing(job)?;
         }
         if job.part == Part::End {
             self.head.clear();
@@ -155,7 +162,7 @@ impl Sender {
     /// around them soon, and what was written by the time that it is looked at need not be sent now.
     fn send_pages(
         &mut self,
-        block: &SourceBlock,
+        (at, block): (usize, &SourceBlock),
         round: u32,
         runs: &[PageRun],
         hot: &[u64],
@@ -166,6 +173,10 @@ impl Sender {
         }
         let mut pages = 0;
         for mut run in share {
+            if self.haste == Haste::Polite && self.left.abandoned.load(Ordering::Relaxed) {
+                lock(&self.left.runs).push((at, run));
+                continue;
+            }
             // A batch is in ascending order.
             if self.pending.last().is_some_and(|last| run.first < last.end()) {
                 self.send_pending(block, round)?;
@@ -337,23 +348,60 @@ impl Sender {
             let pages = run.pages as u16; // a stripe has 256
             self.descriptors.push(Descriptor { first: run.first as u32, pages, content: Content::Discard });
             if self.descriptors.len() == DESCRIPTORS_MAX {
-                self.write_discards(block, round)?;
+                self.write_descriptors(block.index, round)?;
             }
         }
-        if self.descriptors.is_empty() { Ok(()) } else { self.write_discards(block, round) }
+        if self.descriptors.is_empty() { Ok(()) } else { self.write_descriptors(block.index, round) }
     }
 
-    fn write_discards(&mut self, block: &SourceBlock, round: u32) -> Result<(), String> {
+    /// Tells what the target does not have, and gets when it asks.
+    fn tell_missing(&mut self, job: &Job) -> Result<(), String> {
+        for (place, runs) in job.missing.iter() {
+            self.descriptors.clear();
+            for run in runs {
+                let mut first = run.first;
+                while first < run.end() {
+                    let pages = (run.end() - first).min(u16::MAX.into());
+                    let content = Content::Missing;
+                    self.descriptors.push(Descriptor { first: first as u32, pages: pages as u16, content });
+                    first += pages;
+                    if self.descriptors.len() == DESCRIPTORS_MAX {
+                        self.write_descriptors(*place, job.round)?;
+                    }
+                }
+            }
+            if !self.descriptors.is_empty() {
+                self.write_descriptors(*place, job.round)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn write_descriptors(&mut self, place: u16, round: u32) -> Result<(), String> {
         self.head.clear();
-        encode_batch(block.index, round, &self.descriptors, &mut self.head);
+        encode_batch(place, round, &self.descriptors, &mut self.head);
         self.descriptors.clear();
         self.link.write(&self.head, &[]).map(drop)
     }
 }
 
 impl Link {
+    pub(super) fn new(
+        stream: u32,
+        connection: Connection,
+        pacer: Arc<Pacer>,
+        counters: Arc<SendCounters>,
+    ) -> Self {
+        Self { stream, connection, pacer, counters, waited: Duration::ZERO }
+    }
+
+    pub(super) fn flush(&mut self) -> Result<(), String> {
+        let flushed = self.connection.flush();
+        flushed.map_err(|why| self.failed(&why))
+    }
+
     /// Waits until the socket takes more: what is read before would be cold, and old, when it can go.
-    fn wait_for_room(&mut self) -> Result<(), String> {
+    pub(super) fn wait_for_room(&mut self) -> Result<(), String> {
         let began = Instant::now();
         let waited = self.connection.wait_for_room(Some(began + WRITE_WITHIN));
         self.waited += began.elapsed();
@@ -365,7 +413,7 @@ impl Link {
     }
 
     /// Writes a frame in its turn, and tells what the link took and how long, waits included.
-    fn write(&mut self, head: &[u8], payload: &[&[u8]]) -> Result<(Bytes, Duration), String> {
+    pub(super) fn write(&mut self, head: &[u8], payload: &[&[u8]]) -> Result<(Bytes, Duration), String> {
         let parts = std::iter::once(head).chain(payload.iter().copied());
         let parts: Vec<IoSlice> = parts.map(IoSlice::new).collect();
         let (bytes, began) = (parts.iter().map(|part| part.len()).sum(), Instant::now());
@@ -393,7 +441,7 @@ fn count(runs: &[PageRun]) -> u64 {
 }
 
 /// Adds a page to the last run if it continues it.
-fn append(descriptors: &mut Vec<Descriptor>, page: u64, content: Content) {
+pub(super) fn append(descriptors: &mut Vec<Descriptor>, page: u64, content: Content) {
     match descriptors.last_mut() {
         Some(last)
             if last.content == content

@@ -27,6 +27,13 @@ impl SendSet {
         self.pages.iter().flatten().map(|run| run.pages).sum()
     }
 
+    /// Forgets what is known of a block.
+    pub(crate) fn clear(&mut self, block: usize) {
+        for lists in [&mut self.pages, &mut self.holes, &mut self.suspects] {
+            lists[block].clear();
+        }
+    }
+
     /// Adds what a later scan of `block` has found. What it says of a page replaces what was known of it.
     pub(crate) fn add(&mut self, block: usize, pages: &[PageRun], holes: &[PageRun]) {
         let written = subtract(&self.pages[block], holes);
