@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use procfs::process::MMPermissions;
 use rustix::fs::{SeekFrom, seek};
 
-use crate::page::{PAGE, Region};
+use crate::page::{PAGE, Region, Span};
 use crate::process::{Process, ProcessError};
 
 /// File system type of memfds, shared anonymous memory and tmpfs (`TMPFS_MAGIC` of linux/magic.h).
@@ -179,7 +179,12 @@ impl Segment {
         Ok(())
     }
 
-    /// Whether `UFFDIO_COPY` can fill a private mapping of this file: tmpfs and memfds only (`fs/userfaultfd.c`).
+    /// Its addresses.
+    pub(crate) fn span(&self) -> Span {
+        Span { addr: self.start, len: self.end - self.start }
+    }
+
+    /// Whether `UFFDIO_COPY` can fill a mapping of this file: tmpfs and memfds only (`fs/userfaultfd.c`).
     pub(crate) fn fillable(&self, file: &File) -> bool {
         rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == TMPFS_MAGIC)
     }

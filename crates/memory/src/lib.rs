@@ -9,6 +9,7 @@
 //! - [`Peeker`] tells a sender which pages were written already again; [`Throttle`] slows threads that write too fast.
 //! - [`populated`] tells which pages can differ from zero, so that holes are never read; [`Reader`] reads the others.
 //! - [`Installer`] writes and discards pages at the target without doubling its memory.
+//! - [`Pager`] delivers pages to a process that runs already, when it touches them; [`PageBits`] remembers which.
 //! - [`digest`] and [`footprint`] prove things: equal RAM, and a process left as it was found.
 //!
 //! This is the only crate of the project that holds unsafe code, and it is fenced into `sys`: one small module per kernel
@@ -21,6 +22,7 @@ compile_error!(
 
 mod attach;
 mod backing;
+mod bits;
 mod copy;
 mod digest;
 mod discard;
@@ -30,21 +32,25 @@ mod huge;
 mod huge_target;
 mod install;
 mod page;
+mod pager;
 mod populated;
 mod preflight;
 mod process;
+mod smaps;
 mod sys;
 mod throttle;
 mod track;
 
 pub use attach::{Attach, AttachError};
 pub use backing::BackingError;
+pub use bits::{BitsError, PageBits};
 pub use copy::{CopyError, Reader};
 pub use digest::{DigestError, digest};
 pub use footprint::{Footprint, FootprintError, Mapping, footprint};
 pub use helper::helper_main;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
+pub use pager::{Fault, Installed, Pager, PagerError, Resolved};
 pub use populated::{Backing, PopulatedError, mapped, populated, with_data};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};

@@ -2,10 +2,11 @@
 //! `process_vm_readv`, allocates it. Huge pages of hugetlbfs are asked for in a way of their own ([`crate::huge`]).
 
 use std::io;
+use std::ops::Range;
 
 use crate::backing::{self, Access, BackingError, Kind};
 use crate::huge;
-use crate::page::{PAGE, PageRun, Region, append_run, normalise};
+use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{PRESENT, PageMap, Query, SWAPPED, ZERO};
 
@@ -129,7 +130,7 @@ impl Backing {
     }
 }
 
-/// Appends the pages of `start..end` that are present or swapped out.
+/// Appends the pages of `start..end` that are present or swapped out; the shared zero page does not count.
 pub(crate) fn present(
     scanner: &mut PageMap,
     process: &Process,
@@ -139,10 +140,33 @@ pub(crate) fn present(
     out: &mut Vec<PageRun>,
 ) -> Result<(), PopulatedError> {
     let query = Query { none: ZERO, any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED, ..Query::default() };
+    entries(scanner, process, region, query, start..end, out)
+}
+
+/// Appends the pages of `within` where an access finds something, be it the shared zero page: those that cannot be missing.
+pub(crate) fn occupied(
+    scanner: &mut PageMap,
+    process: &Process,
+    region: &Region,
+    within: Span,
+    out: &mut Vec<PageRun>,
+) -> Result<(), PopulatedError> {
+    let query = Query { any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED, ..Query::default() };
+    entries(scanner, process, region, query, within.addr..within.end(), out)
+}
+
+fn entries(
+    scanner: &mut PageMap,
+    process: &Process,
+    region: &Region,
+    query: Query,
+    within: Range<u64>,
+    out: &mut Vec<PageRun>,
+) -> Result<(), PopulatedError> {
     let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
     let mut runs = Vec::new();
     let found = |start, end, categories| runs.push((start, end, categories & PRESENT != 0));
-    scanner.scan(query, start, end, found).map_err(failed)?;
+    scanner.scan(query, within.start, within.end, found).map_err(failed)?;
     for (start, end, is_present) in runs {
         if is_present {
             append_run(out, region.run(start, end));

@@ -7,11 +7,7 @@ use crate::huge;
 use crate::page::{PageRun, Region, Span, append_run};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{Action, PRESENT, PageMap, Query, SWAPPED, WRITTEN, ZERO};
-use crate::sys::uffd::{TRACK_FEATURES, Uffd};
-
-/// The bit that the kernel adds to a context's features once they are negotiated (`UFFD_FEATURE_INITIALIZED`,
-/// fs/userfaultfd.c); it shows in fdinfo.
-const FEATURE_INITIALIZED: u64 = 1 << 31;
+use crate::sys::uffd::{TRACK_FEATURES, Uffd, features_of};
 
 /// A way to learn which pages of a process were written. Regions are named by their place in the list it was started with.
 pub trait Tracker: Send {
@@ -285,7 +281,5 @@ fn close_leftovers(process: &Process, attach: &Attach) -> Result<usize, TrackErr
 fn is_ours(pid: i32, fd: i32) -> bool {
     let text = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
     let value = |key: &str| text.lines().find_map(|l| l.strip_prefix(key)).map(str::trim);
-    let features = value("API:").and_then(|api| api.split(':').nth(1));
-    let features = features.and_then(|f| u64::from_str_radix(f, 16).ok());
-    value("total:") == Some("0") && features.is_some_and(|f| f & !FEATURE_INITIALIZED == TRACK_FEATURES)
+    value("total:") == Some("0") && features_of(pid, fd) == Some(TRACK_FEATURES)
 }

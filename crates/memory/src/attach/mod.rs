@@ -134,6 +134,14 @@ impl Attach {
         fd.ok_or_else(|| AttachError::NoAnswer { detail: "no descriptor came".into() })
     }
 
+    /// Makes a userfaultfd of the target for all faults, also those of the kernel on its behalf, of which the target keeps a copy
+    /// under the number that is returned: when we die, who faults waits.
+    pub(crate) fn userfaultfd_keep(&self, process: &Process) -> Result<(OwnedFd, i32), AttachError> {
+        let (done, fd) = self.run(process, Op::UserfaultfdKeep { device_fd: self.device_fd })?;
+        fd.zip(done.remote_fd)
+            .ok_or_else(|| AttachError::NoAnswer { detail: "no descriptor or no number came".into() })
+    }
+
     /// Closes descriptors of the target; those that are closed already do not count.
     pub(crate) fn close(&self, process: &Process, fds: Vec<i32>) -> Result<(), AttachError> {
         self.run(process, Op::Close { fds }).map(drop)

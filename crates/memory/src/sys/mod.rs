@@ -5,8 +5,10 @@
 //! constant assertions where they are used.
 
 pub(crate) mod clock;
+pub(crate) mod madvise;
 pub(crate) mod pagemap;
 pub(crate) mod ptrace;
+pub(crate) mod shared;
 pub(crate) mod signals;
 pub(crate) mod uffd;
 pub(crate) mod window;

@@ -5,13 +5,15 @@
 
 use std::ffi::c_void;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use linux_raw_sys::general::{
-    UFFD_API, UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
-    UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_MINOR, UFFDIO_REGISTER_MODE_WP,
-    uffdio_api, uffdio_continue, uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect,
-    uffdio_zeropage,
+    UFFD_API, UFFD_EVENT_PAGEFAULT, UFFD_EVENT_REMOVE, UFFD_FEATURE_EVENT_REMOVE,
+    UFFD_FEATURE_MINOR_HUGETLBFS, UFFD_FEATURE_MINOR_SHMEM, UFFD_FEATURE_MISSING_SHMEM,
+    UFFD_FEATURE_THREAD_ID, UFFD_FEATURE_WP_ASYNC, UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+    UFFD_FEATURE_WP_UNPOPULATED, UFFD_USER_MODE_ONLY, UFFDIO_REGISTER_MODE_MINOR,
+    UFFDIO_REGISTER_MODE_MISSING, UFFDIO_REGISTER_MODE_WP, uffd_msg, uffdio_api, uffdio_continue,
+    uffdio_copy, uffdio_range, uffdio_register, uffdio_writeprotect, uffdio_zeropage,
 };
 use linux_raw_sys::ioctl;
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode};
@@ -23,6 +25,7 @@ const _: () = assert!(size_of::<uffdio_api>() == 24 && size_of::<uffdio_range>()
 const _: () = assert!(size_of::<uffdio_register>() == 32 && size_of::<uffdio_zeropage>() == 32);
 const _: () = assert!(size_of::<uffdio_copy>() == 40 && size_of::<uffdio_continue>() == 32);
 const _: () = assert!(size_of::<uffdio_writeprotect>() == 24);
+const _: () = assert!(size_of::<uffd_msg>() == MESSAGE && std::mem::offset_of!(uffd_msg, arg) == 8);
 
 /// `USERFAULTFD_IOC_NEW`, `_IO(0xAA, 0)`: on `/dev/userfaultfd`, makes a userfaultfd for the calling process.
 pub(crate) const IOC_NEW: u64 = 0xAA00;
@@ -37,6 +40,31 @@ pub(crate) const INSTALL_FEATURES: u64 = (UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_W
 
 /// The features that a look into a file of huge pages asks for.
 pub(crate) const LOOK_FEATURES: u64 = UFFD_FEATURE_MINOR_HUGETLBFS as u64;
+
+/// The features that demand paging asks for. Minor faults are for private mappings alone, where the file has a page below.
+pub(crate) const PAGER_FEATURES: u64 = (UFFD_FEATURE_EVENT_REMOVE
+    | UFFD_FEATURE_MISSING_SHMEM
+    | UFFD_FEATURE_MINOR_SHMEM
+    | UFFD_FEATURE_THREAD_ID) as u64;
+
+/// The bit that the kernel adds to a context's features once they are negotiated (`UFFD_FEATURE_INITIALIZED`,
+/// fs/userfaultfd.c); it shows in fdinfo.
+const FEATURE_INITIALIZED: u64 = 1 << 31;
+
+/// Bytes of a message (`struct uffd_msg`).
+const MESSAGE: usize = 32;
+
+/// Messages read at once: more than a virtual machine usually has processors, and 2 KiB of stack.
+const MESSAGES: usize = 64;
+
+/// What a userfaultfd tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Event {
+    /// A thread waits for the page at an address.
+    Fault { addr: u64, thread: u32 },
+    /// The process is about to discard a range, and was waiting until this was read.
+    Remove(Span),
+}
 
 /// A userfaultfd: of another process, or of a window of our own into a file ([`super::window`]).
 #[derive(Debug)]
@@ -58,6 +86,11 @@ impl Uffd {
         Ok(unsafe { rustix::mm::userfaultfd(flags) }?)
     }
 
+    /// Takes a descriptor whose features were negotiated before.
+    pub(crate) fn negotiated(fd: OwnedFd) -> Uffd {
+        Uffd(fd)
+    }
+
     /// Takes the descriptor and negotiates features. EINVAL: the kernel does not have them.
     pub(crate) fn with_features(fd: OwnedFd, features: u64) -> io::Result<Uffd> {
         let uffd = Uffd(fd);
@@ -74,6 +107,16 @@ impl Uffd {
     /// Registers the span, shared memory of a file, for events where the file has a page that is not mapped.
     pub(crate) fn register_minor(&self, span: Span) -> io::Result<()> {
         self.register(span, UFFDIO_REGISTER_MODE_MINOR)
+    }
+
+    /// Registers the span for events where nothing is: a thread that comes there waits.
+    pub(crate) fn register_missing(&self, span: Span) -> io::Result<()> {
+        self.register(span, UFFDIO_REGISTER_MODE_MISSING)
+    }
+
+    /// The same for a private mapping of a file, whether or not the file has a page below.
+    pub(crate) fn register_missing_above_file(&self, span: Span) -> io::Result<()> {
+        self.register(span, UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR)
     }
 
     fn register(&self, span: Span, mode: u32) -> io::Result<()> {
@@ -99,6 +142,22 @@ impl Uffd {
         progress(result, arg.copy, len)
     }
 
+    /// Lets all threads go on that wait in the span; who still finds nothing there waits anew.
+    pub(crate) fn wake(&self, span: Span) -> io::Result<()> {
+        self.call(ioctl::UFFDIO_WAKE, &mut range(span))
+    }
+
+    /// Appends what has happened, as much as one read gives; nothing if nothing has. The descriptor must not block.
+    pub(crate) fn read(&self, events: &mut Vec<Event>) -> io::Result<()> {
+        let mut bytes = [0u8; MESSAGE * MESSAGES];
+        let got = match rustix::io::read(&self.0, &mut bytes) {
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => 0,
+            result => result?,
+        };
+        events.extend(bytes[..got].as_chunks::<MESSAGE>().0.iter().filter_map(event));
+        Ok(())
+    }
+
     /// Makes the pages of the span zero without storage, where no page may be yet: EEXIST stops it there.
     pub(crate) fn zero(&self, span: Span) -> Progress {
         let mut arg = uffdio_zeropage { range: range(span), mode: 0, zeropage: 0 };
@@ -119,6 +178,32 @@ impl Uffd {
         //   own structures, and each method above pairs its opcode with the structure that ioctl_userfaultfd(2) names.
         // - The one pointer inside (the source of a copy) is to a slice that its method borrows, and is only read.
         Ok(unsafe { rustix::ioctl::ioctl(&self.0, Call { opcode, arg }) }?)
+    }
+}
+
+impl AsFd for Uffd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// The features that were negotiated for a userfaultfd of a process, as its fdinfo tells; nothing if it is none, or they were not.
+pub(crate) fn features_of(pid: i32, fd: i32) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).ok()?;
+    let api = text.lines().find_map(|line| line.strip_prefix("API:"))?;
+    let features = u64::from_str_radix(api.trim().split(':').nth(1)?, 16).ok()?;
+    (features & FEATURE_INITIALIZED != 0).then_some(features & !FEATURE_INITIALIZED)
+}
+
+/// A `struct uffd_msg`: the kind in the first byte, its arguments from the eighth on. Kinds that were not asked for do not come.
+fn event(message: &[u8; MESSAGE]) -> Option<Event> {
+    let (words, _) = message.as_chunks::<8>();
+    let [first, second, third] = [1, 2, 3].map(|i| u64::from_ne_bytes(words[i]));
+    match message[0].into() {
+        // Flags, address, thread.
+        UFFD_EVENT_PAGEFAULT => Some(Event::Fault { addr: second, thread: third as u32 }),
+        UFFD_EVENT_REMOVE => Some(Event::Remove(Span { addr: first, len: second.saturating_sub(first) })),
+        _ => None,
     }
 }
 

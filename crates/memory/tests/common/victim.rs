@@ -4,6 +4,9 @@
 //!   `file-private`, `file-shared`, `anon-shared`, and `huge-private`, `huge-shared`: a memfd in huge pages of 2 MiB.
 //! - `fill FIRST PAGES SEED`, `verify FIRST PAGES SEED`, `zero FIRST PAGES` (how many pages are all zero), `blocks`,
 //!   `store FIRST PAGES SEED` (into the file, not through the mapping), `scatter SEED COUNT`, `comb APART` (a byte to each APARTth page), `drop FIRST PAGES`
+//! - `kernel FIRST PAGES SEED`: as `verify`, but the kernel reads the pages; `lock`: all of it into memory
+//! - `churn HOW THREADS FIRST PAGES SEED`: threads discard page after page, look, and write every third; then how many were not zero.
+//!   `churned FIRST PAGES SEED`: how many pages are not as that has left them
 //! - `sit KIND` -> sits in a system call over and over until the next line; then how often, and what was wrong.
 
 use std::arch::asm;
@@ -88,6 +91,10 @@ fn serve() {
             "scatter" => memory.scatter(number(1), number(2)),
             "comb" => memory.comb(number(1)),
             "drop" => memory.discard(number(1), number(2)),
+            "kernel" => memory.kernel(number(1), number(2), number(3)),
+            "lock" => memory.lock(),
+            "churn" => memory.churn(words[1], number(2), number(3), number(4), number(5)),
+            "churned" => memory.churned(number(1), number(2), number(3)),
             "blocks" => memory.file.as_ref().map_or(0, |f| f.metadata().unwrap().blocks()).to_string(),
             "sit" => sit(words[1]),
             "vfork" => vfork(number(1)),
@@ -181,6 +188,75 @@ impl Memory {
     fn verify(&self, first: u64, count: u64, seed: u64) -> String {
         let wrong: Vec<u64> = (first..first + count).filter(|&p| *self.page(p) != content(seed, p)).collect();
         if wrong.is_empty() { "ok".into() } else { format!("wrong: {wrong:?}") }
+    }
+
+    /// Written to a file from where they are: it is the kernel that finds them missing.
+    fn kernel(&self, first: u64, count: u64, seed: u64) -> String {
+        // SAFETY: the name is a valid C string; the descriptor is new and owned by nobody else.
+        let file = unsafe { File::from_raw_fd(libc::memfd_create(c"copy".as_ptr(), 0)) };
+        let mut wrong = Vec::new();
+        for page in first..first + count {
+            file.write_all_at(self.page(page), 0).unwrap();
+            let mut copy = vec![0; PAGE];
+            file.read_exact_at(&mut copy, 0).unwrap();
+            if copy != content(seed, page) {
+                wrong.push(page);
+            }
+        }
+        if wrong.is_empty() { "ok".into() } else { format!("wrong: {wrong:?}") }
+    }
+
+    fn lock(&self) -> String {
+        // SAFETY: the range is mapped.
+        assert_eq!(unsafe { libc::mlock(self.base.cast(), self.pages * PAGE) }, 0);
+        "ok".into()
+    }
+
+    fn churn(&self, how: &str, threads: u64, first: u64, count: u64, seed: u64) -> String {
+        let not_zero = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for thread in 0..threads {
+                // Only numbers go to the threads: each has pages of its own.
+                let (base, not_zero) = (self.base.expose_provenance(), &not_zero);
+                scope.spawn(move || {
+                    for page in (first + thread..first + count).step_by(threads as usize) {
+                        let start = std::ptr::with_exposed_provenance_mut::<u8>(base + page as usize * PAGE);
+                        let advice = if how == "remove" { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
+                        if how == "wait" {
+                            // The second thread discards what the first one waits for.
+                            if thread == 1 {
+                                std::thread::sleep(4 * NAP);
+                                // SAFETY: a range within the mapping, of which nobody holds a reference yet.
+                                let result = unsafe { libc::madvise(start.sub(PAGE).cast(), PAGE, advice) };
+                                assert_eq!(result, 0);
+                            } else {
+                                // SAFETY: within the mapping.
+                                let byte = unsafe { start.read_volatile() };
+                                not_zero.fetch_add(byte.into(), Ordering::Relaxed);
+                            }
+                            continue;
+                        }
+                        // SAFETY: within the mapping, and nobody else holds a reference to this page.
+                        let bytes = unsafe {
+                            assert_eq!(libc::madvise(start.cast(), PAGE, advice), 0);
+                            std::slice::from_raw_parts_mut(start, PAGE)
+                        };
+                        if bytes.iter().any(|b| *b != 0) {
+                            not_zero.fetch_add(1, Ordering::Relaxed);
+                        }
+                        if page.is_multiple_of(3) {
+                            bytes.copy_from_slice(&content(seed, page));
+                        }
+                    }
+                });
+            }
+        });
+        not_zero.into_inner().to_string()
+    }
+
+    fn churned(&self, first: u64, count: u64, seed: u64) -> String {
+        let left = |page: u64| if page.is_multiple_of(3) { content(seed, page) } else { vec![0; PAGE] };
+        (first..first + count).filter(|&p| *self.page(p) != left(p)).count().to_string()
     }
 
     fn zero(&self, first: u64, count: u64) -> String {
