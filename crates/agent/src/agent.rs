@@ -4,7 +4,6 @@ use crate::Config;
 use crate::control::explain;
 use crate::guest::Guests;
 use crate::host::{Host, ram_of};
-use crate::incoming::Incoming;
 use crate::model::{
     HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
     Side, VmView, WorkingSetEvent, WorkingSetRequest,
@@ -85,11 +84,10 @@ impl Agent {
         let listener = Listener::bind(&config.listen).map_err(|why| AgentError::Failed(explain(&why)))?;
         let host = Arc::new(Host::open(config).map_err(AgentError::Failed)?);
         let open = recovery::recover(&host);
-        let incoming = Arc::new(Incoming::default());
         let (for_peers, endpoint) = (host.clone(), host.endpoint().clone());
         let server = listener
             .serve(endpoint, Limits::default(), move |connection| {
-                peer::handle(&for_peers, &incoming, connection)
+                peer::handle(&for_peers, connection)
             })
             .map_err(|why| AgentError::Failed(explain(&why)))?;
         let agent = Arc::new(Self { host, jobs: Mutex::default(), guests: OnceLock::new(), _server: server });
@@ -153,6 +151,7 @@ impl Agent {
             leaving: None,
             parts: parts.ok(),
             balloon: None,
+            fetch: None,
         };
         if let Err(why) = layout {
             tracing::warn!(
@@ -284,6 +283,12 @@ impl Agent {
         }
         self.check(&request)?;
         let vm = self.find(&request.vm)?;
+        if let Some(word) = vm.fetching() {
+            return Err(AgentError::Conflict(format!(
+                "VM {} runs here and pages of it are still at the host that it came from ({word}): it can move on once they have come",
+                request.vm
+            )));
+        }
         let id = MigrationId(random()?);
         vm.reserve(&id.to_string()).map_err(|job| {
             AgentError::Conflict(format!(

@@ -5,8 +5,9 @@
 
 use crate::control;
 use crate::host::Host;
-use crate::recovery::{go_on, kill, store};
+use crate::recovery::{go_on, go_on_fetching, kill, store};
 use crate::registry::{Decision, Vm};
+use crate::target;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::{Choice, Continuation, Journal, Ownership, Record, Step, may_continue};
@@ -116,12 +117,12 @@ fn notice(vm: &Vm, record: &Record, why: &str) -> String {
 }
 
 /// What was read may never have reached the disk: it does before the VM runs because of it.
-fn run(host: &Arc<Host>, vm: &Vm, record: &Record) -> Result<(), String> {
+fn run(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<(), String> {
     let stored = host.journal().store(record).map_err(|why| why.to_string());
     let resumed = stored.and_then(|()| host.with_qemu(vm, |qemu| go_on(qemu, record.activity)));
     match &resumed {
         Ok(()) => {
-            store(host, record, Step::Running);
+            settle_memory(host, vm, record);
             crate::balloon::give_back(host, vm);
         }
         Err(why) => {
@@ -130,6 +131,16 @@ fn run(host: &Arc<Host>, vm: &Vm, record: &Record) -> Result<(), String> {
         }
     }
     resumed.map_err(|why| format!("it could not be resumed here: {why}"))
+}
+
+/// It runs: with all of its pages, or it fetches those that are missing.
+fn settle_memory(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) {
+    if target::is_unfilled(vm) {
+        store(host, record, Step::Fetching);
+        return go_on_fetching(host, vm, record);
+    }
+    store(host, record, Step::Running);
+    target::let_go(host, vm);
 }
 
 /// The source has it: what waits here is ended, and this try never commits.

@@ -135,6 +135,7 @@ impl Stray {
             leaving: None,
             parts: None,
             balloon: None,
+            fetch: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 use crate::control::explain;
 use crate::host::Host;
 use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks, summand};
+use crate::registry::FetchRegion;
 use std::sync::{Mutex, PoisonError};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
 use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
@@ -21,7 +22,7 @@ pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layo
         blocks.push(match here.hva {
             _ if !offered.travels => Sink::Rebuilt,
             Some(base) => {
-                regions.push(Region { base, bytes: here.bytes });
+                regions.push(FetchRegion { place: blocks.len() as u16, base, bytes: here.bytes });
                 Sink::Region(regions.len() - 1)
             }
             None if here.is_rebuilt() => Sink::Rebuilt,
@@ -34,13 +35,14 @@ pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layo
             }
         });
     }
-    let installer = Installer::open(process, regions.clone(), &host.attach()).map_err(|why| explain(&why))?;
-    for (at, region) in regions.iter().enumerate() {
+    let plain: Vec<Region> = regions.iter().map(FetchRegion::region).collect();
+    let installer = Installer::open(process, plain.clone(), &host.attach()).map_err(|why| explain(&why))?;
+    for (at, region) in plain.iter().enumerate() {
         clear(process, &installer, at, region)?;
     }
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
     let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
-    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, missing })
+    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, regions, missing })
 }
 
 /// Makes a block read as zero: what the source never sends is zero there. A fresh QEMU has little that is not, firmware.

@@ -2,6 +2,7 @@
 
 use crate::Config;
 use crate::control::explain;
+use crate::incoming::Incoming;
 use crate::journal::FileJournal;
 use crate::registry::{Registry, Vm, is_usable, lock};
 use std::collections::BTreeSet;
@@ -29,6 +30,7 @@ pub(crate) struct Host {
     journal: Mutex<FileJournal>,
     registry: Arc<Registry>,
     user: Option<User>,
+    incoming: Incoming,
     /// Held as long as this agent lives: two would end each other's VMs.
     _alone: [File; 2],
 }
@@ -58,7 +60,8 @@ impl Host {
         let registry = Arc::new(Registry::open(folder("vms")).map_err(cannot)?);
         std::fs::create_dir_all(config.run_dir.join("vms")).map_err(cannot)?;
         std::fs::create_dir_all(config.run_dir.join("log")).map_err(cannot)?;
-        Ok(Self { endpoint, journal, registry, user, config, _alone: alone })
+        let incoming = Incoming::default();
+        Ok(Self { endpoint, journal, registry, user, incoming, config, _alone: alone })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -79,6 +82,11 @@ impl Host {
 
     pub(crate) fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    /// Incoming migrations that go on.
+    pub(crate) fn incoming(&self) -> &Incoming {
+        &self.incoming
     }
 
     pub(crate) fn address_of(&self, host: &str) -> Result<String, String> {

@@ -7,7 +7,7 @@ use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::target::TargetInput;
-use sterna_engine::wire::message::Offer;
+use sterna_engine::wire::message::{Offer, Purpose};
 use sterna_transport::Connection;
 
 /// How long a new try waits for the end of an older one: what can take long is the start of a QEMU, or its death.
@@ -45,10 +45,30 @@ impl Incoming {
     }
 
     /// Hands a page stream to its migration. It must come from the host that began it.
-    pub(crate) fn stream(&self, id: MigrationId, peer: &str, index: u32, connection: Connection) {
+    pub(crate) fn stream(
+        &self,
+        id: MigrationId,
+        peer: &str,
+        (purpose, index): (Purpose, u32),
+        connection: Connection,
+    ) {
         match lock(&self.by_id).get(&id) {
-            Some(found) if found.peer == peer => drop(found.tell.send(Event::Stream(index, connection))),
+            Some(found) if found.peer == peer => drop(found.tell.send(Event::Stream(purpose, index, connection))),
             _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
+        }
+    }
+
+    /// Hands a new control connection to a migration whose VM runs here with pages missing. Gives it back if there is none from that host.
+    pub(crate) fn reattach(&self, id: MigrationId, peer: &str, connection: Connection) -> Result<(), Connection> {
+        match lock(&self.by_id).get(&id) {
+            Some(found) if found.peer == peer => {
+                let sent = found.tell.send(Event::Reattach(connection));
+                sent.map_err(|mpsc::SendError(event)| event).or_else(|event| match event {
+                    Event::Reattach(connection) => Err(connection),
+                    _ => Ok(()),
+                })
+            }
+            _ => Err(connection),
         }
     }
 

@@ -135,6 +135,15 @@ pub struct MigrateRequest {
     /// Longest time the VM may be stopped, in milliseconds (QEMU's `downtime-limit`).
     #[serde(rename = "downtime-limit", default = "default_downtime_limit")]
     pub downtime_limit: u64,
+    /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow.
+    #[serde(default)]
+    pub postcopy: bool,
+    /// Post-copy after the first round, unless what is left fits the downtime limit.
+    #[serde(rename = "postcopy-after-precopy", default)]
+    pub postcopy_after_precopy: bool,
+    /// Post-copy when the timeout has passed, instead of a stop for as long as it takes.
+    #[serde(rename = "timeout-postcopy", default)]
+    pub timeout_postcopy: bool,
     /// Seconds after which the VM is stopped and moved whatever its downtime will be.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub timeout: Option<f64>,
@@ -160,6 +169,9 @@ impl MigrateRequest {
             compression: CompressionMode::Auto,
             delta_cache: None,
             downtime_limit: default_downtime_limit(),
+            postcopy: false,
+            postcopy_after_precopy: false,
+            timeout_postcopy: false,
             timeout: None,
             verify: false,
             parallel_connections: None,

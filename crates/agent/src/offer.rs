@@ -111,6 +111,7 @@ pub(crate) fn check(
         images: images.proofs.iter().map(image_of).collect(),
         clear_pages: host.config().tls.page_streams == PageStreams::Clear,
         balloon: 0,
+        postcopy: false,
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
@@ -163,6 +164,16 @@ pub(crate) fn source_blocks(
         });
     }
     Ok(blocks)
+}
+
+/// The blocks of a VM that was handed over by an earlier life of this agent, and the bytes of all blocks as they travel.
+pub(crate) fn blocks_again(
+    host: &Host,
+    vm: &Vm,
+    layout: &Layout,
+) -> Result<(Vec<SourceBlock>, Vec<u64>), String> {
+    let bytes = layout.blocks.iter().map(|block| if block.hva.is_some() { block.bytes } else { 0 });
+    Ok((source_blocks(host, vm, layout, Writers::Processors)?, bytes.collect()))
 }
 
 /// Marks the VM's images, or tells every reason why that cannot be.

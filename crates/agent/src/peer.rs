@@ -2,17 +2,19 @@
 
 use crate::control::{self, FIRST_MESSAGE_WITHIN};
 use crate::host::Host;
-use crate::incoming::Incoming;
 use crate::registry::is_usable;
 use crate::target;
 use std::sync::Arc;
-use sterna_engine::handoff::{Generation, Journal, MigrationId, Ownership, Step, answer, answer_to_target};
+use sterna_engine::handoff::{
+    Generation, Journal, MigrationId, Ownership, Record, Step, answer, answer_to_target,
+};
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{Answer, Query, Refused, Text};
+use sterna_engine::wire::message::{Answer, Purpose, Query, Refused, Text};
 use sterna_transport::{Connection, PeerName};
 
 /// Handles one connection of a verified peer, on a thread of its own.
-pub(crate) fn handle(host: &Arc<Host>, incoming: &Incoming, mut connection: Connection) {
+pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
+    let incoming = host.incoming();
     let Some(peer) = host.known_peer(connection.peer_names().iter().map(PeerName::as_str)) else {
         tracing::warn!(peer = %connection.peer(), "a host that is not in the list of hosts was refused");
         // It has a certificate of our authority: it may know why, and whoever runs it should.
@@ -25,16 +27,23 @@ pub(crate) fn handle(host: &Arc<Host>, incoming: &Incoming, mut connection: Conn
         return reply(&mut connection, &Message::Abort(Text { text }));
     };
     match control::receive(&mut connection, FIRST_MESSAGE_WITHIN) {
-        Ok(Message::Hello(hello)) => target::run(host, incoming, &peer, &hello, connection),
-        Ok(Message::Stream(stream)) => match identity(&stream.id) {
-            Some(id) => incoming.stream(id, &peer, stream.index, connection),
+        Ok(Message::Hello(hello)) => target::run(host, &peer, &hello, connection),
+        Ok(Message::Reattach(reattach)) => {
+            let id = identity(&reattach.id).unwrap_or_default();
+            if let Err(mut connection) = incoming.reattach(id, &peer, connection) {
+                let text = format!("host {} fetches no pages of VM {} by this migration", host.name(), reattach.vm);
+                reply(&mut connection, &Message::Abort(Text { text }));
+            }
+        }
+        Ok(Message::Stream(stream)) => match identity(&stream.id).zip(Purpose::from_number(stream.purpose)) {
+            Some((id, purpose)) => incoming.stream(id, &peer, (purpose, stream.index), connection),
             None => tracing::warn!(peer, "a page stream without an identity was refused"),
         },
         Ok(Message::Query(query)) if query.by_target => {
             reply(&mut connection, &Message::Answer(owner_as_source(host, &query, &peer)))
         }
         Ok(Message::Query(query)) => {
-            reply(&mut connection, &Message::Answer(owner(host, incoming, &query, &peer)))
+            reply(&mut connection, &Message::Answer(owner(host, &query, &peer)))
         }
         Ok(Message::Check(offer)) => {
             let reasons = target::reasons_against(host, &offer);
@@ -52,9 +61,12 @@ fn reply(connection: &mut Connection, message: &Message) {
 }
 
 /// Who owns the VM, from our records. Only the host that handed it to us may ask.
-fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer {
+fn owner(host: &Host, query: &Query, peer: &str) -> Answer {
     let Some(id) = identity(&query.id) else { return Ownership::Unknown.into() };
-    if incoming.goes_on(id) {
+    let fetches = |record: &Record| record.id == id && record.step == Step::Fetching;
+    let known = is_usable(&query.vm).then(|| host.journal().load(&query.vm).ok().flatten()).flatten();
+    // One that owns the VM goes on until all of its pages have come.
+    if host.incoming().goes_on(id) && !known.as_ref().is_some_and(fetches) {
         return Ownership::Undecided.into();
     }
     if !is_usable(&query.vm) {
@@ -64,7 +76,7 @@ fn owner(host: &Host, incoming: &Incoming, query: &Query, peer: &str) -> Answer 
     if found.as_ref().is_some_and(|vm| vm.doubtful().is_some()) {
         return Ownership::Unknown.into();
     }
-    let record = host.journal().load(&query.vm).ok().flatten();
+    let record = known;
     if record.as_ref().is_some_and(|record| record.id == id && record.peer != peer) {
         return Ownership::Unknown.into();
     }

@@ -10,6 +10,7 @@ use crate::doubt;
 use crate::host::Host;
 use crate::journal::Found;
 use crate::registry::{Vm, VmRecord};
+use crate::target;
 use std::sync::Arc;
 use std::time::Duration;
 use sterna_engine::handoff::{
@@ -121,13 +122,31 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
             let vm = list(host, written);
             committed::settle(host, &vm, record);
         }
+        TargetRecovery::Fetch => {
+            written.incoming = false;
+            let vm = Vm::new(written, None);
+            host.registry().show(&vm);
+            go_on_fetching(host, &vm, record);
+        }
         TargetRecovery::Nothing if written.incoming && record.step == Step::Dead => {
             host.registry().forget(&written)
         }
         TargetRecovery::Nothing => {
             written.incoming = false;
-            list(host, written);
+            let vm = list(host, written);
+            target::let_go(host, &vm);
         }
+    }
+}
+
+/// Fetches the pages that are missing, if the VM's QEMU lives: it cannot run without them.
+pub(crate) fn go_on_fetching(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) {
+    if !vm.is_alive() {
+        return store(host, record, Step::Running);
+    }
+    if let Err(why) = target::resume(host, vm, record) {
+        tracing::error!(vm = vm.name(), why, "its pages cannot be fetched");
+        vm.notify(Some(format!("pages of it are missing and cannot be fetched from {}: {why}", record.peer)));
     }
 }
 

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Choice, MigrationId};
+use sterna_memory::Region;
 use sterna_vmm::qemu::Qemu;
 use sterna_vmm::{Process, ProcessId, RunState, Vmm};
 
@@ -60,6 +61,35 @@ pub(crate) struct VmRecord {
     /// Bytes that its guest is to have again, where its balloon took some for a move.
     #[serde(default)]
     pub(crate) balloon: Option<u64>,
+    /// What must be known to fetch its pages, while some may be missing.
+    #[serde(default)]
+    pub(crate) fetch: Option<FetchRecord>,
+}
+
+/// How the pages of a VM are fetched that runs here before all of them have come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FetchRecord {
+    /// The number of the userfaultfd in its QEMU.
+    pub(crate) remote_fd: i32,
+    /// Where its blocks of RAM are: its QEMU may not be able to tell, waiting for a page itself.
+    pub(crate) regions: Vec<FetchRegion>,
+}
+
+/// A block of RAM in a QEMU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct FetchRegion {
+    /// Its place in the offer.
+    pub(crate) place: u16,
+    /// Where it begins.
+    pub(crate) base: u64,
+    /// Its length.
+    pub(crate) bytes: u64,
+}
+
+impl FetchRegion {
+    pub(crate) fn region(&self) -> Region {
+        Region { base: self.base, bytes: self.bytes }
+    }
 }
 
 /// A try to move a VM away.
@@ -92,6 +122,8 @@ pub(crate) struct Vm {
     released: Mutex<bool>,
     doubtful: Mutex<bool>,
     unresolved: Mutex<bool>,
+    /// QEMU's word for how the fetch of its pages goes, while some are missing.
+    fetching: Mutex<Option<&'static str>>,
     /// The migration that its target was told to run the VM by, after it had asked.
     promise: Mutex<Option<MigrationId>>,
     /// Takes an operator's decision about a VM that came here and has not run yet.
@@ -118,6 +150,7 @@ impl Vm {
             released: Mutex::default(),
             doubtful: Mutex::default(),
             unresolved: Mutex::default(),
+            fetching: Mutex::default(),
             promise: Mutex::default(),
             decisions: Mutex::default(),
             held,
@@ -223,6 +256,16 @@ impl Vm {
         self.notify(None);
     }
 
+    /// Its pages are being fetched, or are all here.
+    pub(crate) fn set_fetching(&self, word: Option<&'static str>) {
+        *lock(&self.fetching) = word;
+    }
+
+    /// QEMU's word for how the fetch of its pages goes, while some are missing.
+    pub(crate) fn fetching(&self) -> Option<&'static str> {
+        *lock(&self.fetching)
+    }
+
     /// Tells the target of this migration that the VM is its own. The caller holds the journal, as a fence does.
     pub(crate) fn promise(&self, id: MigrationId) {
         *lock(&self.promise) = Some(id);
@@ -260,6 +303,8 @@ impl Vm {
             "stopped".to_owned()
         } else if record.incoming {
             "incoming".to_owned()
+        } else if let Some(word) = self.fetching() {
+            word.to_owned()
         } else if *lock(&self.unresolved) {
             "unresolved".to_owned()
         } else if released {
@@ -347,6 +392,11 @@ impl Registry {
     /// Notes that a VM has come here for good.
     pub(crate) fn arrived(&self, vm: &Arc<Vm>) {
         self.note(vm, |record| record.incoming = false);
+    }
+
+    /// Notes that nothing of a VM is missing any more.
+    pub(crate) fn fetched(&self, vm: &Arc<Vm>) {
+        self.note(vm, |record| record.fetch = None);
     }
 
     /// Writes down what another record says already, unless the VM has gone meanwhile.

@@ -60,6 +60,8 @@ const LAST_WORDS_STOPPED: Duration = Duration::from_millis(300);
 pub(crate) enum Order {
     Cancel,
     Set(SetRequest),
+    /// Let the VM run at the target as soon as that can be.
+    Postcopy,
     Recover(Choice, mpsc::Sender<Result<(), String>>),
 }
 
@@ -69,6 +71,8 @@ enum Event {
     Order(Order),
     /// A sender of pages failed.
     Broken(String),
+    /// A connection is lost; which generation of connections it was of.
+    Lost(u64, String),
 }
 
 /// A migration from the outside: its figures, and a way to speak to it.
@@ -217,13 +221,14 @@ impl Outgoing {
     }
 
     fn attach_control(&mut self, connection: Connection) {
-        let tell = self.tell.clone();
+        let (tell, of) = (self.tell.clone(), self.lazy.connections);
         let control = Control::start(connection, move |arrival| {
             let input = match arrival {
                 Arrival::Message(message) => SourceInput::Message(message),
                 Arrival::State(_) => SourceInput::Disconnected("the target sent device state".into()),
                 Arrival::Lost(why) => {
-                    SourceInput::Disconnected(format!("the connection to the target is lost: {why}"))
+                    let why = format!("the connection to the target is lost: {why}");
+                    return drop(tell.send(Event::Lost(of, why)));
                 }
             };
             drop(tell.send(Event::Input(input)));
@@ -264,6 +269,7 @@ impl Outgoing {
                 Ok(Event::Input(input)) => self.feed(&mut machine, input),
                 Ok(Event::Order(order)) => self.obey(&mut machine, order),
                 Ok(Event::Broken(why)) => self.wait_for_last_words(why),
+                Ok(Event::Lost(of, why)) => self.lost(&mut machine, of, why),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
             }
         }
@@ -281,7 +287,15 @@ impl Outgoing {
                 Event::Input(input) => self.feed(machine, input),
                 Event::Order(order) => self.obey(machine, order),
                 Event::Broken(why) => self.wait_for_last_words(why),
+                Event::Lost(of, why) => self.lost(machine, of, why),
             }
+        }
+    }
+
+    /// What is heard of connections that have been made anew means nothing.
+    fn lost(&mut self, machine: &mut Source, of: u64, why: String) {
+        if of == self.lazy.connections {
+            self.feed(machine, SourceInput::Disconnected(why));
         }
     }
 
@@ -314,6 +328,7 @@ impl Outgoing {
 
     fn obey(&mut self, machine: &mut Source, order: Order) {
         match order {
+            Order::Postcopy => machine.handle(SourceInput::Switch, self.now()),
             Order::Cancel => machine.handle(SourceInput::Cancel, self.now()),
             Order::Set(request) => self.change(machine, &request),
             Order::Recover(_, operator) if self.operator.is_some() => {

@@ -5,7 +5,7 @@ use crate::control::{Arrival, Control, explain};
 use crate::fit::{check_digests, install_staged, is_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
-use crate::pages::{Received, Receiver, Sink, Sinks};
+use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
@@ -14,12 +14,17 @@ use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
-use sterna_engine::wire::message::{Hello, Image, Offer, Reason, StateEnd};
+use sterna_engine::wire::message::{Hello, Image, Offer, Purpose, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
+
+mod postcopy;
+
+use postcopy::Lazy;
+pub(crate) use postcopy::{is_unfilled, let_go, resume};
 
 /// How often the clock is looked at while nothing happens.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -33,7 +38,13 @@ const DYING: Duration = Duration::from_millis(500);
 pub(crate) enum Event {
     Input(TargetInput),
     State(Vec<u8>),
-    Stream(u32, Connection),
+    Stream(Purpose, u32, Connection),
+    /// The source of a post-copy is here again.
+    Reattach(Connection),
+    /// What becomes of the pages that are missing.
+    Fetched(Fetched),
+    /// A control connection is lost; which generation of connections it was of.
+    Lost(u64, String),
     /// A stream tells; whether it counts depends on how far the migration is.
     Received(Received),
 }
@@ -54,45 +65,22 @@ struct Arriving<'a> {
     state: Vec<u8>,
     /// Whether the VM stays paused once it is ours.
     paused: bool,
+    lazy: Lazy,
     began: Instant,
 }
 
 /// Runs an incoming migration to its end, on this thread.
-pub(crate) fn run(host: &Arc<Host>, incoming: &Incoming, peer: &str, hello: &Hello, connection: Connection) {
+pub(crate) fn run(host: &Arc<Host>, peer: &str, hello: &Hello, connection: Connection) {
     let (tell, events) = mpsc::channel();
     let mut machine = Target::new(hello, peer, Duration::ZERO);
     let id = machine.id();
+    let incoming = host.incoming();
     if !incoming.enter(id, peer, tell.clone()) {
         return tracing::warn!(peer, %id, "a second control connection for a migration was refused");
     }
-    let mut arriving = Arriving {
-        id,
-        host: host.clone(),
-        incoming,
-        tell,
-        control: None,
-        claim: None,
-        vm: None,
-        qemu: None,
-        offer: Offer::default(),
-        sinks: None,
-        receivers: BTreeMap::new(),
-        state: Vec::new(),
-        paused: false,
-        began: Instant::now(),
-    };
+    let mut arriving = Arriving::new(id, host.clone(), incoming, tell);
     arriving.attach_control(connection);
-    let result = arriving.drive(&mut machine, &events);
-    // The name stays taken until the last record of this try is stored: a later try's must not be overwritten by it.
-    arriving.claim = None;
-    incoming.leave(id);
-    match result {
-        Ok(()) => tracing::info!(vm = arriving.offer.vm, peer, "the VM has come from {peer} and runs here"),
-        Err(why) => tracing::warn!(vm = arriving.offer.vm, peer, why, "a VM from {peer} did not come"),
-    }
-    if let Some(control) = arriving.control.take() {
-        control.finish();
-    }
+    arriving.finish(&mut machine, &events, peer);
 }
 
 /// Every reason why this VM cannot come here. Touches nothing.
@@ -190,16 +178,51 @@ fn image_reasons(host: &Host, offer: &Offer) -> Vec<Reason> {
     found.into_iter().map(reason).collect()
 }
 
+impl<'a> Arriving<'a> {
+    fn new(id: MigrationId, host: Arc<Host>, incoming: &'a Incoming, tell: mpsc::Sender<Event>) -> Self {
+        Self {
+            id,
+            host,
+            incoming,
+            tell,
+            control: None,
+            claim: None,
+            vm: None,
+            qemu: None,
+            offer: Offer::default(),
+            sinks: None,
+            receivers: BTreeMap::new(),
+            state: Vec::new(),
+            paused: false,
+            lazy: Lazy::default(),
+            began: Instant::now(),
+        }
+    }
+
+    /// Runs it to its end.
+    fn finish(mut self, machine: &mut Target, events: &mpsc::Receiver<Event>, peer: &str) {
+        let result = self.drive(machine, events);
+        // The name stays taken until the last record of this try is stored: a later try's must not be overwritten by it.
+        self.claim = None;
+        self.incoming.leave(self.id);
+        match result {
+            Ok(()) => tracing::info!(vm = self.offer.vm, peer, "the VM has come from {peer} and runs here"),
+            Err(why) => tracing::warn!(vm = self.offer.vm, peer, why, "a VM from {peer} did not come"),
+        }
+        if let Some(control) = self.control.take() {
+            control.finish();
+        }
+    }
+}
+
 impl Arriving<'_> {
     fn attach_control(&mut self, connection: Connection) {
-        let tell = self.tell.clone();
+        let (tell, of) = (self.tell.clone(), self.lazy.connections);
         self.control = Some(Control::start(connection, move |arrival| {
             drop(tell.send(match arrival {
                 Arrival::Message(message) => Event::Input(TargetInput::Message(message)),
                 Arrival::State(piece) => Event::State(piece),
-                Arrival::Lost(why) => Event::Input(TargetInput::Disconnected(format!(
-                    "the connection to the source is lost: {why}"
-                ))),
+                Arrival::Lost(why) => Event::Lost(of, format!("the connection to the source is lost: {why}")),
             }));
         }));
     }
@@ -209,8 +232,11 @@ impl Arriving<'_> {
             while let Some(action) = machine.poll() {
                 if let TargetAction::Over(result) = action {
                     self.drop_streams();
-                    if result.is_ok() {
-                        self.settle();
+                    match result {
+                        Ok(()) => self.settle(),
+                        // Whoever ran it is dead.
+                        Err(_) if machine.owns() => self.bury(),
+                        Err(_) => {}
                     }
                     return result;
                 }
@@ -243,7 +269,12 @@ impl Arriving<'_> {
                 self.state.extend_from_slice(&piece);
                 Some(TargetInput::Received)
             }
-            Event::Stream(index, connection) => self.add_stream(index, connection),
+            Event::Stream(Purpose::Rounds, index, connection) => self.add_stream(index, connection),
+            Event::Stream(Purpose::Demand, _, connection) => self.add_demand(connection),
+            Event::Stream(Purpose::Push, index, connection) => self.add_push(index, connection),
+            Event::Reattach(connection) => self.reattach(connection),
+            Event::Fetched(fetched) => self.fetched(fetched),
+            Event::Lost(of, why) => self.lost_control(of, why),
             Event::Received(Received::Pages) => Some(TargetInput::Received),
             Event::Received(Received::RoundEnd { stream, round }) => {
                 Some(TargetInput::RoundEnd { stream, round })
@@ -282,7 +313,8 @@ impl Arriving<'_> {
             return Some(TargetInput::Disconnected(explain(&why)));
         }
         let tell = self.tell.clone();
-        let receiver = Receiver::start(index, connection, sinks.clone(), move |received| {
+        let (reader, _) = connection.split();
+        let receiver = Receiver::start((index, 1), reader, sinks.clone(), 0, move |received| {
             drop(tell.send(Event::Received(received)));
         });
         match receiver {
@@ -316,6 +348,9 @@ impl Arriving<'_> {
             TargetAction::Adopt => {
                 if let Some(vm) = &self.vm {
                     vm.arrive(self.qemu.take());
+                }
+                if self.lazy.fetch.is_some() {
+                    self.run_lazily();
                 }
                 None
             }
@@ -364,7 +399,7 @@ impl Arriving<'_> {
             Ok(qemu) => self.qemu = Some(qemu),
         }
         match self.fit() {
-            Ok(reasons) if reasons.is_empty() => TargetInput::Prepared,
+            Ok(reasons) if reasons.is_empty() => TargetInput::Prepared(self.prepare_lazily()),
             Ok(reasons) => TargetInput::Refused(reasons),
             Err(why) => TargetInput::Refused(reason("target-qemu", why)),
         }
@@ -389,6 +424,7 @@ impl Arriving<'_> {
                 leaving: None,
                 parts: None,
                 balloon: Some(self.offer.balloon).filter(|bytes| *bytes > 0),
+                fetch: None,
             },
             None,
         );
@@ -445,14 +481,20 @@ impl Arriving<'_> {
             return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
         }
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
-        sinks.installer.finish().map_err(|why| explain(&why))?;
+        let (sinks, installer) = sinks.without_installer();
+        installer.finish().map_err(|why| explain(&why))?;
+        if end.postcopy {
+            self.begin_fetch(end, &sinks)?;
+        } else {
+            self.need_no_fetch();
+        }
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
         let (staged, there): (Vec<_>, Vec<_>) =
             end.digests.iter().partition(|digest| is_staged(&sinks.blocks, digest));
         // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
         let mut verified = 0;
-        if !there.is_empty() {
+        if !there.is_empty() && !end.postcopy {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
             verified += verify(&process, &self.offer, &layout, &there)?;
         }
@@ -460,7 +502,9 @@ impl Arriving<'_> {
         if sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
             install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;
-            verified += verify(&process, &self.offer, &layout, &staged)?;
+            if !end.postcopy {
+                verified += verify(&process, &self.offer, &layout, &staged)?;
+            }
         }
         Ok(verified)
     }
@@ -485,15 +529,27 @@ impl Arriving<'_> {
     }
 
     /// Writes down what the lists say already, and gives the guest what was taken from it for the move.
-    fn settle(&self) {
+    fn settle(&mut self) {
+        self.end_fetch();
         let Some(vm) = &self.vm else { return };
         self.host.registry().arrived(vm);
         crate::balloon::give_back(&self.host, vm);
     }
 
+    /// Its QEMU has ended before all of its pages had come.
+    fn bury(&mut self) {
+        self.lazy.fetch = None;
+        if let Some(vm) = &self.vm {
+            vm.set_fetching(None);
+            vm.notify(Some("it ran here, and ended before all of its pages had come: see its log".into()));
+            self.host.registry().arrived(vm);
+        }
+    }
+
     /// Ends the QEMU that waits, and says so only when it is dead.
     fn kill(&mut self) -> TargetInput {
         self.drop_streams();
+        self.lazy = Lazy::default();
         self.sinks = None;
         self.qemu = None;
         if let Some(vm) = self.vm.take() {

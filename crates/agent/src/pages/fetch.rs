@@ -32,8 +32,8 @@ const URGENT: i32 = -15;
 pub(crate) enum Fetched {
     /// Every page is there.
     Filled,
-    /// A connection is lost, or carried something that is not the protocol.
-    Lost(String),
+    /// A connection is lost, or carried something that is not the protocol; which generation of them it was of.
+    Lost(u64, String),
     /// The QEMU has ended, or its memory cannot be filled.
     Died(String),
 }
@@ -51,6 +51,8 @@ struct Shared {
     sums: Option<Sums>,
     waits: Mutex<Waits>,
     tell: Box<dyn Fn(Fetched) + Send + Sync>,
+    /// The generation of connections.
+    connections: AtomicU64,
     filled: AtomicBool,
     over: AtomicBool,
 }
@@ -90,6 +92,7 @@ impl Fetch {
         layout: Layout,
         regions: Vec<Option<usize>>,
         prove: bool,
+        connections: u64,
         tell: impl Fn(Fetched) + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let mut places = vec![0; regions.iter().flatten().count()];
@@ -111,6 +114,7 @@ impl Fetch {
             sums,
             waits: Mutex::default(),
             tell: Box::new(tell),
+            connections: AtomicU64::new(connections),
             filled: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
@@ -143,8 +147,9 @@ impl Fetch {
 
     fn receive(&mut self, index: u32, reader: sterna_transport::Reader, nice: i32) -> Result<(), String> {
         let (shared, telling) = (self.shared.clone(), self.shared.clone());
+        let of = telling.connections.load(Ordering::Relaxed);
         let receiver = Receiver::start((index, 0), reader, shared, nice, move |received| match received {
-            Received::Lost(why) => telling.lose(why),
+            Received::Lost(why) => telling.lose(of, why),
             Received::Failed(why) => (telling.tell)(Fetched::Died(why)),
             Received::Pages | Received::RoundEnd { .. } => {}
         });
@@ -172,8 +177,9 @@ impl Fetch {
         shared.look_whether_filled();
     }
 
-    /// Lets go of the connections; whoever waits for a page waits on.
-    pub(crate) fn disconnect(&mut self) {
+    /// Lets go of the connections; whoever waits for a page waits on. Those that come next are of this generation.
+    pub(crate) fn disconnect(&mut self, connections: u64) {
+        self.shared.connections.store(connections, Ordering::Relaxed);
         lock(&self.shared.demand).take();
         self.demand.take().iter().for_each(Shutdown::shutdown);
         self.receivers.iter().for_each(Receiver::cut);
@@ -227,7 +233,7 @@ impl Fetch {
 
     fn stop(&mut self) {
         self.shared.over.store(true, Ordering::Relaxed);
-        self.disconnect();
+        self.disconnect(u64::MAX);
         if let Some(thread) = self.faults.take() {
             drop(thread.join());
         }
@@ -273,13 +279,14 @@ impl Shared {
         if let Err(why) = writer.write_all(&frame).and_then(|()| writer.flush()) {
             *demand = None;
             drop(demand);
-            self.lose(format!("the demand connection to the source is lost: {why}"));
+            let of = self.connections.load(Ordering::Relaxed);
+            self.lose(of, format!("the demand connection to the source is lost: {why}"));
         }
     }
 
-    fn lose(&self, why: String) {
+    fn lose(&self, of: u64, why: String) {
         if !self.over.load(Ordering::Relaxed) {
-            (self.tell)(Fetched::Lost(why));
+            (self.tell)(Fetched::Lost(of, why));
         }
     }
 

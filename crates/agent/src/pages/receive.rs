@@ -1,6 +1,7 @@
 //! Receivers: one thread a stream reads batches and installs them in the QEMU that waits.
 
 use lz4_flex::block::decompress_into;
+use crate::registry::FetchRegion;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -66,7 +67,16 @@ pub(crate) struct Sinks {
     pub(crate) layout: Layout,
     pub(crate) blocks: Vec<Sink>,
     pub(crate) installer: Installer,
+    /// The installer's regions, with the places of their blocks in the offer.
+    pub(crate) regions: Vec<FetchRegion>,
     /// What the source says is missing, block by block, when the VM is handed over before all is here.
+    pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
+}
+
+/// [`Sinks`] once nothing more is installed by rounds.
+pub(crate) struct Placed {
+    pub(crate) layout: Layout,
+    pub(crate) blocks: Vec<Sink>,
     pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
 }
 
@@ -282,6 +292,12 @@ impl Install for Sinks {
 }
 
 impl Sinks {
+    /// What is left when the installer is to end.
+    pub(crate) fn without_installer(self) -> (Placed, Installer) {
+        let Self { layout, blocks, installer, missing, .. } = self;
+        (Placed { layout, blocks, missing }, installer)
+    }
+
     fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
         let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
         let missing = of(runs, Content::Missing);

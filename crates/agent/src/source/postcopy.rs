@@ -26,6 +26,8 @@ pub(super) struct Lazily {
     pub(super) switched: bool,
     /// Bytes of each block of the offer, as they travel.
     pub(super) bytes: Vec<u64>,
+    /// Counts the times that the connections were made anew.
+    pub(super) connections: u64,
     serving: Option<Serving>,
     /// What was not missing at the switch, added up, where RAM is to be proved equal.
     present: Vec<BlockDigest>,
@@ -33,6 +35,7 @@ pub(super) struct Lazily {
 
 impl Lazily {
     pub(super) fn disconnect(&mut self) {
+        self.connections += 1;
         self.demand = None;
         self.serving = None;
     }
@@ -67,7 +70,7 @@ impl Outgoing {
         let digests = if self.verify { self.sums_without(&missing)? } else { Vec::new() };
         let eager = self.eager_part(&set);
         if let Some(senders) = &self.senders {
-            senders.finish(round, eager, &self.lists(&missing));
+            senders.finish(round, eager, self.lists(&missing));
         }
         self.round = round;
         self.lazy.present.clone_from(&digests);
@@ -108,8 +111,8 @@ impl Outgoing {
     fn serve(&mut self) -> Result<(), String> {
         let demand =
             self.lazy.demand.take().ok_or("the target cannot ask for pages: there is no connection")?;
-        let tell = self.tell.clone();
-        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Disconnected(why))));
+        let (tell, of) = (self.tell.clone(), self.lazy.connections);
+        let failed = move |why| drop(tell.send(Event::Lost(of, why)));
         let how = (self.pacer.clone(), self.counters.clone());
         self.lazy.serving =
             Some(Serving::start(demand, &self.process, &self.blocks, &self.lazy.bytes, how, failed)?);
@@ -126,8 +129,8 @@ impl Outgoing {
             tracing::warn!(vm = self.vm.name(), why, "tracking did not end cleanly");
         }
         let streams = self.open(self.push_streams(), Purpose::Push)?;
-        let (tell, options) = (self.tell.clone(), self.options);
-        let failed = move |why| drop(tell.send(Event::Input(SourceInput::Disconnected(why))));
+        let (tell, of, options) = (self.tell.clone(), self.lazy.connections, self.options);
+        let failed = move |why| drop(tell.send(Event::Lost(of, why)));
         let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
         serving.push(streams, options, failed)
     }
@@ -162,7 +165,7 @@ impl Outgoing {
     /// Finds the blocks of a VM that an earlier life of this agent has handed over, in the order in which it offered them.
     fn find_blocks(&mut self) -> Result<(), String> {
         let layout = self.qemu(|qemu| sterna_vmm::Vmm::layout(qemu))?;
-        let (blocks, bytes) = offer::blocks_again(&layout);
+        let (blocks, bytes) = offer::blocks_again(&self.host, &self.vm, &layout)?;
         self.blocks = Arc::new(blocks);
         self.lazy.bytes = bytes;
         Ok(())
@@ -176,6 +179,9 @@ impl Outgoing {
 
     /// Every page has come: what the target says of how it went, and whether what it fetched is what was here.
     pub(super) fn filled(&mut self, filled: &Filled) {
+        if self.lazy.serving.is_none() {
+            return;
+        }
         if let Some(faults) = &filled.faults {
             self.view.faults(faults);
         }
@@ -198,7 +204,8 @@ impl Outgoing {
             list.iter().find(|found| found.block == u32::from(block)).map_or(0, |found| value(&found.digest))
         };
         let mut proved = 0;
-        for block in self.blocks.iter().filter(|block| !self.is_eager(block)) {
+        let told = |block: &&SourceBlock| filled.sums.iter().any(|sum| sum.block == u32::from(block.index));
+        for block in self.blocks.iter().filter(told) {
             let mut there = Vec::new();
             populated(&self.process, &block.region, &mut there).map_err(|why| explain(&why))?;
             let whole = value(&fit::sum(&self.process, &block.region, block.index, &there)?.digest);

@@ -12,7 +12,17 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::handoff::MigrationId;
-use sterna_engine::source::{Outcome, SourceParameters};
+use sterna_engine::source::{Outcome, Postcopy, SourceParameters};
+
+/// When it switches to post-copy, as the request says.
+fn postcopy_of(request: &MigrateRequest) -> Postcopy {
+    match request {
+        MigrateRequest { postcopy: true, .. } => Postcopy::AtOnce,
+        MigrateRequest { postcopy_after_precopy: true, .. } => Postcopy::AfterPrecopy,
+        MigrateRequest { timeout_postcopy: true, .. } => Postcopy::AtTimeout,
+        _ => Postcopy::OnDemand,
+    }
+}
 
 impl Outgoing {
     /// The pre-check and the connection: nothing of the VM is touched, and every failure is a plain refusal.
@@ -34,7 +44,9 @@ impl Outgoing {
             let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
             std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
         };
+        let when = postcopy_of(request);
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
+        checked.offer.postcopy = when != Postcopy::OnDemand;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,
@@ -65,6 +77,9 @@ impl Outgoing {
             process,
         );
         outgoing.began = began;
+        outgoing.lazy.when = when;
+        outgoing.lazy.bytes =
+            checked.offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 }).collect();
         outgoing.blocks = Arc::new(checked.blocks);
         outgoing.shape = Some(checked.shape);
         outgoing.writers = checked.writers;
@@ -84,6 +99,7 @@ impl Outgoing {
             activity: checked.activity,
             rate: outgoing.rate,
             auto_converge: request.auto_converge,
+            postcopy: when,
         };
         Ok((outgoing, Source::new(parameters, Duration::ZERO)))
     }

@@ -251,6 +251,11 @@ impl Layout {
         Self { pages: block_bytes.into_iter().map(|bytes| bytes.div_ceil(PAGE_BYTES)).collect() }
     }
 
+    /// How many blocks there are.
+    pub fn blocks(&self) -> usize {
+        self.pages.len()
+    }
+
     /// How many pages a block has.
     ///
     /// # Errors

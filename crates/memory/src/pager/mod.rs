@@ -243,6 +243,14 @@ impl Pager {
         Ok(self.attach.close(&self.process, vec![self.remote_fd])?)
     }
 
+    /// Closes the copy of a userfaultfd that a process has kept, where its pager was not used or died when every page was there.
+    ///
+    /// # Errors
+    /// The process cannot be attached to.
+    pub fn close(process: &Process, attach: &Attach, remote_fd: i32) -> Result<(), PagerError> {
+        Ok(attach.close(process, vec![remote_fd])?)
+    }
+
     /// Has the kernel make huge pages of a region's memory again, where it allows them: paging fills small ones. For after
     /// [`Pager::end`]. Returns how many bytes it was asked for; what cannot be stays as it is.
     ///

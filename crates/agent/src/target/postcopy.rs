@@ -1,0 +1,392 @@
+//! What the target of a post-copy does: it runs a VM whose pages are not all here, and fetches them.
+
+use super::{Arriving, Event, process_of};
+use crate::config::PageStreams;
+use crate::control::{self, explain};
+use crate::fit;
+use crate::host::Host;
+use crate::incoming::Incoming;
+use crate::pages::{Fetch, Fetched, Placed, Sink, merge, subtract};
+use crate::registry::{FetchRecord, FetchRegion, Vm, lock};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
+use sterna_engine::Target;
+use sterna_engine::handoff::Record;
+use sterna_engine::target::{Lazily, TargetInput};
+use sterna_engine::wire::Message;
+use sterna_engine::wire::batch::Layout;
+use sterna_engine::wire::message::{BlockDigest, Filled, Offer, StateEnd, Text};
+use sterna_memory::{Attach, PAGE, PageBits, PageRun, Pager, Process, Region, populated};
+use sterna_transport::Connection;
+use sterna_vmm::qemu::Qemu;
+use sterna_vmm::{LentFd, Vmm};
+
+/// Which pages are here: a file beside the VM's socket, gone with it.
+const BITS: &str = "pages";
+/// Where the kernel makes userfaultfds for whoever is not root.
+const DEVICE: &str = "/dev/userfaultfd";
+/// How long a QEMU whose processors may wait for pages may take to answer, and the pause before the next try.
+const ATTACH_WITHIN: Duration = Duration::from_secs(5);
+
+/// How far this migration is with post-copy.
+#[derive(Default)]
+pub(super) struct Lazy {
+    /// Regions of the QEMU, in the installer's order, with their blocks' places.
+    regions: Vec<FetchRegion>,
+    pager: Option<Pager>,
+    pub(super) fetch: Option<Fetch>,
+    /// Came before there was anything to ask for.
+    demand: Option<Connection>,
+    /// Counts the times that the connections were made anew: what is heard of older ones means nothing.
+    pub(super) connections: u64,
+    threads: Vec<u32>,
+    runs: bool,
+}
+
+/// Where it is written which pages are here.
+fn bits_of(run_dir: &std::path::Path) -> PathBuf {
+    run_dir.join(BITS)
+}
+
+/// A descriptor from which a QEMU that is not root may make a userfaultfd that serves the kernel's faults too.
+fn lend_device(host: &Host, qemu: &mut Qemu) -> Result<Option<LentFd>, String> {
+    if host.config().qemu.user.is_none() {
+        return Ok(None);
+    }
+    let device = File::options().read(true).write(true).open(DEVICE);
+    let device = device.map_err(|why| format!("{DEVICE} cannot be opened: {why}"))?;
+    qemu.lend_fd(device.as_fd()).map(Some).map_err(|why| explain(&why))
+}
+
+/// Makes the pager in a QEMU that waits.
+fn attach(
+    host: &Host,
+    qemu: &mut Qemu,
+    process: &Process,
+    regions: &[FetchRegion],
+    run_dir: &std::path::Path,
+) -> Result<Pager, String> {
+    let pages: Vec<u64> = regions.iter().map(|region| region.bytes.div_ceil(PAGE)).collect();
+    let bits = PageBits::create(&bits_of(run_dir), &pages).map_err(|why| explain(&why))?;
+    let lent = lend_device(host, qemu)?;
+    let device_fd = lent.as_ref().map(|lent| lent.number);
+    let attach = Attach { device_fd, ..host.attach() };
+    let pager = Pager::attach(process, regions.iter().map(FetchRegion::region).collect(), bits, &attach);
+    if let Some(lent) = lent {
+        qemu.take_back_fd(lent).map_err(|why| explain(&why))?;
+    }
+    pager.map_err(|why| explain(&why))
+}
+
+impl Arriving<'_> {
+    /// Whether this VM may run here before all of its pages have come; if that is likely, it is got ready for.
+    pub(super) fn prepare_lazily(&mut self) -> Lazily {
+        match self.try_lazily() {
+            Ok(eager) => Lazily::Yes { eager },
+            Err(why) => Lazily::No(why),
+        }
+    }
+
+    fn try_lazily(&mut self) -> Result<Vec<u32>, String> {
+        let sinks = self.sinks.as_ref().ok_or("nothing is ready")?;
+        let qemu = self.qemu.as_mut().ok_or("no QEMU waits")?;
+        let process = process_of(qemu)?;
+        let mut eager = Vec::new();
+        for (place, sink) in (0..).zip(&sinks.blocks) {
+            match sink {
+                Sink::Region(_) => {}
+                Sink::Staged(_) => eager.push(place),
+                Sink::Rebuilt => {}
+            }
+        }
+        self.lazy.regions = sinks.regions.clone();
+        let regions: Vec<Region> = self.lazy.regions.iter().map(FetchRegion::region).collect();
+        if let Some(why) = Pager::refusal(&process, &regions).map_err(|why| explain(&why))? {
+            return Err(why);
+        }
+        if self.offer.postcopy {
+            self.attach_pager()?;
+        }
+        Ok(eager)
+    }
+
+    fn attach_pager(&mut self) -> Result<(), String> {
+        let (Some(qemu), Some(vm)) = (&mut self.qemu, &self.vm) else { return Err("no QEMU waits".into()) };
+        let process = process_of(qemu)?;
+        let run_dir = self.host.run_dir(&self.offer.vm);
+        let pager = attach(&self.host, qemu, &process, &self.lazy.regions, &run_dir)?;
+        self.lazy.threads = qemu.vcpu_threads().map_err(|why| explain(&why))?.into_iter().map(|id| id as u32).collect();
+        let fetch = FetchRecord { remote_fd: pager.remote_fd(), regions: self.lazy.regions.clone() };
+        let written = self.host.registry().update(vm, |record| record.fetch = Some(fetch));
+        written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
+        self.lazy.pager = Some(pager);
+        Ok(())
+    }
+
+    /// A connection of post-copy.
+    pub(super) fn add_demand(&mut self, connection: Connection) -> Option<TargetInput> {
+        let connection = match self.in_clear(connection) {
+            Ok(connection) => connection,
+            Err(why) => return self.lost(why),
+        };
+        let Some(fetch) = &mut self.lazy.fetch else {
+            self.lazy.demand = Some(connection);
+            return None;
+        };
+        if let Err(why) = fetch.demand(connection) {
+            return self.lost(why);
+        }
+        if self.lazy.runs {
+            fetch.list();
+        }
+        None
+    }
+
+    pub(super) fn add_push(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
+        let connection = match self.in_clear(connection) {
+            Ok(connection) => connection,
+            Err(why) => return self.lost(why),
+        };
+        let pushed = self.lazy.fetch.as_mut().map(|fetch| fetch.push(index, connection));
+        pushed.unwrap_or_else(|| Err("the source pushes pages out of turn".into())).err().and_then(|why| self.lost(why))
+    }
+
+    fn in_clear(&self, mut connection: Connection) -> Result<Connection, String> {
+        if self.host.config().tls.page_streams == PageStreams::Clear {
+            connection.receive_in_clear().map_err(|why| explain(&why))?;
+        }
+        Ok(connection)
+    }
+
+    /// Lets go of all connections: the source makes them anew.
+    fn lost(&mut self, why: String) -> Option<TargetInput> {
+        self.lazy.connections += 1;
+        if let Some(fetch) = &mut self.lazy.fetch {
+            fetch.disconnect(self.lazy.connections);
+        }
+        self.control = None;
+        self.show_fetching(false);
+        Some(TargetInput::Disconnected(why))
+    }
+
+    /// What becomes of the fetch, as its threads tell.
+    pub(super) fn fetched(&mut self, fetched: Fetched) -> Option<TargetInput> {
+        match fetched {
+            Fetched::Filled => {
+                let fetch = self.lazy.fetch.as_ref()?;
+                let (sums, faults) = (fetch.sums(), Some(fetch.faults(&self.lazy.threads)));
+                Some(TargetInput::Filled(Filled { generation: 0, sums, faults }))
+            }
+            Fetched::Lost(connections, _) if connections != self.lazy.connections => None,
+            Fetched::Lost(_, why) => self.lost(why),
+            Fetched::Died(why) => Some(TargetInput::Died(self.explain_failure(why))),
+        }
+    }
+
+    /// The control connection of a VM that runs here with pages missing is gone.
+    pub(super) fn lost_control(&mut self, connections: u64, why: String) -> Option<TargetInput> {
+        match &self.lazy.fetch {
+            Some(_) if connections != self.lazy.connections => None,
+            Some(_) => self.lost(why),
+            None => Some(TargetInput::Disconnected(why)),
+        }
+    }
+
+    /// The source is back, on this connection.
+    pub(super) fn reattach(&mut self, mut connection: Connection) -> Option<TargetInput> {
+        if !self.lazy.runs || self.lazy.fetch.is_none() {
+            let text = format!("host {} does not fetch pages of this VM now", self.host.name());
+            drop(control::send(&mut connection, &Message::Abort(Text { text })));
+            return None;
+        }
+        drop(self.lost(String::new()));
+        self.attach_control(connection);
+        self.show_fetching(true);
+        let missing = self.lazy.fetch.as_ref().map_or(0, Fetch::remaining);
+        Some(TargetInput::Reattached(missing))
+    }
+
+    /// From here on the QEMU waits where it touches a page that is not here.
+    pub(super) fn begin_fetch(&mut self, end: &StateEnd, sinks: &Placed) -> Result<(), String> {
+        if self.lazy.pager.is_none() {
+            self.attach_pager()?;
+        }
+        let pager = self.lazy.pager.take().ok_or("there is no pager")?;
+        let missing = std::mem::take(&mut *lock(&sinks.missing));
+        for (at, region) in self.lazy.regions.iter().enumerate() {
+            let all = PageRun { first: 0, pages: region.bytes.div_ceil(PAGE) };
+            let missing = merge(&missing[usize::from(region.place)], &[]);
+            for run in subtract(&[all], &missing) {
+                pager.bits().set(at, run);
+            }
+            if !end.digests.is_empty() {
+                self.verify_present(end, region, &missing)?;
+            }
+        }
+        pager.begin().map_err(|why| explain(&why))?;
+        let mut fetch = self.start_fetch(pager, sinks.layout.clone())?;
+        let demand = self.lazy.demand.take().ok_or("the source has opened no connection to ask for pages on")?;
+        fetch.demand(demand)?;
+        self.lazy.fetch = Some(fetch);
+        Ok(())
+    }
+
+    fn start_fetch(&self, pager: Pager, layout: Layout) -> Result<Fetch, String> {
+        let blocks = layout.blocks();
+        let region_of = |place| self.lazy.regions.iter().position(|region| usize::from(region.place) == place);
+        let regions = (0..blocks).map(region_of).collect();
+        let tell = self.tell.clone();
+        Fetch::start(pager, layout, regions, self.offer.verify, self.lazy.connections, move |fetched| {
+            drop(tell.send(Event::Fetched(fetched)));
+        })
+    }
+
+    /// The VM is complete: a restarted agent is not to take it for one that is not.
+    pub(super) fn need_no_fetch(&self) {
+        if self.lazy.pager.is_some() {
+            drop(std::fs::remove_file(bits_of(&self.host.run_dir(&self.offer.vm))));
+        }
+    }
+
+    /// Proves that what is here already, and stays, is what was there.
+    fn verify_present(&self, end: &StateEnd, region: &FetchRegion, missing: &[PageRun]) -> Result<(), String> {
+        let find = |digest: &&BlockDigest| digest.block == u32::from(region.place);
+        let Some(expected) = end.digests.iter().find(find) else { return Ok(()) };
+        let process = process_of(self.qemu.as_ref().ok_or("no QEMU waits")?)?;
+        let mut there = Vec::new();
+        populated(&process, &region.region(), &mut there).map_err(|why| explain(&why))?;
+        let found = fit::sum(&process, &region.region(), region.place, &subtract(&there, missing))?;
+        match found.digest == expected.digest {
+            true => Ok(()),
+            false => Err(format!("what was sent before of RAM block {} is not what it was", region.place)),
+        }
+    }
+
+    /// The VM runs: what is missing may be pushed.
+    pub(super) fn run_lazily(&mut self) {
+        self.lazy.runs = true;
+        self.show_fetching(true);
+        if let Some(fetch) = &self.lazy.fetch {
+            fetch.list();
+        }
+    }
+
+    pub(super) fn show_fetching(&self, connected: bool) {
+        if let Some(vm) = self.vm.as_ref().filter(|_| self.lazy.fetch.is_some() && self.lazy.runs) {
+            vm.set_fetching(Some(if connected { "postcopy-active" } else { "postcopy-paused" }));
+        }
+    }
+
+    /// Nothing of ours stays in the QEMU, whether pages were fetched or not.
+    pub(super) fn end_fetch(&mut self) {
+        let Some(vm) = self.vm.clone() else { return };
+        let ended = match (self.lazy.fetch.take(), self.lazy.pager.take()) {
+            (Some(fetch), _) => fetch.end(),
+            (None, Some(pager)) => {
+                let number = pager.remote_fd();
+                drop(pager);
+                let process = self.host.process_of(&vm);
+                process.and_then(|process| {
+                    Pager::close(&process, &self.host.attach(), number).map_err(|why| explain(&why))
+                })
+            }
+            (None, None) => return,
+        };
+        vm.set_fetching(None);
+        forget(&self.host, &vm);
+        if let Err(why) = ended {
+            tracing::warn!(vm = vm.name(), why, "the paging of its memory did not end cleanly");
+        }
+        if let Ok(process) = self.host.process_of(&vm) {
+            for region in &self.lazy.regions {
+                drop(Pager::collapse(&process, &region.region()));
+            }
+        }
+    }
+}
+
+/// Nothing is fetched any more.
+fn forget(host: &Host, vm: &Arc<Vm>) {
+    drop(std::fs::remove_file(bits_of(&vm.record().run_dir)));
+    host.registry().fetched(vm);
+}
+
+/// A VM that runs here like any other, and whose agent died before it had let go of its memory.
+pub(crate) fn let_go(host: &Arc<Host>, vm: &Arc<Vm>) {
+    let Some(fetch) = vm.record().fetch else { return };
+    let closed = host.process_of(vm).and_then(|process| {
+        Pager::close(&process, &host.attach(), fetch.remote_fd).map_err(|why| explain(&why))
+    });
+    if let Err(why) = closed {
+        tracing::warn!(vm = vm.name(), why, "a userfaultfd of an earlier life of this agent is left in its QEMU");
+    }
+    forget(host, vm);
+}
+
+/// Whether a VM that was committed to was to fetch pages: only then is it written which are here.
+pub(crate) fn is_unfilled(vm: &Vm) -> bool {
+    let record = vm.record();
+    record.fetch.is_some() && bits_of(&record.run_dir).exists()
+}
+
+/// Goes on with a post-copy that an earlier life of this agent was in the middle of. Its QEMU waits where it touches a page that is missing,
+/// until the source is here again.
+pub(crate) fn resume(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<(), String> {
+    let fetch = vm.record().fetch.ok_or("it is not written down what is missing")?;
+    let process = host.process_of(vm)?;
+    let pages: Vec<u64> = fetch.regions.iter().map(|region| region.bytes.div_ceil(PAGE)).collect();
+    let bits = PageBits::open(&bits_of(&vm.record().run_dir), &pages).map_err(|why| explain(&why))?;
+    let regions: Vec<Region> = fetch.regions.iter().map(FetchRegion::region).collect();
+    let pager = Pager::take_over(&process, regions, bits, &host.attach(), fetch.remote_fd);
+    let pager = pager.map_err(|why| explain(&why))?;
+    let (tell, events) = mpsc::channel();
+    if !host.incoming().enter(record.id, &record.peer, tell.clone()) {
+        return Err("its migration goes on already".into());
+    }
+    let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
+    std::thread::spawn(move || {
+        let mut machine = Target::resume(&record, Duration::ZERO);
+        let offer = Offer { vm: vm.name(), generation: record.generation.0, ..Offer::default() };
+        let incoming: &Incoming = host.incoming();
+        let mut arriving = Arriving::new(record.id, host.clone(), incoming, tell);
+        arriving.offer = offer;
+        arriving.vm = Some(vm.clone());
+        arriving.lazy.regions = fetch.regions;
+        arriving.lazy.runs = true;
+        // Blocks that have no region here have no pages to come.
+        let places = arriving.lazy.regions.iter().map(|region| region.place).max().map_or(0, |most| usize::from(most) + 1);
+        let mut bytes = vec![0; places];
+        arriving.lazy.regions.iter().for_each(|region| bytes[usize::from(region.place)] = region.bytes);
+        match arriving.start_fetch(pager, Layout::new(bytes)) {
+            Ok(fetch) => arriving.lazy.fetch = Some(fetch),
+            Err(why) => tracing::error!(vm = vm.name(), why, "its pages cannot be fetched"),
+        }
+        arriving.show_fetching(false);
+        let attaching = attach_later(&host, &vm);
+        arriving.finish(&mut machine, &events, &record.peer);
+        drop(attaching.join());
+    });
+    Ok(())
+}
+
+/// Speaks to the QEMU again once it answers: it may wait for a page itself.
+fn attach_later(host: &Arc<Host>, vm: &Arc<Vm>) -> std::thread::JoinHandle<()> {
+    let (host, vm) = (host.clone(), vm.clone());
+    std::thread::spawn(move || {
+        let record = vm.record();
+        let socket = record.run_dir.join("qmp.sock");
+        let began = Instant::now();
+        while vm.is_alive() && vm.qemu().is_none() {
+            match Qemu::attach(record.process, &socket, Some(record.log.clone()), ATTACH_WITHIN) {
+                Ok(qemu) => {
+                    *vm.qemu() = Some(qemu);
+                    crate::balloon::give_back(&host, &vm);
+                }
+                Err(why) => tracing::warn!(vm = record.name, why = explain(&why), after = ?began.elapsed(), "its QEMU does not answer yet"),
+            }
+        }
+    })
+}
