@@ -4,6 +4,8 @@ mod balloon;
 mod compression;
 mod convergence;
 mod delta;
+mod prepaging;
+mod prepaging_set;
 mod rate;
 mod stun;
 mod working_set;
@@ -12,6 +14,7 @@ pub use balloon::{GuestMemory, shrunk};
 pub use compression::{Compression, Method};
 pub use convergence::{Convergence, Observation, Verdict};
 pub use delta::Delta;
+pub use prepaging::{Chunk, Prepaging};
 pub use rate::{RESIDUAL_MIN, RateLimits, STEP};
 pub use stun::{KEEP_ALL, KEEP_MIN, Seen, Stun, writers};
 pub use working_set::{
