@@ -86,9 +86,7 @@ impl Agent {
         let open = recovery::recover(&host);
         let (for_peers, endpoint) = (host.clone(), host.endpoint().clone());
         let server = listener
-            .serve(endpoint, Limits::default(), move |connection| {
-                peer::handle(&for_peers, connection)
-            })
+            .serve(endpoint, Limits::default(), move |connection| peer::handle(&for_peers, connection))
             .map_err(|why| AgentError::Failed(explain(&why)))?;
         let agent = Arc::new(Self { host, jobs: Mutex::default(), guests: OnceLock::new(), _server: server });
         for (vm, record) in open {

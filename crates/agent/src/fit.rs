@@ -109,7 +109,12 @@ pub(crate) fn install_staged(
 }
 
 /// The sum of pages of a block: each that is not zero counts, in any order.
-pub(crate) fn sum(process: &Process, region: &Region, block: u16, runs: &[PageRun]) -> Result<BlockDigest, String> {
+pub(crate) fn sum(
+    process: &Process,
+    region: &Region,
+    block: u16,
+    runs: &[PageRun],
+) -> Result<BlockDigest, String> {
     let reader = Reader::new(process).map_err(|why| explain(&why))?;
     let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
     let mut sum = 0u128;

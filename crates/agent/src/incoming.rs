@@ -53,13 +53,20 @@ impl Incoming {
         connection: Connection,
     ) {
         match lock(&self.by_id).get(&id) {
-            Some(found) if found.peer == peer => drop(found.tell.send(Event::Stream(purpose, index, connection))),
+            Some(found) if found.peer == peer => {
+                drop(found.tell.send(Event::Stream(purpose, index, connection)))
+            }
             _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
         }
     }
 
     /// Hands a new control connection to a migration whose VM runs here with pages missing. Gives it back if there is none from that host.
-    pub(crate) fn reattach(&self, id: MigrationId, peer: &str, connection: Connection) -> Result<(), Connection> {
+    pub(crate) fn reattach(
+        &self,
+        id: MigrationId,
+        peer: &str,
+        connection: Connection,
+    ) -> Result<(), Connection> {
         match lock(&self.by_id).get(&id) {
             Some(found) if found.peer == peer => {
                 let sent = found.tell.send(Event::Reattach(connection));

@@ -31,7 +31,8 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
         Ok(Message::Reattach(reattach)) => {
             let id = identity(&reattach.id).unwrap_or_default();
             if let Err(mut connection) = incoming.reattach(id, &peer, connection) {
-                let text = format!("host {} fetches no pages of VM {} by this migration", host.name(), reattach.vm);
+                let text =
+                    format!("host {} fetches no pages of VM {} by this migration", host.name(), reattach.vm);
                 reply(&mut connection, &Message::Abort(Text { text }));
             }
         }
@@ -42,9 +43,7 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
         Ok(Message::Query(query)) if query.by_target => {
             reply(&mut connection, &Message::Answer(owner_as_source(host, &query, &peer)))
         }
-        Ok(Message::Query(query)) => {
-            reply(&mut connection, &Message::Answer(owner(host, &query, &peer)))
-        }
+        Ok(Message::Query(query)) => reply(&mut connection, &Message::Answer(owner(host, &query, &peer))),
         Ok(Message::Check(offer)) => {
             let reasons = target::reasons_against(host, &offer);
             reply(&mut connection, &Message::Refused(Refused { reasons }));

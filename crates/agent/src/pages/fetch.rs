@@ -96,7 +96,9 @@ impl Fetch {
         tell: impl Fn(Fetched) + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let mut places = vec![0; regions.iter().flatten().count()];
-        for (place, region) in regions.iter().enumerate().filter_map(|(place, region)| Some((place, (*region)?))) {
+        for (place, region) in
+            regions.iter().enumerate().filter_map(|(place, region)| Some((place, (*region)?)))
+        {
             places[region] = place as u16;
         }
         let words = |pages: u64| (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
@@ -263,7 +265,8 @@ impl Shared {
     }
 
     fn ask(&self, pages: impl Iterator<Item = (usize, u64)>) {
-        let request = |(region, first): (usize, u64)| Request::Fault { block: self.places[region], first, pages: 1 };
+        let request =
+            |(region, first): (usize, u64)| Request::Fault { block: self.places[region], first, pages: 1 };
         let requests: Vec<Request> = pages.map(request).collect();
         if !requests.is_empty() {
             self.write(requests.iter());
@@ -336,8 +339,9 @@ impl Install for Shared {
 
     fn install(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), Received> {
         let region = self.regions.get(block).copied().flatten();
-        let region = region
-            .ok_or_else(|| Received::Lost(format!("the source sent pages of block {block}, which is complete")))?;
+        let region = region.ok_or_else(|| {
+            Received::Lost(format!("the source sent pages of block {block}, which is complete"))
+        })?;
         self.place(region, runs, payload).map_err(|why| Received::Failed(crate::control::explain(&why)))?;
         self.look_whether_filled();
         Ok(())

@@ -53,7 +53,10 @@ impl Latency {
     }
 
     pub(crate) fn mean(&self) -> Duration {
-        u32::try_from(self.count).ok().filter(|count| *count > 0).map_or(Duration::ZERO, |count| self.sum / count)
+        u32::try_from(self.count)
+            .ok()
+            .filter(|count| *count > 0)
+            .map_or(Duration::ZERO, |count| self.sum / count)
     }
 
     pub(crate) fn max(&self) -> Duration {

@@ -1,7 +1,7 @@
 //! Receivers: one thread a stream reads batches and installs them in the QEMU that waits.
 
-use lz4_flex::block::decompress_into;
 use crate::registry::FetchRegion;
+use lz4_flex::block::decompress_into;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};

@@ -100,8 +100,13 @@ impl Senders {
         failed: impl Fn(String) + Clone + Send + 'static,
     ) -> Result<Self, String> {
         let count = streams.len() as u32;
-        let mut senders =
-            Self { jobs: Vec::new(), threads: Vec::new(), shutdowns: Vec::new(), pacer: pacer.clone(), left: Arc::default() };
+        let mut senders = Self {
+            jobs: Vec::new(),
+            threads: Vec::new(),
+            shutdowns: Vec::new(),
+            pacer: pacer.clone(),
+            left: Arc::default(),
+        };
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
             senders.shutdowns.push(connection.shutdown_handle());

@@ -97,8 +97,12 @@ impl Serving {
             counters,
             figures: Figures::default(),
         });
-        let mut serving =
-            Self { shelf: shelf.clone(), threads: Vec::new(), shutdowns: vec![demand.shutdown_handle()], pacer };
+        let mut serving = Self {
+            shelf: shelf.clone(),
+            threads: Vec::new(),
+            shutdowns: vec![demand.shutdown_handle()],
+            pacer,
+        };
         let failed_to_look = failed.clone();
         let looking = shelf.clone();
         serving.spawn("pages-look", move || {
@@ -194,7 +198,8 @@ impl Shelf {
 
     fn block(&self, place: u16) -> Result<(usize, &SourceBlock), String> {
         let at = self.places.get(usize::from(place)).copied().flatten();
-        at.map(|at| (at, &self.blocks[at])).ok_or_else(|| format!("the target asked for pages of block {place}"))
+        at.map(|at| (at, &self.blocks[at]))
+            .ok_or_else(|| format!("the target asked for pages of block {place}"))
     }
 
     /// The next pages to push; nothing once it is over.
@@ -247,7 +252,10 @@ impl Pages {
         spans.extend(there.iter().map(|run| block.region.span(*run)));
         let bytes: usize = spans.iter().map(|span| span.len as usize).sum();
         let buffer = &mut self.buffer[..bytes];
-        shelf.reader.read(&spans, buffer).map_err(|why| format!("the guest's memory cannot be read: {why}"))?;
+        shelf
+            .reader
+            .read(&spans, buffer)
+            .map_err(|why| format!("the guest's memory cannot be read: {why}"))?;
         let mut here = 0;
         let mut pages = there.iter().flat_map(|run| run.first..run.end()).peekable();
         for page in run.first..run.end() {
@@ -302,7 +310,8 @@ impl Answering {
     }
 
     fn serve(mut self, mut reader: sterna_transport::Reader) -> Result<(), String> {
-        let lost = |why: &dyn std::fmt::Display| format!("the demand connection to the target is lost: {why}");
+        let lost =
+            |why: &dyn std::fmt::Display| format!("the demand connection to the target is lost: {why}");
         reader.set_deadline(None);
         let mut raw = [0; REQUEST_BYTES];
         loop {
@@ -335,10 +344,14 @@ impl Answering {
         let Pages { head, descriptors, .. } = &mut self.pages;
         head.clear();
         encode_batch(place, NO_ROUND, descriptors, head);
-        let failed = |why: sterna_transport::TransportError| format!("the demand connection to the target failed: {why}");
+        let failed = |why: sterna_transport::TransportError| {
+            format!("the demand connection to the target failed: {why}")
+        };
         self.writer.set_deadline(Some(Instant::now() + WRITE_WITHIN));
-        let parts: Vec<std::io::IoSlice> =
-            std::iter::once(&self.pages.head[..]).chain(self.pages.payload()).map(std::io::IoSlice::new).collect();
+        let parts: Vec<std::io::IoSlice> = std::iter::once(&self.pages.head[..])
+            .chain(self.pages.payload())
+            .map(std::io::IoSlice::new)
+            .collect();
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
         self.writer.write_vectored(&parts).and_then(|()| self.writer.flush()).map_err(failed)?;
         self.shelf.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);

@@ -118,7 +118,8 @@ impl Arriving<'_> {
         let process = process_of(qemu)?;
         let run_dir = self.host.run_dir(&self.offer.vm);
         let pager = attach(&self.host, qemu, &process, &self.lazy.regions, &run_dir)?;
-        self.lazy.threads = qemu.vcpu_threads().map_err(|why| explain(&why))?.into_iter().map(|id| id as u32).collect();
+        self.lazy.threads =
+            qemu.vcpu_threads().map_err(|why| explain(&why))?.into_iter().map(|id| id as u32).collect();
         let fetch = FetchRecord { remote_fd: pager.remote_fd(), regions: self.lazy.regions.clone() };
         let written = self.host.registry().update(vm, |record| record.fetch = Some(fetch));
         written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
@@ -151,7 +152,10 @@ impl Arriving<'_> {
             Err(why) => return self.lost(why),
         };
         let pushed = self.lazy.fetch.as_mut().map(|fetch| fetch.push(index, connection));
-        pushed.unwrap_or_else(|| Err("the source pushes pages out of turn".into())).err().and_then(|why| self.lost(why))
+        pushed
+            .unwrap_or_else(|| Err("the source pushes pages out of turn".into()))
+            .err()
+            .and_then(|why| self.lost(why))
     }
 
     fn in_clear(&self, mut connection: Connection) -> Result<Connection, String> {
@@ -228,7 +232,8 @@ impl Arriving<'_> {
         }
         pager.begin().map_err(|why| explain(&why))?;
         let mut fetch = self.start_fetch(pager, sinks.layout.clone())?;
-        let demand = self.lazy.demand.take().ok_or("the source has opened no connection to ask for pages on")?;
+        let demand =
+            self.lazy.demand.take().ok_or("the source has opened no connection to ask for pages on")?;
         fetch.demand(demand)?;
         self.lazy.fetch = Some(fetch);
         Ok(())
@@ -236,7 +241,8 @@ impl Arriving<'_> {
 
     fn start_fetch(&self, pager: Pager, layout: Layout) -> Result<Fetch, String> {
         let blocks = layout.blocks();
-        let region_of = |place| self.lazy.regions.iter().position(|region| usize::from(region.place) == place);
+        let region_of =
+            |place| self.lazy.regions.iter().position(|region| usize::from(region.place) == place);
         let regions = (0..blocks).map(region_of).collect();
         let tell = self.tell.clone();
         Fetch::start(pager, layout, regions, self.offer.verify, self.lazy.connections, move |fetched| {
@@ -252,7 +258,12 @@ impl Arriving<'_> {
     }
 
     /// Proves that what is here already, and stays, is what was there.
-    fn verify_present(&self, end: &StateEnd, region: &FetchRegion, missing: &[PageRun]) -> Result<(), String> {
+    fn verify_present(
+        &self,
+        end: &StateEnd,
+        region: &FetchRegion,
+        missing: &[PageRun],
+    ) -> Result<(), String> {
         let find = |digest: &&BlockDigest| digest.block == u32::from(region.place);
         let Some(expected) = end.digests.iter().find(find) else { return Ok(()) };
         let process = process_of(self.qemu.as_ref().ok_or("no QEMU waits")?)?;
@@ -321,7 +332,11 @@ pub(crate) fn let_go(host: &Arc<Host>, vm: &Arc<Vm>) {
         Pager::close(&process, &host.attach(), fetch.remote_fd).map_err(|why| explain(&why))
     });
     if let Err(why) = closed {
-        tracing::warn!(vm = vm.name(), why, "a userfaultfd of an earlier life of this agent is left in its QEMU");
+        tracing::warn!(
+            vm = vm.name(),
+            why,
+            "a userfaultfd of an earlier life of this agent is left in its QEMU"
+        );
     }
     forget(host, vm);
 }
@@ -357,7 +372,13 @@ pub(crate) fn resume(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<
         arriving.lazy.regions = fetch.regions;
         arriving.lazy.runs = true;
         // Blocks that have no region here have no pages to come.
-        let places = arriving.lazy.regions.iter().map(|region| region.place).max().map_or(0, |most| usize::from(most) + 1);
+        let places = arriving
+            .lazy
+            .regions
+            .iter()
+            .map(|region| region.place)
+            .max()
+            .map_or(0, |most| usize::from(most) + 1);
         let mut bytes = vec![0; places];
         arriving.lazy.regions.iter().for_each(|region| bytes[usize::from(region.place)] = region.bytes);
         match arriving.start_fetch(pager, Layout::new(bytes)) {
@@ -385,7 +406,9 @@ fn attach_later(host: &Arc<Host>, vm: &Arc<Vm>) -> std::thread::JoinHandle<()> {
                     *vm.qemu() = Some(qemu);
                     crate::balloon::give_back(&host, &vm);
                 }
-                Err(why) => tracing::warn!(vm = record.name, why = explain(&why), after = ?began.elapsed(), "its QEMU does not answer yet"),
+                Err(why) => {
+                    tracing::warn!(vm = record.name, why = explain(&why), after = ?began.elapsed(), "its QEMU does not answer yet")
+                }
             }
         }
     })

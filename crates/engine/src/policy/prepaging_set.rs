@@ -132,7 +132,7 @@ impl PageSet {
         while at < limit {
             let run = u64::from((self.word(0, at / WORD) >> (at % WORD)).trailing_ones());
             at += run;
-            if run == 0 || at % WORD != 0 {
+            if run == 0 || !at.is_multiple_of(WORD) {
                 break;
             }
         }
@@ -147,7 +147,7 @@ impl PageSet {
             let word = self.word(0, below / WORD) << (WORD - 1 - below % WORD);
             let run = u64::from(word.leading_ones());
             at -= run;
-            if run == 0 || at % WORD != 0 {
+            if run == 0 || !at.is_multiple_of(WORD) {
                 break;
             }
         }
