@@ -1,6 +1,6 @@
 //! A migration's figures as the API shows them.
 
-use crate::model::{LatencyView, MigrateRequest, MigrationView, PostcopyView, RamView, ReasonView, Span};
+use crate::model::{LatencyView, MigrateRequest, MigrationView, RamView, ReasonView, Span};
 use crate::pages::SendCounters;
 use crate::registry::Vm;
 use std::sync::Arc;

@@ -9,9 +9,7 @@ use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
 use crate::model::{MigrateRequest, MigrationView, SetRequest};
 use crate::offer::activity_of;
-use crate::pages::{
-    Collector, Haste, Job, Part, SendCounters, SendOptions, Senders, Serving, SourceBlock, Writers,
-};
+use crate::pages::{Collector, Haste, Job, Part, SendCounters, SendOptions, Senders, SourceBlock, Writers};
 use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;

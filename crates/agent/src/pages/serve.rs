@@ -83,7 +83,7 @@ impl Serving {
     ) -> Result<Self, String> {
         let place = |at| blocks.iter().position(|block| usize::from(block.index) == at);
         let pages: Vec<u64> = bytes.iter().map(|bytes| bytes.div_ceil(PAGE)).collect();
-        let order = Order { prepaging: Prepaging::new(&pages), listed: false };
+        let order = Order { prepaging: Prepaging::new(pages), listed: false };
         let shelf = Arc::new(Shelf {
             blocks: blocks.clone(),
             places: (0..bytes.len()).map(place).collect(),
