@@ -318,6 +318,10 @@ impl Outgoing {
     /// A target that was asked to prove RAM equal, says that it has the VM, and has not proved it.
     fn unproved(&self, input: &SourceInput) -> Option<String> {
         let SourceInput::Message(Message::Loaded(loaded)) = input else { return None };
+        if self.lazy.switched {
+            // What is not there yet is proved once it is.
+            return None;
+        }
         let asked = self.blocks.iter().filter(|block| self.verify && block.provable).count();
         let proved = loaded.blocks_verified as usize;
         (proved < asked)
