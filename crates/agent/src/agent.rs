@@ -294,7 +294,8 @@ impl Agent {
                 request.vm
             ))
         })?;
-        let leaving = Leaving { id: id.to_string(), to: request.host.clone() };
+        let leaving =
+            Leaving { id: id.to_string(), to: request.host.clone(), max_bandwidth: request.max_bandwidth };
         let begun = self.host.registry().update(&vm, |record| {
             record.generation += 1;
             record.leaving = Some(leaving);

@@ -99,6 +99,9 @@ pub(crate) struct Leaving {
     pub(crate) id: String,
     /// The host it goes to.
     pub(crate) to: String,
+    /// Most bytes per second on the wire: an agent that is restarted in the middle of a post-copy keeps to it.
+    #[serde(default)]
+    pub(crate) max_bandwidth: Option<u64>,
 }
 
 /// A VM's file: also in which boot of the host it was written. Pids and start times begin anew in the next one.

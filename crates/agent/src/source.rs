@@ -426,7 +426,7 @@ impl Outgoing {
     fn record(&mut self, record: &Record) -> SourceInput {
         match self.store(record) {
             Ok(()) => {
-                self.vm.set_released(record.step == Step::Released);
+                self.vm.set_released(matches!(record.step, Step::Released | Step::Serving));
                 SourceInput::Recorded
             }
             Err(why) => SourceInput::RecordFailed(why),

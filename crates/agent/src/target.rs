@@ -534,6 +534,7 @@ impl Arriving<'_> {
         let Some(vm) = &self.vm else { return };
         self.host.registry().arrived(vm);
         crate::balloon::give_back(&self.host, vm);
+        self.collapse();
     }
 
     /// Its QEMU has ended before all of its pages had come.

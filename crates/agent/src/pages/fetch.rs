@@ -22,6 +22,8 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 const LOOK: Duration = Duration::from_millis(100);
 /// How long requests may take to be written. The other end reads all the time; only a dead one lets this pass.
 const WRITE_WITHIN: Duration = Duration::from_secs(5);
+/// How long nothing may come while pages are missing and somebody is to send them.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Requests that are written at once while what is missing is listed: a fault must not wait for all of them.
 const LISTED_AT_ONCE: usize = 512;
 /// How much less nice the threads are that a guest waits for.
@@ -55,6 +57,8 @@ struct Shared {
     connections: AtomicU64,
     filled: AtomicBool,
     over: AtomicBool,
+    /// When something came last.
+    heard: Mutex<Instant>,
 }
 
 /// How long the guest waited.
@@ -119,6 +123,7 @@ impl Fetch {
             connections: AtomicU64::new(connections),
             filled: AtomicBool::new(false),
             over: AtomicBool::new(false),
+            heard: Mutex::new(Instant::now()),
         });
         let listening = shared.clone();
         let thread = std::thread::Builder::new().name("pages-faults".into()).spawn(move || {
@@ -134,6 +139,7 @@ impl Fetch {
         let shutdown = connection.shutdown_handle();
         let (reader, writer) = connection.split();
         self.receive(u32::MAX, reader, URGENT)?;
+        *lock(&self.shared.heard) = Instant::now();
         *lock(&self.shared.demand) = Some(writer);
         self.demand = Some(shutdown);
         let waiting = self.shared.pager.waiting();
@@ -261,6 +267,17 @@ impl Shared {
             }
             self.ask(faults.iter().map(|fault| (fault.region, fault.page)));
             self.look_whether_filled();
+            self.look_whether_heard();
+        }
+    }
+
+    /// A connection over which nothing comes may be one whose other end is gone without a word.
+    fn look_whether_heard(&self) {
+        let silent = lock(&self.heard).elapsed() > SILENCE_MAX && self.pager.remaining() > 0;
+        if silent && let Some(writer) = lock(&self.demand).take() {
+            let of = self.connections.load(Ordering::Relaxed);
+            writer.shutdown_handle().shutdown();
+            self.lose(of, "nothing comes from the source, though pages are missing".into());
         }
     }
 
@@ -342,6 +359,7 @@ impl Install for Shared {
         let region = region.ok_or_else(|| {
             Received::Lost(format!("the source sent pages of block {block}, which is complete"))
         })?;
+        *lock(&self.heard) = Instant::now();
         self.place(region, runs, payload).map_err(|why| Received::Failed(crate::control::explain(&why)))?;
         self.look_whether_filled();
         Ok(())

@@ -19,7 +19,7 @@ use sterna_memory::{PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
 use sterna_transport::{Connection, Pacer};
 
 /// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
-pub(super) const WRITE_WITHIN: Duration = Duration::from_secs(120);
+const WRITE_WITHIN: Duration = Duration::from_secs(120);
 
 /// Pages that travel at once: 256 KiB stay in a processor's own cache on their way from the guest to the socket, and at the
 /// other end from the socket to the guest.
@@ -43,6 +43,8 @@ pub(super) struct Link {
     counters: Arc<SendCounters>,
     /// Since the last write, for room in the socket.
     waited: Duration,
+    /// How long a write may wait.
+    pub(super) within: Duration,
 }
 
 /// Whether a page that the target has is sent once more.
@@ -392,7 +394,7 @@ impl Link {
         pacer: Arc<Pacer>,
         counters: Arc<SendCounters>,
     ) -> Self {
-        Self { stream, connection, pacer, counters, waited: Duration::ZERO }
+        Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
     pub(super) fn flush(&mut self) -> Result<(), String> {
@@ -403,7 +405,7 @@ impl Link {
     /// Waits until the socket takes more: what is read before would be cold, and old, when it can go.
     pub(super) fn wait_for_room(&mut self) -> Result<(), String> {
         let began = Instant::now();
-        let waited = self.connection.wait_for_room(Some(began + WRITE_WITHIN));
+        let waited = self.connection.wait_for_room(Some(began + self.within));
         self.waited += began.elapsed();
         waited.map_err(|why| self.failed(&why))
     }
@@ -418,7 +420,7 @@ impl Link {
         let parts: Vec<IoSlice> = parts.map(IoSlice::new).collect();
         let (bytes, began) = (parts.iter().map(|part| part.len()).sum(), Instant::now());
         self.pacer.acquire(bytes);
-        self.connection.set_write_deadline(Some(Instant::now() + WRITE_WITHIN));
+        self.connection.set_write_deadline(Some(Instant::now() + self.within));
         let written = self.connection.write_vectored(&parts);
         written.map_err(|why| self.failed(&why))?;
         add(&self.counters.bytes, bytes as u64);

@@ -7,7 +7,7 @@
 use super::SourceBlock;
 use super::pack::Packer;
 use super::send::{SendCounters, SendOptions};
-use super::sender::{Link, WRITE_WITHIN, append};
+use super::sender::{Link, append};
 use crate::registry::lock;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -26,6 +26,8 @@ use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 const PUSH_PAGES_MAX: u64 = 64;
 /// Bytes that a push stream may have in its socket: enough for the link to be busy, little enough to be gone in half a millisecond at 1 Gbit/s.
 const PUSH_BUFFER_BYTES: usize = 48 << 10;
+/// How long a write may wait. A target whose guest runs takes pages all the time: one that does not is gone.
+const WRITE_WITHIN: Duration = Duration::from_secs(10);
 /// Batches of post-copy belong to no round.
 const NO_ROUND: u32 = 0;
 /// How long an idle pusher waits before it looks whether it is to end.
@@ -131,7 +133,8 @@ impl Serving {
             connection.set_send_buffer(PUSH_BUFFER_BYTES).map_err(|why| why.to_string())?;
             self.shutdowns.push(connection.shutdown_handle());
             let (shelf, failed) = (self.shelf.clone(), failed.clone());
-            let link = Link::new(at as u32, connection, self.pacer.clone(), shelf.counters.clone());
+            let mut link = Link::new(at as u32, connection, self.pacer.clone(), shelf.counters.clone());
+            link.within = WRITE_WITHIN;
             let mut pusher = Pushing {
                 shelf,
                 link,

@@ -182,6 +182,7 @@ impl Outgoing {
         if self.lazy.serving.is_none() {
             return;
         }
+        self.show_postcopy();
         if let Some(faults) = &filled.faults {
             self.view.faults(faults);
         }

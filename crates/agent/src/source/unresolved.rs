@@ -11,6 +11,7 @@ use std::time::Duration;
 use sterna_engine::handoff::{Journal, Record};
 use sterna_engine::policy::RateLimits;
 use sterna_engine::source::{Outcome, SourceInput};
+use sterna_engine::units::Rate;
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::Query;
 use sterna_engine::{Source, Step};
@@ -40,13 +41,14 @@ pub(crate) fn resolve(
             }
         };
         let address = host.address_of(&record.peer).unwrap_or_default();
+        let max = vm.record().leaving.and_then(|leaving| leaving.max_bandwidth).map(Rate);
         let mut outgoing = Outgoing::new(
             host,
             vm,
             record.peer.clone(),
             address,
             record.id,
-            RateLimits::default(),
+            RateLimits { max, ..RateLimits::default() },
             tell,
             view,
             process,

@@ -44,6 +44,8 @@ pub(super) struct Lazy {
     pub(super) connections: u64,
     threads: Vec<u32>,
     runs: bool,
+    /// Every page is here: connections that come now are of no use.
+    filled: bool,
 }
 
 /// Where it is written which pages are here.
@@ -133,6 +135,9 @@ impl Arriving<'_> {
             Ok(connection) => connection,
             Err(why) => return self.lost(why),
         };
+        if self.lazy.filled {
+            return None;
+        }
         let Some(fetch) = &mut self.lazy.fetch else {
             self.lazy.demand = Some(connection);
             return None;
@@ -147,6 +152,9 @@ impl Arriving<'_> {
     }
 
     pub(super) fn add_push(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
+        if self.lazy.filled {
+            return None;
+        }
         let connection = match self.in_clear(connection) {
             Ok(connection) => connection,
             Err(why) => return self.lost(why),
@@ -180,8 +188,11 @@ impl Arriving<'_> {
     pub(super) fn fetched(&mut self, fetched: Fetched) -> Option<TargetInput> {
         match fetched {
             Fetched::Filled => {
+                self.lazy.filled = true;
                 let fetch = self.lazy.fetch.as_ref()?;
                 let (sums, faults) = (fetch.sums(), Some(fetch.faults(&self.lazy.threads)));
+                // Before anybody hears of it: the next migration of the VM tracks the same memory.
+                self.end_fetch();
                 Some(TargetInput::Filled(Filled { generation: 0, sums, faults }))
             }
             Fetched::Lost(connections, _) if connections != self.lazy.connections => None,
@@ -195,6 +206,8 @@ impl Arriving<'_> {
         match &self.lazy.fetch {
             Some(_) if connections != self.lazy.connections => None,
             Some(_) => self.lost(why),
+            // Nothing more is needed of it.
+            None if self.lazy.filled => None,
             None => Some(TargetInput::Disconnected(why)),
         }
     }
@@ -311,7 +324,12 @@ impl Arriving<'_> {
         if let Err(why) = ended {
             tracing::warn!(vm = vm.name(), why, "the paging of its memory did not end cleanly");
         }
-        if let Ok(process) = self.host.process_of(&vm) {
+    }
+
+    /// Paging fills small pages: has the kernel make huge ones of them again, where it had before.
+    pub(super) fn collapse(&self) {
+        let Some(vm) = self.vm.as_ref().filter(|_| self.lazy.filled) else { return };
+        if let Ok(process) = self.host.process_of(vm) {
             for region in &self.lazy.regions {
                 drop(Pager::collapse(&process, &region.region()));
             }

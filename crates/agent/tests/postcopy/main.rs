@@ -1,7 +1,10 @@
 //! Post-copy on real QEMUs: the VM runs at the target while pages of it are at the source. RAM is proved equal, page by page, and the guest checks its own.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 
+#[path = "../support/mod.rs"]
 mod support;
+
+mod faults;
 
 use std::sync::Arc;
 
@@ -12,7 +15,8 @@ use support::{BOOT, World, idle, load, migrate, request};
 
 /// A guest that writes to as much as `dirty` MiB at `rate` MB/s, and checks what it wrote.
 fn writer(dirty: u32, rate: u32, how: &[&str]) -> Program {
-    let words = ["--fill=64".to_owned(), format!("--dirty={dirty}"), format!("--rate={rate}"), "--check".into()];
+    let words =
+        ["--fill=64".to_owned(), format!("--dirty={dirty}"), format!("--rate={rate}"), "--check".into()];
     Program::Load(words.into_iter().chain(how.iter().map(|word| (*word).into())).collect())
 }
 
@@ -97,5 +101,13 @@ fn a_private_memfd() {
 
 #[test]
 fn an_idle_guest() {
-    moves("7.2", |guest| GuestSpec { programs: vec![idle()], ..guest });
+    let pair = Pair::boot(World::new("7.2"), |guest| GuestSpec { programs: vec![idle()], ..guest });
+    let view = pair.moves(at_once);
+    println!("{:?} ms down: {:?}, {:?}", view.downtime, view.postcopy, view.downtime_split);
+    // It has next to nothing to fetch: it is not handed over before it is complete.
+    let view = migrate(&pair.b, after_precopy(request("vm", "a")));
+    assert_eq!((view.status.as_str(), view.postcopy), ("completed", None));
+    // What was got ready for it is gone all the same.
+    pair.moves(at_once);
+    pair.end();
 }

@@ -1,0 +1,177 @@
+//! What strikes a VM whose pages are on their way: it waits where it touches one that is missing, and goes on when it has come.
+
+use std::time::Duration;
+
+use serde_json::json;
+use sterna_agent::model::MigrateRequest;
+use sterna_lab::guest::Program;
+
+use crate::support::proxy::Proxy;
+use crate::support::scene::{Scene, Watcher, other, to_the_other, until};
+use crate::support::{MOVE, World};
+
+/// Bytes per second that leave the time to do something meanwhile.
+const SLOW: u64 = 8_000_000;
+/// How long a link is away.
+const AWAY: Duration = Duration::from_secs(10);
+
+/// A guest that touches much of its memory, and checks each page.
+fn boot(world: World) -> Scene {
+    let words = ["--fill=48", "--dirty=24", "--rate=20", "--check"];
+    Scene::boot_with(world, vec![Program::Load(words.map(str::to_owned).to_vec())])
+}
+
+fn slowly(from: &str) -> MigrateRequest {
+    MigrateRequest { postcopy: true, verify: false, max_bandwidth: Some(SLOW), ..to_the_other(from) }
+}
+
+fn becomes(scene: &Scene, host: &str, wanted: &str) {
+    let state = || scene.host(host).vm("vm").map_or_else(|why| why, |vm| vm.state);
+    until(&format!("{wanted} at {host}\n{}", scene.tell()), MOVE, || (state() == wanted).then_some(()));
+}
+
+/// Begins a slow post-copy from `a`, and waits until the guest runs at `b`; the migration's identity.
+fn begin(scene: &Scene) -> String {
+    let id = scene.a.migrate(&slowly("a")).unwrap();
+    becomes(scene, "b", "postcopy-active");
+    id
+}
+
+fn ends(scene: &Scene) {
+    assert_eq!(scene.settle(), "b", "{}", scene.tell());
+    scene.assert_guest_goes_on();
+}
+
+#[test]
+fn each_agent_is_killed_three_times_in_one_migration() {
+    let mut scene = boot(World::new("7.2"));
+    let watcher = Watcher::start(&scene.world);
+    begin(&scene);
+    for _ in 0..3 {
+        for host in ["a", "b"] {
+            scene.host_mut(host).kill();
+            if host == "a" {
+                becomes(&scene, "b", "postcopy-paused");
+            }
+            scene.host_mut(host).launch();
+            becomes(&scene, "b", "postcopy-active");
+        }
+    }
+    ends(&scene);
+    watcher.finish();
+    // And onward, right after.
+    scene.move_verified("b");
+}
+
+#[test]
+fn both_agents_are_killed_at_once() {
+    let mut scene = boot(World::new("10.0"));
+    begin(&scene);
+    scene.a.kill();
+    scene.b.kill();
+    scene.b.launch();
+    becomes(&scene, "b", "postcopy-paused");
+    scene.a.launch();
+    ends(&scene);
+}
+
+fn with_links(version: &str) -> (Scene, [Proxy; 2]) {
+    let mut world = World::new(version);
+    let links = ["a", "b"].map(|host| Proxy::to(world.address(host)));
+    world.a_as_seen_from_b = Some(links[0].address());
+    world.b_as_seen_from_a = Some(links[1].address());
+    (boot(world), links)
+}
+
+#[test]
+fn the_link_is_cut_for_ten_seconds() {
+    let (scene, links) = with_links("7.2");
+    let id = begin(&scene);
+    links.iter().for_each(Proxy::cut);
+    becomes(&scene, "b", "postcopy-paused");
+    until("the source says so too", MOVE, || {
+        (scene.a.migration(&id).unwrap().status == "postcopy-paused").then_some(())
+    });
+    std::thread::sleep(AWAY);
+    assert_eq!(scene.b.vm("vm").unwrap().state, "postcopy-paused");
+    assert!(scene.a.vm("vm").unwrap().state == "released", "it is kept for its pages");
+    links.iter().for_each(Proxy::mend);
+    becomes(&scene, "b", "postcopy-active");
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("completed", "b"), "{view:?}");
+    ends(&scene);
+}
+
+/// Nobody is told that a silent link is gone: who waits for pages finds out.
+#[test]
+fn the_link_falls_silent_and_an_agent_is_killed_meanwhile() {
+    let (mut scene, links) = with_links("7.2");
+    begin(&scene);
+    links.iter().for_each(Proxy::silence);
+    scene.b.kill();
+    scene.b.launch();
+    becomes(&scene, "b", "postcopy-paused");
+    links.iter().for_each(Proxy::mend);
+    ends(&scene);
+}
+
+#[test]
+fn a_vm_with_missing_pages_moves_nowhere_and_is_nobody_elses() {
+    let mut scene = boot(World::new("7.2"));
+    let id = begin(&scene);
+    let refused = scene.b.migrate(&to_the_other("b")).unwrap_err();
+    assert!(refused.contains("pages of it are still at the host that it came from"), "{refused}");
+    // What is left at the source is not to be resumed, ended or moved.
+    for command in [&["recover", "vm", "--here"][..], &["recover", "vm", "--there"], &["rm", "vm"]] {
+        let (code, out, err) = scene.a.command(command);
+        assert_ne!(code, 0, "{command:?}: {out}{err}");
+    }
+    let cancelled = scene.a.cancel(&id).map(|view| view.status);
+    assert!(cancelled.as_ref().map_or(true, |status| status != "cancelled"), "{cancelled:?}");
+    let view = scene.a.wait(&id);
+    assert_eq!(view.status, "completed", "{view:?}");
+    ends(&scene);
+    scene.a.assert_healthy();
+}
+
+/// The guest is stopped, goes on, and boots anew while pages of it are missing.
+#[test]
+fn the_guest_is_stopped_and_reset_meanwhile() {
+    let scene = boot(World::new("7.2"));
+    begin(&scene);
+    let mut qmp = scene.world.qmp("b", "vm");
+    qmp.execute("stop", json!({})).unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    qmp.execute("cont", json!({})).unwrap();
+    qmp.execute("system_reset", json!({})).unwrap();
+    scene.world.wait_for_more("vm", "READY", MOVE);
+    drop(qmp);
+    ends(&scene);
+}
+
+/// The guest gives memory back while its pages are on their way: what comes of it later is not its own any more.
+#[test]
+fn the_guest_gives_memory_back_meanwhile() {
+    let scene = Scene::boot_with_balloon(World::new("7.2"));
+    begin(&scene);
+    let mut qmp = scene.world.qmp("b", "vm");
+    qmp.execute("balloon", json!({ "value": 200 << 20 })).unwrap();
+    std::thread::sleep(Duration::from_secs(3));
+    qmp.execute("balloon", json!({ "value": 384 << 20 })).unwrap();
+    drop(qmp);
+    ends(&scene);
+    assert_eq!(other("b"), "a");
+}
+
+/// Nothing is left of a VM whose QEMU dies at the target: it ran there, and what is at the source is of the past.
+#[test]
+fn the_vm_dies_at_the_target_with_its_qemu() {
+    let scene = boot(World::new("7.2"));
+    begin(&scene);
+    scene.kill_qemu("b");
+    until("the source lets go", MOVE, || scene.a.vms().unwrap().is_empty().then_some(()));
+    until("it is stopped there", MOVE, || (scene.b.vm("vm").unwrap().state == "stopped").then_some(()));
+    assert!(scene.qemus("a").is_empty() && scene.qemus("b").is_empty());
+    scene.b.stop("vm").unwrap();
+    assert!(scene.left_at("b").is_empty() && scene.left_at("a").is_empty());
+}
