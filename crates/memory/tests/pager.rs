@@ -355,8 +355,6 @@ fn what_was_present_is_dropped_but_what_was_delivered_stays() {
         place.victim.tell("fill 0 100 5");
         place.victim.tell("comb 512");
         place.victim.tell("fill 700 1 5");
-        // Read, so that a zero page is mapped.
-        place.victim.tell("zero 2000 100");
         let bits = place.new_bits();
         bits.set(0, run(10, 40));
         bits.set(0, run(700, 1));
@@ -377,6 +375,43 @@ fn what_was_present_is_dropped_but_what_was_delivered_stays() {
         });
         assert_eq!(asked.into_inner(), PAGES - 41, "{kind}");
         pager.end().unwrap();
+    }
+}
+
+/// What was only read is the shared zero page, or a page of zeros in the file: there all the same.
+#[test]
+fn zeros_that_were_read_before_are_dropped_too() {
+    for kind in KINDS {
+        let mut place = Place::new(kind);
+        place.victim.tell("zero 2000 100");
+        let pager = place.begin();
+        served(&pager, install(&pager, 1), || {
+            assert_eq!(place.victim.tell("verify 1990 120 1"), "ok", "{kind}");
+        });
+    }
+}
+
+/// Thousands of single pages between delivered ones are dropped, and each of them alone; the process is left as it was.
+#[test]
+fn many_single_pages_are_dropped() {
+    for kind in KINDS {
+        let mut place = Place::new(kind);
+        place.victim.tell("fill 0 4096 5");
+        let before = footprint(&place.victim.process).unwrap();
+        let bits = place.new_bits();
+        let set: u64 = (0..PAGES).step_by(2).map(|page| bits.set(0, run(page, 1))).sum();
+        assert_eq!(set, PAGES / 2);
+        let pager = place.attach_with(bits);
+        pager.begin().unwrap();
+        let asked = AtomicU64::new(0);
+        let answer = |fault: Fault| {
+            asked.fetch_add(1, Ordering::Relaxed);
+            install(&pager, 5)(fault);
+        };
+        served(&pager, answer, || assert_eq!(place.victim.tell("verify 0 4096 5"), "ok", "{kind}"));
+        assert_eq!(asked.into_inner(), PAGES / 2, "{kind}");
+        pager.end().unwrap();
+        common::assert_same(&before, &footprint(&place.victim.process).unwrap(), kind);
     }
 }
 

@@ -156,10 +156,15 @@ pub(super) struct Held {
 impl Held {
     /// Executes one system call in the thread; what it returned, errors as negative numbers.
     pub(super) fn call(&mut self, number: u32, args: [u64; 3]) -> Result<i64, Failure> {
-        let [rdi, rsi, rdx] = args;
+        let [first, second, third] = args;
+        self.call_long(number, [first, second, third, 0, 0, 0])
+    }
+
+    /// The same for a call with more arguments.
+    pub(super) fn call_long(&mut self, number: u32, args: [u64; 6]) -> Result<i64, Failure> {
+        let [rdi, rsi, rdx, r10, r8, r9] = args;
         let (orig_rax, rax) = (u64::MAX, number.into());
-        let regs =
-            Registers { rip: self.gadget, orig_rax, rax, rdi, rsi, rdx, r10: 0, r8: 0, r9: 0, ..self.saved };
+        let regs = Registers { rip: self.gadget, orig_rax, rax, rdi, rsi, rdx, r10, r8, r9, ..self.saved };
         ptrace::set_registers(self.tid, &regs).map_err(other)?;
         self.run_to_syscall_stop()?;
         self.run_to_syscall_stop()?;
