@@ -212,6 +212,7 @@ impl<'a> Arriving<'a> {
         if let Some(control) = self.control.take() {
             control.finish();
         }
+        self.collapse();
     }
 }
 
@@ -534,7 +535,6 @@ impl Arriving<'_> {
         let Some(vm) = &self.vm else { return };
         self.host.registry().arrived(vm);
         crate::balloon::give_back(&self.host, vm);
-        self.collapse();
     }
 
     /// Its QEMU has ended before all of its pages had come.

@@ -105,7 +105,7 @@ impl<'a> Source<'a> {
     /// Opens a page stream.
     pub(crate) fn stream(&self, index: u32) -> Peer {
         let mut stream = Peer::connect(self.world);
-        stream.send(&Message::Stream(Stream { id: self.id.to_vec(), index }));
+        stream.send(&Message::Stream(Stream { id: self.id.to_vec(), index, purpose: 0 }));
         stream
     }
 }

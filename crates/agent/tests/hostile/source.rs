@@ -152,8 +152,8 @@ fn first_words(bad: &mut Bad<'_>) {
     }
     let wrong = [
         Message::Release(Release { generation: 1 }),
-        Message::Stream(Stream { id: vec![9; 16], index: 0 }),
-        Message::Stream(Stream { id: vec![9; 3], index: 0 }),
+        Message::Stream(Stream { id: vec![9; 16], index: 0, purpose: 0 }),
+        Message::Stream(Stream { id: vec![9; 3], index: 0, purpose: 0 }),
         Message::Abort(Text { text: "x".into() }),
     ];
     for message in wrong {
@@ -284,7 +284,13 @@ fn end_with(source: &mut Source<'_>, state: &[u8], bytes: u64, digests: Vec<Bloc
         assert!(matches!(source.control.receive(), Some(Message::Barrier(_))));
     }
     source.control.state(state);
-    source.control.send(&Message::StateEnd(StateEnd { bytes, last_round: 1, digests, paused: false }));
+    source.control.send(&Message::StateEnd(StateEnd {
+        bytes,
+        last_round: 1,
+        digests,
+        paused: false,
+        postcopy: false,
+    }));
     streams
 }
 

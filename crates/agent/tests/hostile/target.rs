@@ -28,7 +28,7 @@ fn welcome(peer: &mut Peer) -> Option<Offer> {
 /// Accepts the offer and the streams; keeps them open for as long as what is returned lives.
 fn accept(peer: &mut Peer, listener: &TcpListener, world: &World) -> Vec<Peer> {
     let offer = welcome(peer).unwrap();
-    peer.send(&Message::Accepted(Accepted { prepare_us: 1 }));
+    peer.send(&Message::Accepted(Accepted { prepare_us: 1, ..Accepted::default() }));
     let endpoint = endpoint(world, "b");
     (0..offer.streams).map(|_| Peer::accept(listener, &endpoint).unwrap()).collect()
 }
@@ -54,7 +54,7 @@ const TRICKS: &[Trick] = &[
         peer.send(&Message::Welcome(Welcome { version: 1, software: String::new() }));
     }),
     ("an acceptance before the offer", "out of turn", |peer, _, _| {
-        peer.send(&Message::Accepted(Accepted { prepare_us: 1 }));
+        peer.send(&Message::Accepted(Accepted { prepare_us: 1, ..Accepted::default() }));
     }),
     ("a refusal without a reason", "cannot move", |peer, _, _| {
         welcome(peer);
@@ -67,7 +67,7 @@ const TRICKS: &[Trick] = &[
     }),
     ("no connection for pages", "lost", |peer, listener, _| {
         welcome(peer);
-        peer.send(&Message::Accepted(Accepted { prepare_us: 1 }));
+        peer.send(&Message::Accepted(Accepted { prepare_us: 1, ..Accepted::default() }));
         drop(listener.accept());
     }),
     ("a barrier for a wrong round", "round 7", |peer, listener, world| {
