@@ -239,6 +239,7 @@ impl View {
                 Outcome::Cancelled => (Status::Cancelled, view.source.clone()),
                 Outcome::Refused(_) | Outcome::Failed(_) => (Status::Failed, view.source.clone()),
                 Outcome::Stranded(_) => (Status::Unresolved, String::new()),
+                Outcome::PagesLost(_) => (Status::Failed, view.target.clone()),
             };
             view.status = status.word().into();
             view.runs_at = runs_at;
@@ -277,6 +278,12 @@ fn describe(outcome: &Outcome, view: &MigrationView) -> Option<String> {
         Outcome::Refused(_) => format!("VM {vm} cannot move to {target}; it {does} at {source}, untouched"),
         Outcome::Failed(why) => {
             format!("VM {vm} did not move to {target}: {why}; it {does} at {source} as before")
+        }
+        Outcome::PagesLost(why) => {
+            format!(
+                "VM {vm} runs at {target} without all of its pages, and those are lost: {why}; it waits for good where it touches one: end it \
+                 there (sterna stop {vm})"
+            )
         }
         Outcome::Stranded(why) => {
             format!(

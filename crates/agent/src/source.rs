@@ -256,6 +256,7 @@ impl Outgoing {
                     self.feed(&mut machine, input);
                 }
             }
+            self.look_at_pages(&mut machine);
             self.update(&mut machine);
             let now = self.now();
             let wait = machine.deadline().map_or(REFRESH, |at| at.saturating_sub(now)).min(REFRESH);
@@ -287,6 +288,14 @@ impl Outgoing {
                 Event::Broken(why) => self.wait_for_last_words(why),
                 Event::Lost(of, why) => self.lost(machine, of, why),
             }
+        }
+    }
+
+    /// The QEMU that has the missing pages, if it has ended.
+    fn look_at_pages(&mut self, machine: &mut Source) {
+        if machine.is_postcopy() && !self.vm.is_alive() {
+            let why = format!("its QEMU at {} has ended, which had them", self.host.name());
+            self.feed(machine, SourceInput::PagesLost(why));
         }
     }
 
@@ -710,7 +719,9 @@ impl Outgoing {
 
     fn over(&mut self, outcome: &Outcome) {
         self.release();
-        if !matches!(outcome, Outcome::Completed) {
+        if matches!(outcome, Outcome::PagesLost(_)) {
+            self.host.registry().remove(&self.vm);
+        } else if !matches!(outcome, Outcome::Completed) {
             self.vm.set_released(false);
             self.vm.notify(None);
             balloon::give_back(&self.host, &self.vm);

@@ -245,6 +245,7 @@ impl Arriving<'_> {
                     machine.handle(input, self.began.elapsed());
                 }
             }
+            self.look_at_pause();
             let wait =
                 machine.deadline().map_or(REFRESH, |at| at.saturating_sub(self.began.elapsed())).min(REFRESH);
             let input = match events.recv_timeout(wait) {
@@ -357,6 +358,10 @@ impl Arriving<'_> {
             }
             TargetAction::Announce => {
                 self.announce();
+                None
+            }
+            TargetAction::Strand(why) => {
+                self.strand(&why);
                 None
             }
             TargetAction::Kill => Some(self.kill()),
@@ -584,6 +589,7 @@ pub(crate) fn phase(action: &TargetAction) -> &'static str {
         TargetAction::Run => "resume",
         TargetAction::Adopt => "adopt",
         TargetAction::Announce => "announce",
+        TargetAction::Strand(_) => "strand",
         TargetAction::Kill => "kill",
         TargetAction::Over(_) => "over",
     }

@@ -283,6 +283,7 @@ impl Source {
             SourceInput::Failed(_) if self.state == State::Ending => self.wait(now, END_PAUSE),
             SourceInput::Failed(_) if self.lazy.is_served() => self.lose(now),
             SourceInput::Failed(why) => self.fail(Outcome::Failed(why)),
+            SourceInput::PagesLost(why) => self.on_pages_lost(why),
             SourceInput::Switch => self.on_switch(now),
             SourceInput::Reattached => self.on_reattached(now),
             SourceInput::Cancel if self.can_cancel() => {

@@ -115,6 +115,8 @@ pub enum TargetAction {
     Adopt,
     /// Tell the network where the VM is now.
     Announce,
+    /// Post-copy: tell people that the missing pages are gone, for this reason: the VM cannot go on.
+    Strand(String),
     /// End the waiting QEMU and wait for its death. There may be none.
     Kill,
     /// The migration is over.
@@ -314,6 +316,10 @@ impl Target {
                 self.state = State::Committing;
                 self.deadline = None;
                 self.record(Step::Committed);
+            }
+            (Message::Abort(text), State::Fetching) => {
+                self.connected = false;
+                self.actions.push_back(TargetAction::Strand(text.text));
             }
             (Message::Abort(text), _) => self.on_disconnected(format!("the source gave up: {}", text.text)),
             (other, _) => self.on_disconnected(format!("the source sent {} out of turn", other.name())),

@@ -85,6 +85,7 @@ fn any_source_input() -> impl Strategy<Value = SourceInput> {
         1 => Just(SourceInput::Failed("no".into())),
         1 => Just(SourceInput::Cancel),
         1 => Just(SourceInput::Switch),
+        1 => Just(SourceInput::PagesLost("killed".into())),
         1 => Just(SourceInput::Reattached),
         1 => Just(SourceInput::DowntimeLimit(Duration::from_millis(1))),
         1 => Just(SourceInput::Tick),
@@ -354,6 +355,7 @@ impl TargetDriver {
                 self.honest.push_back(In::Running(Duration::from_millis(1)));
             }
             TargetAction::Adopt => self.adopted = true,
+            TargetAction::Strand(_) => {}
             TargetAction::Announce => self.honest.push_back(In::Filled(Filled::default())),
             TargetAction::Kill => {
                 self.killed = true;

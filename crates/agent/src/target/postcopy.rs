@@ -31,6 +31,9 @@ const DEVICE: &str = "/dev/userfaultfd";
 /// How long a QEMU whose processors may wait for pages may take to answer, and the pause before the next try.
 const ATTACH_WITHIN: Duration = Duration::from_secs(5);
 
+/// How long a source may be away before people are told.
+const TOLD_AFTER: Duration = Duration::from_secs(10);
+
 /// How far this migration is with post-copy.
 #[derive(Default)]
 pub(super) struct Lazy {
@@ -44,6 +47,9 @@ pub(super) struct Lazy {
     pub(super) connections: u64,
     threads: Vec<u32>,
     runs: bool,
+    /// Since when the source cannot be reached, and whether people know.
+    paused: Option<Instant>,
+    told: bool,
     /// Every page is here: connections that come now are of no use.
     filled: bool,
 }
@@ -298,9 +304,40 @@ impl Arriving<'_> {
         }
     }
 
-    pub(super) fn show_fetching(&self, connected: bool) {
-        if let Some(vm) = self.vm.as_ref().filter(|_| self.lazy.fetch.is_some() && self.lazy.runs) {
-            vm.set_fetching(Some(if connected { "postcopy-active" } else { "postcopy-paused" }));
+    pub(super) fn show_fetching(&mut self, connected: bool) {
+        let Some(vm) = self.vm.as_ref().filter(|_| self.lazy.fetch.is_some() && self.lazy.runs) else {
+            return;
+        };
+        vm.set_fetching(Some(if connected { "postcopy-active" } else { "postcopy-paused" }));
+        self.lazy.paused = if connected { None } else { self.lazy.paused.or_else(|| Some(Instant::now())) };
+        if connected && std::mem::take(&mut self.lazy.told) {
+            vm.notify(None);
+        }
+    }
+
+    /// Tells people of a source that has been away for long: the VM may stand still, and nobody here can change that.
+    pub(super) fn look_at_pause(&mut self) {
+        let long = self.lazy.paused.is_some_and(|since| since.elapsed() > TOLD_AFTER);
+        if let (true, false, Some(vm), Some(fetch)) = (long, self.lazy.told, &self.vm, &self.lazy.fetch) {
+            self.lazy.told = true;
+            let (pages, name) = (fetch.remaining(), vm.name());
+            vm.notify(Some(format!(
+                "{pages} pages of it are still at the host that it came from, which cannot be reached: it waits where it touches one, and \
+                 goes on by itself once that host is back. If that host is lost for good they are too, and it cannot go on: sterna stop {name}"
+            )));
+        }
+    }
+
+    /// The missing pages are gone.
+    pub(super) fn strand(&mut self, why: &str) {
+        drop(self.lost(String::new()));
+        (self.lazy.paused, self.lazy.told) = (None, true);
+        if let Some(vm) = &self.vm {
+            let (name, missing) = (vm.name(), self.lazy.fetch.as_ref().map_or(0, Fetch::remaining));
+            tracing::error!(vm = name, missing, why, "pages of the VM are lost for good");
+            vm.notify(Some(format!(
+                "{missing} pages of it are lost for good ({why}): it waits where it touches one, and cannot go on: sterna stop {name}"
+            )));
         }
     }
 

@@ -163,6 +163,22 @@ fn the_guest_gives_memory_back_meanwhile() {
     assert_eq!(other("b"), "a");
 }
 
+/// What has the missing pages dies: the VM cannot go on, and both hosts say so.
+#[test]
+fn the_pages_are_lost_with_the_qemu_that_has_them() {
+    let scene = boot(World::new("7.2"));
+    let id = begin(&scene);
+    scene.kill_qemu("a");
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "b"), "{view:?}");
+    assert!(view.error_desc.as_ref().is_some_and(|why| why.contains("without all of its pages")), "{view:?}");
+    let told = || scene.b.vm("vm").unwrap().notice.filter(|notice| notice.contains("lost for good"));
+    until("the target says so", MOVE, told);
+    assert!(scene.a.vms().unwrap().is_empty());
+    scene.b.stop("vm").unwrap();
+    assert!(scene.left_at("b").is_empty() && scene.left_at("a").is_empty());
+}
+
 /// Nothing is left of a VM whose QEMU dies at the target: it ran there, and what is at the source is of the past.
 #[test]
 fn the_vm_dies_at_the_target_with_its_qemu() {

@@ -108,6 +108,8 @@ pub enum SourceInput {
     Switch,
     /// [`SourceAction::Reattach`] is done: control connection, demand connection and push streams are open again.
     Reattached,
+    /// Post-copy: the QEMU that has the missing pages has ended; they are gone.
+    PagesLost(String),
     /// The user allows a guest that does not converge to be slowed, or not any more; or it was found that it cannot be done.
     AutoConverge(bool),
     /// An operator decides who owns a VM that was released; answered by [`SourceAction::Reply`].
@@ -184,4 +186,6 @@ pub enum Outcome {
     Cancelled,
     /// It failed, and the VM could not be resumed here either.
     Stranded(String),
+    /// The target runs the VM, and pages that it still needed are gone: it waits for good where it touches one.
+    PagesLost(String),
 }

@@ -9,7 +9,9 @@ use super::{
     State,
 };
 use crate::handoff::Step;
-use crate::wire::message::{Accepted, Reason};
+use crate::progress::Status;
+use crate::wire::Message;
+use crate::wire::message::{Accepted, Reason, Text};
 use std::time::Duration;
 
 /// How long connecting again may take.
@@ -144,6 +146,23 @@ impl Source {
         self.connected = false;
         self.state = State::Asking { pause };
         self.ask_later(now);
+    }
+
+    /// What the target needs is gone with the QEMU that had it. The target is told, for its VM cannot go on; nothing is left to do here.
+    pub(super) fn on_pages_lost(&mut self, why: String) {
+        let waits = matches!(self.state, State::Serving | State::Reattaching | State::Asking { .. });
+        if !self.lazy.served || !waits {
+            return;
+        }
+        if self.connected {
+            self.actions.push_back(SourceAction::Send(Message::Abort(Text { text: why.clone() })));
+        }
+        self.record(Step::Gone);
+        self.state = State::Over;
+        self.ended = Status::Failed;
+        self.deadline = None;
+        self.actions.push_back(SourceAction::Release);
+        self.actions.push_back(SourceAction::Over(Outcome::PagesLost(why)));
     }
 
     pub(super) fn reattach(&mut self, now: Duration) {

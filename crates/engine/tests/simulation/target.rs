@@ -181,7 +181,7 @@ impl World {
                 self.target_op(host, move |world| world.load(host));
             }
             TargetAction::Run => self.start_vm(host),
-            TargetAction::Adopt | TargetAction::Announce => {}
+            TargetAction::Adopt | TargetAction::Announce | TargetAction::Strand(_) => {}
             TargetAction::Kill => {
                 let (serial, qemu) = (self.begin_target_op(host), self.waiting_qemu(host));
                 self.kill(host, qemu, move |world| world.end_target_op(host, serial, TargetInput::Dead));
