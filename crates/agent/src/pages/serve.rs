@@ -19,13 +19,17 @@ use sterna_engine::wire::batch::{
     Content, DESCRIPTORS_MAX, Descriptor, Layout, PAYLOAD_BYTES_MAX, encode_batch, encode_packed_batch,
 };
 use sterna_engine::wire::request::{REQUEST_BYTES, Request};
-use sterna_memory::{Backing, PAGE, PageRun, Process, Reader, Span, is_zero, populated};
+use sterna_memory::{Backing, PAGE, PageRun, Process, Reader, Region, Span, is_zero, populated};
 use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 
 /// Pages that a pusher sends at once: more would make a fault's answer wait behind them.
 const PUSH_PAGES_MAX: u64 = 64;
-/// Bytes that a push stream may have in its socket: enough for the link to be busy, little enough to be gone in half a millisecond at 1 Gbit/s.
-const PUSH_BUFFER_BYTES: usize = 48 << 10;
+/// Bytes that all push streams together may have in their sockets, beside what the link carries in [`QUEUE_TIME`]: enough for a slow one to be busy.
+const QUEUE_BYTES_MIN: usize = 32 << 10;
+/// How long what lies in the sockets may take to go: an answer waits behind it.
+const QUEUE_TIME: Duration = Duration::from_micros(150);
+/// How often that is reckoned anew, from what went.
+const QUEUE_EVERY: Duration = Duration::from_millis(20);
 /// How long a write may wait. A target whose guest runs takes pages all the time: one that does not is gone.
 const WRITE_WITHIN: Duration = Duration::from_secs(10);
 /// Batches of post-copy belong to no round.
@@ -81,7 +85,7 @@ impl Serving {
         blocks: &Arc<Vec<SourceBlock>>,
         bytes: &[u64],
         (pacer, counters): (Arc<Pacer>, Arc<SendCounters>),
-        failed: impl Fn(String) + Clone + Send + 'static,
+        failed: impl FnOnce(String) + Send + 'static,
     ) -> Result<Self, String> {
         let place = |at| blocks.iter().position(|block| usize::from(block.index) == at);
         let pages: Vec<u64> = bytes.iter().map(|bytes| bytes.div_ceil(PAGE)).collect();
@@ -105,13 +109,6 @@ impl Serving {
             shutdowns: vec![demand.shutdown_handle()],
             pacer,
         };
-        let failed_to_look = failed.clone();
-        let looking = shelf.clone();
-        serving.spawn("pages-look", move || {
-            if let Err(why) = looking.look() {
-                failed_to_look(why);
-            }
-        })?;
         serving.spawn("pages-demand", move || {
             let _ = rustix::process::nice(URGENT);
             let (reader, writer) = demand.split();
@@ -122,15 +119,22 @@ impl Serving {
         Ok(serving)
     }
 
-    /// Begins to push.
+    /// Begins to push. The VM runs at the target by now: what is looked for here takes no time from its start.
     pub(crate) fn push(
         &mut self,
         streams: Vec<Connection>,
         options: SendOptions,
         failed: impl Fn(String) + Clone + Send + 'static,
     ) -> Result<(), String> {
+        let (looking, failed_to_look) = (self.shelf.clone(), failed.clone());
+        self.spawn("pages-look", move || {
+            if let Err(why) = looking.look() {
+                failed_to_look(why);
+            }
+        })?;
+        let count = streams.len();
         for (at, connection) in streams.into_iter().enumerate() {
-            connection.set_send_buffer(PUSH_BUFFER_BYTES).map_err(|why| why.to_string())?;
+            connection.set_send_buffer(QUEUE_BYTES_MIN / count).map_err(|why| why.to_string())?;
             self.shutdowns.push(connection.shutdown_handle());
             let (shelf, failed) = (self.shelf.clone(), failed.clone());
             let mut link = Link::new(at as u32, connection, self.pacer.clone(), shelf.counters.clone());
@@ -140,6 +144,7 @@ impl Serving {
                 link,
                 packer: Packer::new(PUSH_PAGES_MAX as usize * PAGE as usize, options.methods),
                 page: Pages::new(PUSH_PAGES_MAX),
+                queue: Queue { streams: count, began: Instant::now(), bytes: 0 },
             };
             self.spawn(&format!("pages-push-{at}"), move || {
                 if let Err(why) = pusher.push() {
@@ -205,6 +210,23 @@ impl Shelf {
             .ok_or_else(|| format!("the target asked for pages of block {place}"))
     }
 
+    /// What of a run can differ from zero. The rest is not read: to read a hole of a file is to fill it.
+    fn there(&self, at: usize, run: PageRun) -> Result<Vec<PageRun>, String> {
+        let (block, mut there) = (&self.blocks[at], Vec::new());
+        match self.populated.get() {
+            Some(populated) => within(&populated[at], run, &mut there),
+            // Nothing is known yet: the first answers, while the target loads the VM.
+            None if block.backing == Backing::Anonymous => there.push(run),
+            None => {
+                let span = block.region.span(run);
+                let part = Region { base: span.addr, bytes: span.len };
+                populated(&self.process, &part, &mut there).map_err(|why| why.to_string())?;
+                there.iter_mut().for_each(|found| found.first += run.first);
+            }
+        }
+        Ok(there)
+    }
+
     /// The next pages to push; nothing once it is over.
     fn next(&self) -> Option<(u16, PageRun)> {
         let mut order = lock(&self.order);
@@ -241,18 +263,12 @@ impl Pages {
         }
     }
 
-    /// Reads a run, and describes each page of it: bytes, or zero. What has never been written is not read, which would make it be there.
-    fn read(&mut self, shelf: &Shelf, at: usize, run: PageRun) -> Result<(), String> {
+    /// Reads what is `there` of a run, and describes each page of it: bytes, or zero.
+    fn read(&mut self, shelf: &Shelf, at: usize, run: PageRun, there: &[PageRun]) -> Result<(), String> {
         let block = &shelf.blocks[at];
         self.descriptors.clear();
         self.parts.clear();
-        let (mut there, mut spans) = (Vec::new(), Vec::<Span>::new());
-        match shelf.populated.get() {
-            Some(populated) => within(&populated[at], run, &mut there),
-            // Nothing is known yet: the first answers.
-            None => there.push(run),
-        }
-        spans.extend(there.iter().map(|run| block.region.span(*run)));
+        let spans: Vec<Span> = there.iter().map(|run| block.region.span(*run)).collect();
         let bytes: usize = spans.iter().map(|span| span.len as usize).sum();
         let buffer = &mut self.buffer[..bytes];
         shelf
@@ -338,12 +354,9 @@ impl Answering {
     }
 
     fn answer(&mut self, place: u16, run: PageRun) -> Result<(), String> {
-        let (at, block) = self.shelf.block(place)?;
-        if self.shelf.populated.get().is_none() && block.backing != Backing::Anonymous {
-            // To read a hole of a file is to fill it.
-            self.wait_for_look();
-        }
-        self.pages.read(&self.shelf, at, run)?;
+        let (at, _) = self.shelf.block(place)?;
+        let there = self.shelf.there(at, run)?;
+        self.pages.read(&self.shelf, at, run, &there)?;
         let Pages { head, descriptors, .. } = &mut self.pages;
         head.clear();
         encode_batch(place, NO_ROUND, descriptors, head);
@@ -364,14 +377,6 @@ impl Answering {
         order.prepaging.fault(place.into(), run.first);
         Ok(())
     }
-
-    fn wait_for_look(&self) {
-        let mut order = lock(&self.shelf.order);
-        while self.shelf.populated.get().is_none() && !self.shelf.over.load(Ordering::Relaxed) {
-            let waited = self.shelf.more.wait_timeout(order, IDLE);
-            order = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
-        }
-    }
 }
 
 /// A thread that pushes.
@@ -380,6 +385,28 @@ struct Pushing {
     link: Link,
     packer: Packer,
     page: Pages,
+    queue: Queue,
+}
+
+/// How much a stream may have in its socket.
+struct Queue {
+    streams: usize,
+    began: Instant,
+    bytes: u64,
+}
+
+impl Queue {
+    /// Takes in what was written; tells what the socket may hold from now on, every now and then.
+    fn wrote(&mut self, bytes: u64) -> Option<usize> {
+        self.bytes += bytes;
+        let elapsed = self.began.elapsed();
+        if elapsed < QUEUE_EVERY {
+            return None;
+        }
+        let carried = self.bytes as f64 / elapsed.as_secs_f64() * QUEUE_TIME.as_secs_f64();
+        (self.began, self.bytes) = (Instant::now(), 0);
+        Some(QUEUE_BYTES_MIN / self.streams + carried as usize)
+    }
 }
 
 impl Pushing {
@@ -389,7 +416,8 @@ impl Pushing {
             let shelf = self.shelf.clone();
             let Some((place, run)) = shelf.next() else { return Ok(()) };
             let (at, _) = shelf.block(place)?;
-            self.page.read(&shelf, at, run)?;
+            let there = shelf.there(at, run)?;
+            self.page.read(&shelf, at, run, &there)?;
             self.send(place)?;
             shelf.figures.pushed.fetch_add(run.pages, Ordering::Relaxed);
         }
@@ -412,6 +440,9 @@ impl Pushing {
             }
         };
         self.link.flush()?;
+        if let Some(bytes) = self.queue.wrote(took.0.0) {
+            self.link.set_queue(bytes)?;
+        }
         self.packer.rule.wrote(took.0, took.1);
         Ok(())
     }
