@@ -11,7 +11,8 @@ use std::sync::Arc;
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrateRequest, MigrationView};
 use sterna_lab::guest::{GuestSpec, Program, Ram, Vga};
-use support::{BOOT, World, idle, load, migrate, request};
+use support::scene::until;
+use support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
 
 /// A guest that writes to as much as `dirty` MiB at `rate` MB/s, and checks what it wrote.
 fn writer(dirty: u32, rate: u32, how: &[&str]) -> Program {
@@ -47,7 +48,12 @@ impl Pair {
     fn moves(&self, change: impl FnOnce(MigrateRequest) -> MigrateRequest) -> MigrationView {
         let from_a = self.a.vms().iter().any(|vm| vm.name == "vm");
         let (from, to) = if from_a { (&self.a, &self.b) } else { (&self.b, &self.a) };
-        let view = migrate(from, change(request("vm", to.name())));
+        let view = migrate(from, change(MigrateRequest { timeout: None, ..request("vm", to.name()) }));
+        self.assert_moved(&view, to);
+        view
+    }
+
+    fn assert_moved(&self, view: &MigrationView, to: &Arc<Agent>) {
         assert_eq!(view.status, "completed", "{view:?}\n{}", self.world.console("vm"));
         assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
         assert!(view.postcopy.as_ref().is_some_and(|known| known.faults.is_some()), "{view:?}");
@@ -55,7 +61,6 @@ impl Pair {
         self.world.wait_for_more("vm", "LOAD", BOOT);
         let console = self.world.console("vm");
         assert!(!console.contains("BAD"), "{console}");
-        view
     }
 
     fn end(self) {
@@ -99,13 +104,110 @@ fn a_private_memfd() {
     moves("10.0", |guest| GuestSpec { programs: vec![load(60)], ram: Ram::PrivateMemfd, ..guest });
 }
 
+/// A guest that a link of this many bytes a second does not keep up with.
+const NARROW: u64 = 20_000_000;
+
+/// A guest that writes more than [`NARROW`] carries.
+fn outruns(guest: GuestSpec) -> GuestSpec {
+    GuestSpec { programs: vec![writer(48, 80, &[])], ..guest }
+}
+
+fn narrow(request: MigrateRequest) -> MigrateRequest {
+    MigrateRequest { max_bandwidth: Some(NARROW), timeout: None, verify: true, ..request }
+}
+
+/// Begins a migration that never converges, and switches it in this round.
+fn switches_in(round: u32) {
+    let pair = Pair::boot(World::new("7.2"), outruns);
+    let id = pair.a.migrate(narrow(request("vm", "b")), None).unwrap().id;
+    let seen = || pair.a.migration(&id).unwrap();
+    until("that round", MOVE, || (seen().ram.dirty_sync_count >= round).then_some(()));
+    pair.a.postcopy(&id).unwrap();
+    let view = wait(&pair.a, &id);
+    println!("{view:?}");
+    pair.assert_moved(&view, &pair.b);
+    // Each page went once, or twice where it was written since: less than all of it again.
+    assert!(view.ram.dirty_sync_count <= round + 1, "{view:?}");
+    pair.end();
+}
+
+#[test]
+fn a_switch_in_the_first_round() {
+    switches_in(1);
+}
+
+#[test]
+fn a_switch_in_the_second_round() {
+    switches_in(2);
+}
+
+#[test]
+fn a_switch_when_the_time_is_over() {
+    let pair = Pair::boot(World::new("10.0"), outruns);
+    let way = |request| MigrateRequest { timeout: Some(3.0), timeout_postcopy: true, ..narrow(request) };
+    let view = pair.moves(way);
+    assert!(view.downtime.is_some_and(|ms| ms < 1000.0) || view.blocks_verified.is_some(), "{view:?}");
+    pair.end();
+}
+
+/// The kernel serves its own faults for nobody but root, unless it is asked for by its device.
+#[test]
+fn a_qemu_that_is_not_root() {
+    let mut world = World::new("7.2");
+    world.user = Some("nobody".into());
+    let pair = Pair::boot(world, |guest| GuestSpec { programs: vec![load(60)], ..guest });
+    pair.moves(at_once);
+    pair.moves(after_precopy);
+    pair.end();
+}
+
+#[test]
+fn pages_in_the_clear() {
+    let mut world = World::new("7.2");
+    world.clear = vec!["a", "b"];
+    let pair = Pair::boot(world, |guest| GuestSpec { programs: vec![load(60)], ..guest });
+    pair.moves(at_once);
+    pair.end();
+}
+
+/// Free pages are given back all the time, those too that have not come yet.
+#[test]
+fn a_guest_that_reports_its_free_pages() {
+    let device = ["-device", "virtio-balloon-pci,free-page-reporting=on"].map(str::to_owned).to_vec();
+    let pair = Pair::boot(World::new("7.2"), |guest| GuestSpec {
+        programs: vec![load(60)],
+        extra: device,
+        memory_mib: 384,
+        ..guest
+    });
+    let slowly = |request| MigrateRequest { max_bandwidth: Some(NARROW), ..at_once(request) };
+    pair.moves(slowly);
+    pair.moves(slowly);
+    pair.end();
+}
+
+/// What the guest can do without goes to its balloon first, and comes back when all of it is there (Hines and Gopalan, section 3.4).
+#[test]
+fn a_balloon_takes_what_need_not_travel() {
+    let device = ["-device", "virtio-balloon-pci"].map(str::to_owned).to_vec();
+    let pair = Pair::boot(World::new("10.0"), |guest| GuestSpec {
+        programs: vec![load(20)],
+        extra: device,
+        memory_mib: 384,
+        ..guest
+    });
+    let view = pair.moves(|request| MigrateRequest { balloon: true, ..at_once(request) });
+    assert!(view.ram.balloon_bytes > 32 << 20, "{view:?}");
+    pair.end();
+}
+
 #[test]
 fn an_idle_guest() {
     let pair = Pair::boot(World::new("7.2"), |guest| GuestSpec { programs: vec![idle()], ..guest });
     let view = pair.moves(at_once);
     println!("{:?} ms down: {:?}, {:?}", view.downtime, view.postcopy, view.downtime_split);
     // It has next to nothing to fetch: it is not handed over before it is complete.
-    let view = migrate(&pair.b, after_precopy(request("vm", "a")));
+    let view = migrate(&pair.b, MigrateRequest { downtime_limit: 300, ..after_precopy(request("vm", "a")) });
     assert_eq!((view.status.as_str(), view.postcopy), ("completed", None));
     // What was got ready for it is gone all the same.
     pair.moves(at_once);
