@@ -1,17 +1,14 @@
 //! The policies of pre-copy on real QEMUs, each alone and all at once: RAM is proved equal in every case, and the guest checks its own.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::scene::{Scene, other, to_the_other, until};
+use crate::support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
 use serde_json::json;
 use sterna_agent::model::{CompressionMode, MigrateRequest, MigrationView, SetRequest};
 use sterna_agent::{Agent, Mechanism};
 use sterna_lab::guest::{GuestSpec, Program, Ram};
-use support::scene::{Scene, other, to_the_other, until};
-use support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
 
 /// Bytes per second of a link that a guest outruns.
 const NARROW: u64 = 20_000_000;

@@ -1,7 +1,4 @@
 //! Disk images: the same file with working locks at both ends, or no move; and what a guest wrote is in them after it.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::fs::{self, File};
 use std::io::Write as _;
@@ -11,10 +8,10 @@ use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::{BOOT, World, idle, migrate, request};
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrationView, RunRequest};
 use sterna_lab::guest::{Arrival, HostSide, Serial};
-use support::{BOOT, World, idle, migrate, request};
 
 /// The guest writes whole blocks of this size.
 const BLOCK_BYTES: usize = 4096;
@@ -87,7 +84,7 @@ fn written(world: &World) -> Vec<usize> {
 
 fn wait_for_writes(world: &World) {
     let before = written(world).len();
-    support::scene::until("the guest writes", BOOT, || {
+    crate::support::scene::until("the guest writes", BOOT, || {
         (written(world).len() >= before + WRITES).then_some(())
     });
 }
@@ -101,7 +98,7 @@ fn sum(world: &World, host: &str) -> String {
     };
     let before = sums().len();
     say(world, host, READER);
-    support::scene::until("the guest reads", BOOT, || sums().get(before).cloned())
+    crate::support::scene::until("the guest reads", BOOT, || sums().get(before).cloned())
 }
 
 /// The image holds every block that the guest has written, up to the last that it told of.
@@ -166,7 +163,7 @@ fn refused(a: &Arc<Agent>, b: &Arc<Agent>) -> Vec<String> {
     let view = migrate(a, request("vm", "b"));
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{view:?}");
     assert_eq!(a.vm("vm").unwrap().state, "running");
-    support::scene::until("nothing waits at b", BOOT, || b.vms().is_empty().then_some(()));
+    crate::support::scene::until("nothing waits at b", BOOT, || b.vms().is_empty().then_some(()));
     view.reasons.iter().map(|reason| format!("{}: {}", reason.code, reason.text)).collect()
 }
 

@@ -6,8 +6,8 @@ use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use crate::cell::{Fate, Phase};
-use crate::fault::Fault;
+use crate::matrix::cell::{Fate, Phase};
+use crate::matrix::fault::Fault;
 use crate::support::count;
 
 const BEGIN: &str = "<!-- the crash matrix writes from here -->\n";

@@ -3,19 +3,16 @@
 //!
 //! A guest reads its disk all the time and keeps what it read. Its QEMU's disk is slowed by a cgroup, below the point at which
 //! the kernel has pinned the pages: so reads are in flight at every scan.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::{BOOT, World, idle, migrate, request};
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest};
 use sterna_agent::{Agent, Mechanism};
 use sterna_lab::guest::GuestSpec;
-use support::{BOOT, World, idle, migrate, request};
 
 /// What the guest reads in one go: it fits its page cache, and a slow disk takes seconds for it.
 const DISK_BYTES: u64 = 48 << 20;

@@ -1,18 +1,15 @@
 //! What happens to a VM that does something else than to run when it is moved, or begins to while it is: a table in
 //! docs/guide.md says it, and each line of it is a test here, on real QEMUs, with RAM proved equal.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::{BOOT, World, load, migrate, request, wait};
 use serde_json::json;
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest};
 use sterna_lab::guest::{Disk, GuestSpec};
-use support::{BOOT, World, load, migrate, request, wait};
 
 /// Bytes per second that keep the first round going until something was done to the VM.
 const SLOW: u64 = 40_000_000;

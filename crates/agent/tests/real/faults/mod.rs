@@ -1,9 +1,5 @@
 //! Faults before, at and after the hand-off, on real QEMUs with agents that are real processes. After each of them one
 //! host runs the VM, the guest has lost nothing, nothing is left behind, and the next try succeeds.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-#[path = "../support/mod.rs"]
-mod support;
 
 mod cancel;
 mod crash;
@@ -14,9 +10,9 @@ mod refusal;
 
 use std::time::Duration;
 
+use crate::support::daemon::Daemon;
+use crate::support::scene::{AT_REST, Scene, left_in_qemu, to_the_other, until};
 use sterna_agent::model::{MigrateRequest, MigrationView};
-use support::daemon::Daemon;
-use support::scene::{AT_REST, Scene, left_in_qemu, to_the_other, until};
 
 /// Bytes per second that keep the first round going long enough to break it.
 const SLOW: u64 = 20_000_000;

@@ -1,7 +1,4 @@
 //! Guests with a helper: they ask for their own migration, and slow what writes too fast.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
@@ -9,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::{BOOT, MOVE, World, idle, load, migrate, request};
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest};
 use sterna_agent::{Agent, Config};
 use sterna_lab::guest::{GuestSpec, Program};
-use support::{BOOT, MOVE, World, idle, load, migrate, request};
 
 /// How long a guest that was let go may take to be as fast as before.
 const RECOVERS: Duration = Duration::from_secs(60);
@@ -59,7 +56,7 @@ fn asks(world: &World, at: &str, to: &str, number: u32) -> String {
 fn the_only_migration(agent: &Arc<Agent>) -> MigrationView {
     let all = agent.migrations();
     assert_eq!(all.len(), 1, "{all:?}");
-    support::wait(agent, &all[0].id)
+    crate::support::wait(agent, &all[0].id)
 }
 
 fn moves_itself(version: &str) {
@@ -275,7 +272,7 @@ fn a_guest_that_outruns_its_move_is_slowed_from_inside_first() {
     };
     let id = a.migrate(asked, None).unwrap().id;
     world.wait_until("its helper slows it", || a.guest_stunned("vm").is_some());
-    let view = support::wait(&a, &id);
+    let view = crate::support::wait(&a, &id);
     assert_eq!(view.status, "completed", "{view:?}");
     assert_eq!(view.notices, [""; 0]);
     world.wait_for_more("vm", "LOAD", BOOT);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::cell::Phase;
+use crate::matrix::cell::Phase;
 use crate::support::hold::Frozen;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{Scene, other};

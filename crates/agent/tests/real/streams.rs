@@ -1,16 +1,13 @@
 //! Parallel page streams: any number of them moves a guest that writes, and the loss of one ends the try.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::sync::Arc;
 
+use crate::support::proxy::Proxy;
+use crate::support::scene::until;
+use crate::support::{BOOT, MOVE, World, load, migrate, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::MigrateRequest;
 use sterna_lab::guest::GuestSpec;
-use support::proxy::Proxy;
-use support::scene::until;
-use support::{BOOT, MOVE, World, load, migrate, request, wait};
 
 /// So many streams are the default, fewer where there are fewer processors (docs/guide.md).
 const DEFAULT: usize = 2;

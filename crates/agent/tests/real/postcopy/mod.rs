@@ -1,18 +1,14 @@
 //! Post-copy on real QEMUs: the VM runs at the target while pages of it are at the source. RAM is proved equal, page by page, and the guest checks its own.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-#[path = "../support/mod.rs"]
-mod support;
 
 mod faults;
 
 use std::sync::Arc;
 
+use crate::support::scene::until;
+use crate::support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrateRequest, MigrationView};
 use sterna_lab::guest::{GuestSpec, Program, Ram, Vga};
-use support::scene::until;
-use support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
 
 /// A guest that writes to as much as `dirty` MiB at `rate` MB/s, and checks what it wrote.
 fn writer(dirty: u32, rate: u32, how: &[&str]) -> Program {

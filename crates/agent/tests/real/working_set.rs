@@ -1,20 +1,17 @@
 //! What a guest writes is measured on real QEMUs: as much as it says itself, without leaving anything, and as its move then shows.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::scene::{AT_REST, Scene, left_in_qemu, until};
+use crate::support::{BOOT, World, migrate, request, wait};
 use sterna_agent::model::{
     CompressionMode, MigrateRequest, WorkingSetEvent, WorkingSetRequest, WorkingSetView,
 };
 use sterna_agent::{Agent, Mechanism};
 use sterna_lab::guest::{GuestSpec, Program};
-use support::scene::{AT_REST, Scene, left_in_qemu, until};
-use support::{BOOT, World, migrate, request, wait};
 use tokio::sync::mpsc::Receiver;
 
 /// Pages of the guest's kernel and of the load's own bookkeeping that are written beside the load's.

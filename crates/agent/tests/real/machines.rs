@@ -1,18 +1,15 @@
 //! What a VM is made of: parts that were plugged in later, firmware at work, processors, and a newer QEMU.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::{BOOT, World, load, migrate, request};
 use serde_json::{Value, json};
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrationView, RunRequest};
 use sterna_lab::guest::{Disk, GuestSpec, Machine, Vga};
 use sterna_memory::{Process, Region, populated};
-use support::{BOOT, World, load, migrate, request};
 
 /// Slow enough that there is time to change the VM while its few pages travel.
 const CRAWL_BYTES_PER_SECOND: u64 = 256 << 10;
@@ -45,7 +42,7 @@ fn refused(from: &Arc<Agent>, to: &Arc<Agent>) -> String {
     let view = migrate(from, request("vm", to.name()));
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", from.name()), "{view:?}");
     assert_eq!(from.vm("vm").unwrap().state, "running");
-    support::scene::until("nothing waits at the target", BOOT, || to.vms().is_empty().then_some(()));
+    crate::support::scene::until("nothing waits at the target", BOOT, || to.vms().is_empty().then_some(()));
     let texts = view.reasons.iter().map(|reason| format!("{}: {}", reason.code, reason.text));
     // What is no reason of the pre-check is told last.
     texts.chain(view.error_desc.clone()).collect::<Vec<_>>().join("\n")
@@ -117,7 +114,9 @@ fn a_change_while_it_moves_ends_the_try_and_not_the_vm() {
         };
         let id = a.migrate(slow, None).unwrap().id;
         let watch = a.watch(&id).unwrap();
-        support::scene::until("pages travel", BOOT, || (watch.borrow().status == "active").then_some(()));
+        crate::support::scene::until("pages travel", BOOT, || {
+            (watch.borrow().status == "active").then_some(())
+        });
         world.qmp("a", "vm").execute(command, arguments).unwrap();
         a.set(
             &id,
@@ -128,12 +127,12 @@ fn a_change_while_it_moves_ends_the_try_and_not_the_vm() {
             },
         )
         .unwrap();
-        let view = support::wait(&a, &id);
+        let view = crate::support::wait(&a, &id);
         assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{command}: {view:?}");
         let why = view.error_desc.unwrap();
         assert!(why.contains("came or went"), "{command}: {why}");
         assert_eq!(a.vm("vm").unwrap().state, "running");
-        support::scene::until("nothing waits at b", BOOT, || b.vms().is_empty().then_some(()));
+        crate::support::scene::until("nothing waits at b", BOOT, || b.vms().is_empty().then_some(()));
         // What came is told, so start anew.
         let told = refused(&a, &b);
         assert!(told.contains("was added"), "{command}: {told}");
@@ -209,7 +208,7 @@ fn moves_while_firmware_runs(world: &World, options: &str, says: &str) {
     let console = format!("-chardev file,id=c,path={},append=on -serial chardev:c", serial.display());
     a.run(firmware(world, &format!("{options} {console}"))).unwrap();
     let boots = || world.console("vm").matches(says).count();
-    let boots_again = |before| support::scene::until(says, BOOT, || (boots() > before).then_some(()));
+    let boots_again = |before| crate::support::scene::until(says, BOOT, || (boots() > before).then_some(()));
     completes(&a, &b);
     boots_again(0);
     completes(&b, &a);

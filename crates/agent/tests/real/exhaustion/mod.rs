@@ -1,16 +1,12 @@
 //! Hosts that run out of something, on real QEMUs with agents that are real processes: whatever is missing, the VM runs,
 //! the error says what to do, nothing is left behind, and when there is enough again the next move succeeds.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-#[path = "../support/mod.rs"]
-mod support;
 
 mod disk;
 mod limits;
 mod strangers;
 
+use crate::support::scene::{AT_REST, Scene, to_the_other, until};
 use sterna_agent::model::{MigrateRequest, MigrationView};
-use support::scene::{AT_REST, Scene, to_the_other, until};
 
 /// Bytes per second that keep the first round going long enough to change something meanwhile.
 const SLOW: u64 = 20_000_000;

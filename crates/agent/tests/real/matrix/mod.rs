@@ -3,10 +3,6 @@
 //! An agent is held exactly at the point, the fault strikes, what was killed is started again, and from then on nobody
 //! helps: one host must run the guest (the watcher sees that there are never two), the guest must have lost nothing, and
 //! nothing may be left behind. `table.rs` has what is to come of each; `docs/reliability.md` shows it to people.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-#[path = "../support/mod.rs"]
-mod support;
 
 mod cell;
 mod fault;

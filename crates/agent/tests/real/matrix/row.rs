@@ -2,12 +2,12 @@
 
 use serde_json::json;
 
-use crate::cell::{Fate, Phase, Proof};
-use crate::fault::{Fault, Links};
+use crate::matrix::cell::{Fate, Phase, Proof};
+use crate::matrix::fault::{Fault, Links};
+use crate::matrix::table;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{AT_REST, Scene, Watcher, other, until};
 use crate::support::{MOVE, World};
-use crate::table;
 
 /// Tries all cells of a row; what is seen must be what the table and the document say.
 pub(crate) fn survives(fault: Fault) {

@@ -1,7 +1,4 @@
 //! Kinds of memory, and what becomes of memory while it is moved: the guest gives pages back and takes them again.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -9,6 +6,8 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::support::scene::until;
+use crate::support::{BOOT, MOVE, World, count, load, migrate, pids_naming, request, wait};
 use serde_json::json;
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, SetRequest};
 use sterna_agent::{Agent, Mechanism};
@@ -16,8 +15,6 @@ use sterna_lab::HugePages;
 use sterna_lab::guest::{GuestSpec, Program, Ram};
 use sterna_lab::qmp::Qmp;
 use sterna_memory::{Process, Region, populated};
-use support::scene::until;
-use support::{BOOT, MOVE, World, count, load, migrate, pids_naming, request, wait};
 
 /// How fast pages travel in the first round, and then: slower than the guest writes, so that rounds do not shrink until one is so short
 /// that the guest, which runs little on a busy host, writes nothing in it.

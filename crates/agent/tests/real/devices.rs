@@ -1,7 +1,4 @@
 //! Devices that are used all the time while the guest moves, and devices that are refused.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -9,14 +6,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::scene::left_in_qemu;
+use crate::support::{World, count, migrate, request};
 use serde_json::json;
 use sterna_agent::Agent;
 use sterna_agent::model::RunRequest;
 use sterna_lab::guest::{GuestSpec, Program};
 use sterna_lab::{LabDir, image, packages};
 use sterna_memory::{Process, footprint};
-use support::scene::left_in_qemu;
-use support::{World, count, migrate, request};
 
 /// What the guest says of its devices (`use.sh`), each more than once after a move.
 const USED: [&str; 8] = ["vda", "sda", "sdb", "net", "e1000e", "rng", "port", "gpu"];

@@ -1,16 +1,13 @@
 //! Many migrations of one guest in a row, that succeed and that fail: it loses nothing, and nothing piles up in agents,
 //! QEMUs and folders. `STERNA_LONG=1` makes it a hundred of each.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::time::{Duration, Instant};
 
+use crate::support::holdings::{Holdings, scopes_of};
+use crate::support::proxy::Proxy;
+use crate::support::scene::{AT_REST, Scene, Watcher, left_in_qemu, other, to_the_other, until};
+use crate::support::{World, count};
 use sterna_agent::model::MigrateRequest;
-use support::holdings::{Holdings, scopes_of};
-use support::proxy::Proxy;
-use support::scene::{AT_REST, Scene, Watcher, left_in_qemu, other, to_the_other, until};
-use support::{World, count};
 
 /// Bytes per second that keep a migration going long enough to break it.
 const SLOW: u64 = 20_000_000;

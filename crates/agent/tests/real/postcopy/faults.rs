@@ -22,7 +22,13 @@ fn boot(world: World) -> Scene {
 }
 
 fn slowly(from: &str) -> MigrateRequest {
-    MigrateRequest { postcopy: true, timeout: None, verify: false, max_bandwidth: Some(SLOW), ..to_the_other(from) }
+    MigrateRequest {
+        postcopy: true,
+        timeout: None,
+        verify: false,
+        max_bandwidth: Some(SLOW),
+        ..to_the_other(from)
+    }
 }
 
 fn becomes(scene: &Scene, host: &str, wanted: &str) {

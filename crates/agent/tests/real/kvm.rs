@@ -1,18 +1,15 @@
 //! A guest under KVM moves, there and back. It runs no operating system and counts in memory that proves itself (see the top
 //! of `crates/guest/bare/pattern.s`): each page that is lost, stale or misplaced is told as `BAD` on its console.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::path::Path;
 use std::sync::Arc;
 
+use crate::support::{BOOT, World, count, migrate, request};
 use serde_json::json;
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrateRequest, RunRequest};
 use sterna_lab::LabDir;
 use sterna_lab::bare::Pattern;
-use support::{BOOT, World, count, migrate, request};
 
 /// Two processors that write all the time.
 const GUEST: Pattern = Pattern { vcpus: 2, mib_per_vcpu: 16 };

@@ -1,7 +1,7 @@
 //! A VM that was handed over and whose target does not answer: it says so, and an operator decides with `sterna recover`.
 
-use crate::cell::{Phase, Proof};
-use crate::fault::{Links, cut_while};
+use crate::matrix::cell::{Phase, Proof};
+use crate::matrix::fault::{Links, cut_while};
 use crate::support::hold::Hold;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{Scene, Watcher, other, to_the_other, until};

@@ -1,15 +1,12 @@
 //! Real QEMUs move between two agents; in every move RAM is proved equal, and the guest checks its own memory.
-#![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
-
-mod support;
 
 use std::sync::Arc;
 
+use crate::support::{BOOT, World, idle, load, migrate, request};
 use serde_json::json;
 use sterna_agent::Agent;
 use sterna_agent::model::MigrationView;
 use sterna_lab::guest::{Disk, GuestSpec, Machine, Ram, Vga};
-use support::{BOOT, World, idle, load, migrate, request};
 
 /// Boots the guest at `a` and moves it once, with RAM proved equal, and checks that it goes on.
 fn moves_once(version: &str, change: impl FnOnce(GuestSpec) -> GuestSpec) {
@@ -210,7 +207,7 @@ fn two_guests_pass_each_other() {
     let one = a.migrate(request("one", "b"), None).unwrap().id;
     let two = b.migrate(request("two", "a"), None).unwrap().id;
     for (agent, id) in [(&a, one), (&b, two)] {
-        let view = support::wait(agent, &id);
+        let view = crate::support::wait(agent, &id);
         assert_eq!(view.status, "completed", "{view:?}");
     }
     for name in ["one", "two"] {
