@@ -60,6 +60,14 @@ impl Vm {
         }
     }
 
+    /// All of it, of a guest that moved once at most.
+    fn whole_console(&self, stage: &Stage) -> String {
+        match self {
+            Vm::Ours(vm) => vm.console(stage),
+            Vm::Stock(vm, _) => vm.whole_console(),
+        }
+    }
+
     pub(crate) fn end(self, stage: &Stage) -> Result<(), BenchError> {
         match self {
             Vm::Ours(vm) => vm.stop(stage),
@@ -80,6 +88,8 @@ pub(crate) struct Terms {
     pub(crate) downtime_limit_ms: Option<u64>,
     /// When a move is given up.
     pub(crate) limit: Option<Duration>,
+    /// Whether the guest is asked what it lost: one that is busy, and tells how much it writes.
+    pub(crate) is_counted: bool,
 }
 
 impl Terms {
@@ -143,7 +153,7 @@ impl Contest<'_> {
         for (contender, mut vm) in vms {
             if let Vm::Ours(vm) = &mut vm {
                 run.tell("ours once more, untimed, with --verify");
-                verified = Some(vm.verify(self.stage));
+                verified = Some(vm.verify_with(self.stage, &self.terms.verify(None)));
             }
             self.check(&vm)?;
             vm.end(self.stage)?;
@@ -167,7 +177,11 @@ impl Contest<'_> {
             for (way, contender) in ways.iter().zip(&mut contenders).filter(|(_, c)| c.failed.is_none()) {
                 let mut vm = self.boot(*way, pair, 0)?;
                 std::thread::sleep(load::BEFORE);
+                let before = vm.whole_console(self.stage);
                 self.turn(contender, &mut vm)?;
+                if self.terms.is_counted && contender.failed.is_none() {
+                    self.count(contender, &vm, &before);
+                }
                 if let (Vm::Ours(vm), None) = (&mut vm, &verified) {
                     verified = Some(vm.verify_with(self.stage, &verify));
                 }
@@ -217,6 +231,15 @@ impl Contest<'_> {
         Ok(())
     }
 
+    /// What its last move cost the guest, by the guest's own word.
+    fn count(&self, contender: &mut Contender, vm: &Vm, before: &str) {
+        std::thread::sleep(load::AFTER);
+        let lost = load::work_lost_s(before, &vm.whole_console(self.stage));
+        if let Some(last) = contender.moves.last_mut() {
+            last.figures.set(Metric::AppLost, lost);
+        }
+    }
+
     fn boot(&self, way: Option<StockWay>, number: u32, tap: u8) -> Result<Vm, BenchError> {
         let name = format!("{}{number}", way.map_or("ours", StockWay::name).replace(' ', "-"));
         let guest = (self.guest)(&name, tap);
@@ -259,6 +282,7 @@ mod tests {
             options: vec!["--auto-converge".to_owned()],
             downtime_limit_ms: Some(50),
             limit: Some(Duration::from_secs(9)),
+            ..Terms::default()
         };
         let ours = terms.ours(&[]);
         assert_eq!(ours.options, ["--auto-converge", "--max-downtime", "50"]);

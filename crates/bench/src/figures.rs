@@ -56,6 +56,16 @@ pub enum Metric {
     AppLost,
     /// The longest time between two updates that a player of a game saw. Milliseconds.
     UpdateGap,
+    /// How long the guest's processors waited in all for pages that were not there yet, one added to the other. Milliseconds.
+    BlockedTime,
+    /// Pages that the target asked for because somebody waited for them.
+    PageRequests,
+    /// The blocked time over the number of waits, or of requests where waits are not counted. Microseconds.
+    BlockedPerFault,
+    /// The mean of waits that were timed one by one. Microseconds.
+    FaultMean,
+    /// 99 of 100 of these were not longer. Microseconds.
+    FaultP99,
 }
 
 impl Metric {
@@ -87,6 +97,11 @@ impl Metric {
             Metric::AppAfter => "application after",
             Metric::AppLost => "work lost to the move",
             Metric::UpdateGap => "longest wait of a player",
+            Metric::BlockedTime => "guest blocked for pages",
+            Metric::PageRequests => "pages asked for",
+            Metric::BlockedPerFault => "blocked for each fault",
+            Metric::FaultMean => "fault latency, mean",
+            Metric::FaultP99 => "fault latency, 99 of 100",
         }
     }
 
@@ -98,14 +113,15 @@ impl Metric {
             | Metric::SetupTime
             | Metric::Downtime
             | Metric::Blackout
-            | Metric::UpdateGap => "ms",
+            | Metric::UpdateGap
+            | Metric::BlockedTime => "ms",
             Metric::WireBytes | Metric::WireForth | Metric::PssSource | Metric::PssTarget => "MB",
             Metric::Cpu | Metric::AppLost => "s",
             Metric::Throughput => "Gbit/s",
             Metric::Slowdown => "%",
-            Metric::LostWrites => "",
+            Metric::LostWrites | Metric::PageRequests => "",
             Metric::Bandwidth | Metric::FastestSecond | Metric::FlowBefore => "Mbit/s",
-            Metric::FirstWrite => "us",
+            Metric::FirstWrite | Metric::BlockedPerFault | Metric::FaultMean | Metric::FaultP99 => "us",
             Metric::CleanScan => "ms/GiB",
             Metric::OpsBefore => "/s",
             Metric::AppDuring | Metric::AppRoundOne | Metric::AppLowest | Metric::AppAfter => "%",

@@ -5,7 +5,7 @@
 //! stage     the lab with an agent in each host   load      what guests run, and who watches them
 //! agent     the `sterna` command, as a user has it         ours, stock   a VM of ours and one of QEMU's own, and its moves
 //! crowd     VMs that leave together                pulse    what an application does, from quarter to quarter of a second
-//! wishes    options of `sterna migrate`, and which there are
+//! wishes    options of `sterna migrate`, and which there are              waits    how long a guest waited for its pages
 //! figures   metrics and their units              results   what is written as JSON: raw samples, goals, limits
 //! table     the same for people                  report    the same with plots
 //! ```
@@ -32,6 +32,7 @@ pub mod rows;
 pub mod stage;
 pub mod stock;
 pub mod table;
+mod waits;
 pub mod wishes;
 
 pub use error::BenchError;

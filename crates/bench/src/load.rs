@@ -13,6 +13,7 @@ use sterna_lab::guest::{Nic, Program};
 use sterna_lab::{GuestSpec, run};
 
 use crate::BenchError;
+use crate::figures::Summary;
 use crate::stage::Stage;
 
 /// RAM of the guest.
@@ -78,7 +79,8 @@ pub fn fill_mib(memory_mib: u32) -> u32 {
     memory_mib.saturating_sub(REST_MIB + memory_mib / 10).max(memory_mib / 4)
 }
 
-/// A guest full of noise that writes the first `working_set_mib` of it over and over at a rate, checks it, and has `more` options.
+/// A guest full of noise that writes the first `working_set_mib` of it over and over at a rate, and has `more` options. Where these do
+/// not say what of it is checked, all is.
 #[must_use]
 pub fn writer(
     stage: &Stage,
@@ -89,7 +91,8 @@ pub fn writer(
 ) -> GuestSpec {
     let fill = format!("--fill={}", fill_mib(memory_mib));
     let (dirty, rate) = (format!("--dirty={working_set_mib}"), format!("--rate={rate_mb}"));
-    let options = [&[fill.as_str(), &dirty, &rate, "--check"], more].concat();
+    let check: &[&str] = if more.iter().any(|o| o.starts_with("--check")) { &[] } else { &["--check"] };
+    let options = [&[fill.as_str(), &dirty, &rate], check, more].concat();
     GuestSpec { programs: vec![memory(&options)], ..plain(stage, name, memory_mib) }
 }
 
@@ -120,6 +123,46 @@ pub fn wait_ready(guest: &GuestSpec, console: impl Fn() -> String) -> Result<(),
 #[must_use]
 pub fn bad_pages(console: &str) -> usize {
     console.matches("BAD ").count()
+}
+
+/// What a guest that writes at a rate did not get done, in seconds of its pace before: by those lines of its load that were not there
+/// `before`. The guest's clock stands while it is stopped, so that its stop is not in it. NaN of a guest that told too little.
+#[must_use]
+pub fn work_lost_s(before: &str, console: &str) -> f64 {
+    const PAGE_MBIT: f64 = 4096.0 * 8.0 / 1e6;
+    let (lines, known) = (told(console), told(before).len());
+    let Some(pace) = Summary::of(lines.iter().take(known).map(|l| l.mbps)).map(|s| s.median) else {
+        return f64::NAN;
+    };
+    let lost = |two: &[Told]| {
+        let megabits = (two[1].pages - two[0].pages) * PAGE_MBIT;
+        // A line's rate is of the time since the one before, and so is known more exactly than by whole seconds.
+        let seconds = if two[1].mbps > 0.0 { megabits / two[1].mbps } else { two[1].t - two[0].t };
+        seconds - megabits / pace
+    };
+    let after = lines.windows(2).skip(known.saturating_sub(1));
+    after.map(lost).reduce(|a, b| a + b).map_or(f64::NAN, |s| s.max(0.0))
+}
+
+/// A line of the load.
+struct Told {
+    t: f64,
+    pages: f64,
+    mbps: f64,
+}
+
+/// Those that are whole.
+fn told(console: &str) -> Vec<Told> {
+    let number = |line: &str, name: &str| -> Option<f64> {
+        line.split_once(name)?.1.split_whitespace().next()?.parse().ok()
+    };
+    let line = |line: &str| {
+        let whole = line.starts_with("LOAD t=") && line.contains(" bad=");
+        let one =
+            Told { t: number(line, "t=")?, pages: number(line, "pages=")?, mbps: number(line, "mbps=")? };
+        whole.then_some(one)
+    };
+    console.lines().filter_map(line).collect()
 }
 
 /// What a guest's kernel said of its own end, if it did.
@@ -411,6 +454,20 @@ mod tests {
         let mut deaf = report(vec![]);
         deaf.beacon.as_mut().unwrap().received = 0;
         Seen::of(deaf, WINDOW).unwrap_err();
+    }
+
+    #[test]
+    fn work_that_was_lost_is_counted_in_time_of_the_pace_before() {
+        // 1000 pages a second are 32.768 Mbit/s. While half of a second and a half is lost, 750 of 1500 are written.
+        let before = "LOAD filled pages=9\nLOAD t=1 pages=1000 mbps=32.8 loops=9 bad=0\nLOAD t=2 pages=2000 mbps=32.768 loops=9 bad=0\n";
+        let move_and_after =
+            "LOAD t=3 pages=2750 mbps=16.384 loops=4 bad=0\nLOAD t=4 pages=3750 mbps=32.768 loops=9 bad=0\n";
+        let cut = "LOAD t=5 pages=4";
+        let lost = work_lost_s(&format!("{before}LOAD t=3 pa"), &format!("{before}{move_and_after}{cut}"));
+        assert!((lost - 0.75).abs() < 1e-2, "{lost}");
+        let still = format!("{before}LOAD t=7 pages=2000 mbps=0.0 loops=0 bad=0\n");
+        assert_eq!(work_lost_s(before, &still), 5.0);
+        assert!(work_lost_s(before, before).is_nan() && work_lost_s("", before).is_nan());
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::load::{self, Window};
 use crate::meter::{Meter, pss_mb};
 use crate::results::{Move, Verified};
 use crate::stage::{Stage, Way};
+use crate::waits;
 
 /// Bits of a page of 4 KiB.
 pub(crate) const PAGE_BITS: f64 = 32_768.0;
@@ -93,9 +94,45 @@ pub struct Said {
     /// How the downtime was spent.
     #[serde(default)]
     pub downtime_split: Vec<Span>,
+    /// What is known of its post-copy, if it had one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub postcopy: Option<SaidOfPostcopy>,
+    /// What a person should know: what was asked for and could not be done.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notices: Vec<String>,
     /// What went wrong.
     #[serde(default)]
     pub error_desc: Option<String>,
+}
+
+/// What is said of pages that the target fetched.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct SaidOfPostcopy {
+    /// Pages that the target asked for.
+    pub postcopy_requests: u64,
+    /// Pages that came before they were asked for.
+    pub pushed_pages: u64,
+    /// How often the guest waited for a page.
+    pub faults: Option<u64>,
+    /// How long it waited, in microseconds.
+    pub postcopy_latency: Option<SaidOfLatency>,
+    /// Milliseconds that each of its processors waited in all.
+    pub postcopy_vcpu_blocktime: Vec<f64>,
+}
+
+/// How long waits were, in microseconds.
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SaidOfLatency {
+    /// On average.
+    pub mean: f64,
+    /// Half of them at most.
+    pub p50: f64,
+    /// 99 of 100 at most.
+    pub p99: f64,
+    /// The longest.
+    pub max: f64,
 }
 
 /// QEMU's `ram` object.
@@ -164,7 +201,10 @@ impl OurVm {
         match self.migrate(stage, order, Progress::Sampled) {
             Ok((moved, said)) => {
                 let total_time_ms = moved.figures.get(Metric::TotalTime).unwrap_or_default();
-                Verified { blocks: said.blocks_verified.unwrap_or_default(), total_time_ms, error: None }
+                let blocks = said.blocks_verified.unwrap_or_default();
+                // Where nothing was compared, it is said why.
+                let error = (blocks == 0 && !said.notices.is_empty()).then(|| said.notices.join("; "));
+                Verified { blocks, total_time_ms, error }
             }
             Err(why) => Verified { error: Some(why.to_string()), ..Verified::default() },
         }
@@ -232,6 +272,9 @@ fn migrate(
         (Metric::Throughput, said.ram.normal as f64 * PAGE_BITS / 1e6 / sending_ms),
     ] {
         figures.set(metric, value);
+    }
+    if let Some(postcopy) = &said.postcopy {
+        waits::of_ours(postcopy, &mut figures);
     }
     let report = serde_json::to_value(&said).unwrap_or_default();
     let split = said.downtime_split.clone();

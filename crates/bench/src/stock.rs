@@ -16,6 +16,7 @@ use crate::meter::{Meter, pss_mb};
 use crate::ours::PAGE_BITS;
 use crate::results::Move;
 use crate::stage::{Stage, Way};
+use crate::waits;
 
 /// QEMU listens here at the target; every VM of a lab has a port of its own above it.
 const PORT: u16 = 4444;
@@ -43,7 +44,9 @@ const THROTTLE_MAX: u32 = 99;
 const NOTE_MS: f64 = 100.0;
 /// Everything that a way may switch on: what the last move of a VM switched on is switched off again.
 const CAPABILITIES: &[&str] =
-    &["multifd", "xbzrle", "compress", "auto-converge", "postcopy-ram", "postcopy-preempt"];
+    &["multifd", "xbzrle", "compress", "auto-converge", "postcopy-ram", "postcopy-preempt", BLOCKTIME];
+/// Has the target count for how long the guest's processors wait for pages; not every QEMU can.
+const BLOCKTIME: &str = "postcopy-blocktime";
 /// A cancelled migration ends within milliseconds, unless the machine is very busy.
 const CANCELLED: Duration = Duration::from_secs(10);
 
@@ -88,8 +91,8 @@ impl StockWay {
             StockWay::Xbzrle => &["xbzrle"],
             StockWay::Compress => &["compress"],
             StockWay::AutoConverge => &["auto-converge"],
-            StockWay::Postcopy => &["postcopy-ram"],
-            StockWay::Preempt => &["postcopy-ram", "postcopy-preempt"],
+            StockWay::Postcopy => &["postcopy-ram", BLOCKTIME],
+            StockWay::Preempt => &["postcopy-ram", "postcopy-preempt", BLOCKTIME],
         }
     }
 
@@ -155,21 +158,32 @@ pub struct StockVm {
     pub qemu: Running,
     /// The way that it would go next.
     pub way: Way,
+    /// Whether its QEMU counts for how long the guest waits for pages.
+    blocktime: bool,
+    /// What the guest had printed at the host that it left.
+    left: String,
 }
 
 impl StockVm {
     /// Boots it on host `a`, at the tap of this number, and waits until all that it runs is up.
     pub fn boot(stage: &Stage, guest: &GuestSpec, tap: u8) -> Result<StockVm, BenchError> {
         let (guest, way) = (guest.clone(), Way::There);
-        let qemu = start(stage, &guest, tap, way.turned(), Arrival::Boot)?;
+        let mut qemu = start(stage, &guest, tap, way.turned(), Arrival::Boot)?;
         load::wait_ready(&guest, || qemu.console())?;
-        Ok(StockVm { guest, tap, qemu, way })
+        let blocktime = knows(&mut qemu, BLOCKTIME);
+        Ok(StockVm { guest, tap, qemu, way, blocktime, left: String::new() })
     }
 
     /// Everything that the guest printed where it is now.
     #[must_use]
     pub fn console(&self) -> String {
         self.qemu.console()
+    }
+
+    /// The same, and what it printed before at the host that it came from: all of it, of a guest that moved once.
+    #[must_use]
+    pub fn whole_console(&self) -> String {
+        self.left.clone() + &self.console()
     }
 
     /// Moves it to the other host, timed. After an error it runs on where it was.
@@ -191,7 +205,8 @@ impl StockVm {
         let stopped_ms = stopped.map(|s| s.elapsed().as_secs_f64() * 1e3);
         meter.sample();
         // What follows is a question of ours, not part of the migration.
-        let report = figures(&mut self.qemu)?;
+        let mut report = figures(&mut self.qemu)?;
+        self.left = self.qemu.console();
         let freeing = Instant::now();
         drop(std::mem::replace(&mut self.qemu, target));
         let total_ms = (running + freeing.elapsed()).as_secs_f64() * 1e3;
@@ -215,6 +230,11 @@ impl StockVm {
         ] {
             figures.set(metric, value);
         }
+        if order.way.is_postcopy() {
+            let target = self.waits()?;
+            waits::of_stock(&report, &target, &mut figures);
+            report["target"] = target;
+        }
         Ok(Move { figures, window, progress, load_before, report, ..Move::default() })
     }
 
@@ -223,8 +243,11 @@ impl StockVm {
         let address = stage.to(self.way)?.address;
         let uri = format!("tcp:{address}:{}", PORT + u16::from(self.tap));
         let wanted = order.way.capabilities();
-        let capabilities: Vec<_> =
-            CAPABILITIES.iter().map(|c| json!({ "capability": c, "state": wanted.contains(c) })).collect();
+        let capabilities: Vec<_> = CAPABILITIES
+            .iter()
+            .filter(|c| **c != BLOCKTIME || self.blocktime)
+            .map(|c| json!({ "capability": c, "state": wanted.contains(c) }))
+            .collect();
         let mut parameters = json!({
             "downtime-limit": order.downtime_limit_ms,
             "max-bandwidth": order.bandwidth.unwrap_or(BANDWIDTH_BYTES),
@@ -254,6 +277,18 @@ impl StockVm {
         target.qmp.execute("migrate-incoming", json!({ "uri": uri }))?;
         self.qemu.qmp.execute("migrate", json!({ "uri": uri }))?;
         Ok(())
+    }
+
+    /// What the target says of a post-copy that is over; it knows a moment after the source.
+    fn waits(&mut self) -> Result<Value, BenchError> {
+        let end = Instant::now() + FIGURES;
+        loop {
+            let report = self.qemu.qmp.execute("query-migrate", json!({}))?;
+            if !self.blocktime || waits::are_told(&report) || Instant::now() >= end {
+                return Ok(report);
+            }
+            std::thread::sleep(ASK);
+        }
     }
 
     /// A QEMU at the other host that waits for this VM.
@@ -375,6 +410,13 @@ fn figures(source: &mut Running) -> Result<Value, BenchError> {
         }
         std::thread::sleep(ASK);
     }
+}
+
+/// Whether a QEMU has a capability. One that does not tell has none that could be done without.
+fn knows(qemu: &mut Running, capability: &str) -> bool {
+    let all = qemu.qmp.execute("query-migrate-capabilities", json!({})).unwrap_or_default();
+    let name = |c: &Value| c.get("capability").and_then(Value::as_str) == Some(capability);
+    all.as_array().is_some_and(|all| all.iter().any(name))
 }
 
 fn word(answer: &Value) -> &str {

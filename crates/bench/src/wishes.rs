@@ -29,6 +29,10 @@ pub enum Wish {
     Compression(&'static str),
     /// To take back what the guest does not need.
     Balloon,
+    /// To run at the target at once, and to fetch all memory from there.
+    Postcopy,
+    /// The same after a round of pre-copy, for what was written meanwhile.
+    PostcopyAfterPrecopy,
 }
 
 impl Wish {
@@ -42,6 +46,8 @@ impl Wish {
             Wish::DeltaCache(_) => "--delta-cache",
             Wish::Compression(_) => "--compression",
             Wish::Balloon => "--balloon",
+            Wish::Postcopy => "--postcopy",
+            Wish::PostcopyAfterPrecopy => "--postcopy-after-precopy",
         }
     }
 
@@ -50,7 +56,7 @@ impl Wish {
             Wish::MinBandwidth(mbit) | Wish::MaxBandwidth(mbit) => Some(format!("{mbit}Mbit/s")),
             Wish::DeltaCache(mib) => Some(format!("{mib}MiB")),
             Wish::Compression(way) => Some(way.to_owned()),
-            Wish::AutoConverge | Wish::Balloon => None,
+            Wish::AutoConverge | Wish::Balloon | Wish::Postcopy | Wish::PostcopyAfterPrecopy => None,
         }
     }
 }
@@ -107,6 +113,13 @@ impl Granted {
         self.order.options.iter().any(|o| o == wish.option())
     }
 
+    /// Why that cannot be measured which is about these options and nothing else; none where they are all there.
+    #[must_use]
+    pub fn lack(&self) -> Option<String> {
+        let missing = self.missing.join(", ");
+        (!missing.is_empty()).then(|| format!("this `sterna migrate` has no {missing}"))
+    }
+
     /// What a reader must know of it.
     #[must_use]
     pub fn note(&self) -> String {
@@ -142,6 +155,14 @@ mod tests {
         assert_eq!(granted.missing, ["--min-bandwidth", "--delta-cache"]);
         assert!(granted.has(Wish::AutoConverge) && !granted.has(Wish::Balloon));
         assert!(granted.note().contains("has no --min-bandwidth, --delta-cache: ours ran WITHOUT"));
+    }
+
+    #[test]
+    fn an_option_that_another_begins_with_is_not_taken_for_it() {
+        let abilities = Abilities { help: "--postcopy-after-precopy  Post-copy".to_owned() };
+        assert_eq!(abilities.grant(&[Wish::PostcopyAfterPrecopy]).lack(), None);
+        let lack = abilities.grant(&[Wish::Postcopy]).lack();
+        assert_eq!(lack.as_deref(), Some("this `sterna migrate` has no --postcopy"));
     }
 
     #[test]

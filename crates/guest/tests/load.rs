@@ -22,12 +22,12 @@ impl Drop for Load {
 #[test]
 fn every_mode_keeps_its_memory_right() {
     for mode in ["sequential", "random", "hot"] {
-        for write in ["sparse", "dense"] {
-            let options = [format!("--mode={mode}"), format!("--write={write}")];
-            let fixed = ["--fill=8", "--dirty=4", "--rate=30", "--check", "--for=2"];
+        for (write, check) in [("sparse", "--check"), ("dense", "--check"), ("sparse", "--check=written")] {
+            let options = [format!("--mode={mode}"), format!("--write={write}"), check.to_owned()];
+            let fixed = ["--fill=8", "--dirty=4", "--rate=30", "--for=2"];
             let output = Command::new(LOAD).args(options).args(fixed).output().unwrap();
             let text = String::from_utf8(output.stdout).unwrap();
-            assert!(output.status.success() && !text.contains("BAD"), "{mode} {write}: {text}");
+            assert!(output.status.success() && !text.contains("BAD"), "{mode} {write} {check}: {text}");
             let last = text.lines().last().unwrap();
             assert!(last.ends_with("bad=0") && !last.contains("pages=0 "), "{last}");
         }

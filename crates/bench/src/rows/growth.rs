@@ -75,11 +75,8 @@ fn sizes(
 ) -> Result<(), BenchError> {
     let mut axis = Axis { name: "size", x: "RAM of the guest, MiB", points: Vec::new() };
     for &memory_mib in chosen(run, SIZES_MIB) {
-        let (free, need) = (available_mib(), u64::from(memory_mib) * COPIES + REST_MIB);
-        if free < need {
-            notes.push(format!(
-                "{memory_mib} MiB not run: it needs {need} MiB of this machine's memory, {free} are free"
-            ));
+        if let Some(why) = lacking_mib(memory_mib) {
+            notes.push(why);
             continue;
         }
         run.tell(&format!("an idle guest of {memory_mib} MiB"));
@@ -212,6 +209,14 @@ impl Axis {
         let title = format!("{} by {}", metric.label(), self.name);
         Curve { title, x: self.x.to_owned(), y: format!("{}, {}", metric.label(), metric.unit()), lines }
     }
+}
+
+/// Why guests of a size cannot be measured, if they cannot.
+pub(super) fn lacking_mib(memory_mib: u32) -> Option<String> {
+    let (free, need) = (available_mib(), u64::from(memory_mib) * COPIES + REST_MIB);
+    (free < need).then(|| {
+        format!("{memory_mib} MiB not run: it needs {need} MiB of this machine's memory, {free} are free")
+    })
 }
 
 /// Memory that the machine can give away; none if it does not say.

@@ -26,8 +26,7 @@ pub(super) fn guest(stage: &Stage, name: &str) -> GuestSpec {
 }
 
 /// The same with a beacon, for a client that watches.
-fn watched(stage: &Stage, name: &str) -> GuestSpec {
-    let mut guest = guest(stage, name);
+pub(super) fn with_beacon(stage: &Stage, mut guest: GuestSpec) -> GuestSpec {
     guest.nic = Some(load::nic(stage, 0));
     guest.programs.push(load::beacon(stage));
     guest
@@ -74,7 +73,7 @@ fn case(run: &Run<'_>, name: &str, streams: PageStreams) -> Result<Case, BenchEr
         terms: Terms::default(),
     };
     let mut case = contest.idle(run, run.extent.pairs)?;
-    let watched = |name: &str, _| watched(&stage, name);
+    let watched = |name: &str, _| with_beacon(&stage, self::guest(&stage, name));
     let contest = Contest { guest: &watched, peers: &[StockWay::Precopy], ..contest };
     contest.watched(run, &mut case)?;
     case.limits.extend(limit(&case));

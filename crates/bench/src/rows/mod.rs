@@ -3,13 +3,17 @@
 mod clark;
 mod demo;
 mod downtime;
+mod faults;
+mod fetched;
 mod growth;
 mod guestperf;
 mod idle;
 mod muncher;
 mod papers;
 mod plane;
+mod postcopy;
 mod rate;
+mod sequential;
 mod served;
 mod servers;
 mod sparse;
@@ -42,6 +46,12 @@ pub enum Row {
     Muncher,
     /// 5: a guest that writes a little of many pages.
     Sparse,
+    /// 6: how long a guest waits for pages that post-copy has not brought yet.
+    Faults,
+    /// 7: the same for one that writes them in order.
+    Sequential,
+    /// For how long post-copy stops guests of several sizes.
+    Postcopy,
     /// 17: how fast pages move where no link limits.
     Plane,
     /// 18: what tracking costs a guest that writes.
@@ -60,7 +70,7 @@ pub enum Row {
 
 impl Row {
     /// All of them, in the order in which they run.
-    pub const ALL: [Row; 14] = [
+    pub const ALL: [Row; 17] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -68,6 +78,9 @@ impl Row {
         Row::Writing,
         Row::Muncher,
         Row::Sparse,
+        Row::Faults,
+        Row::Sequential,
+        Row::Postcopy,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
@@ -78,7 +91,7 @@ impl Row {
     ];
 
     /// Those that run when none is named: the others take long, or measure nothing.
-    pub const DEFAULT: [Row; 10] = [
+    pub const DEFAULT: [Row; 13] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -86,6 +99,9 @@ impl Row {
         Row::Writing,
         Row::Muncher,
         Row::Sparse,
+        Row::Faults,
+        Row::Sequential,
+        Row::Postcopy,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
@@ -102,6 +118,9 @@ impl Row {
             Row::Writing => "writing",
             Row::Muncher => "muncher",
             Row::Sparse => "sparse",
+            Row::Faults => "faults",
+            Row::Sequential => "sequential",
+            Row::Postcopy => "postcopy",
             Row::Plane => "plane",
             Row::Tracking => "tracking",
             Row::Growth => "growth",
@@ -118,6 +137,7 @@ impl Row {
         match self {
             Row::Demo
             | Row::Rate
+            | Row::Postcopy
             | Row::Growth
             | Row::Guestperf
             | Row::Servers
@@ -128,14 +148,16 @@ impl Row {
             Row::Writing => Some(3),
             Row::Muncher => Some(4),
             Row::Sparse => Some(5),
+            Row::Faults => Some(6),
+            Row::Sequential => Some(7),
             Row::Plane => Some(17),
             Row::Tracking => Some(18),
         }
     }
 
-    /// Other words for it: the part of a row of the list that it is, and what it is about.
+    /// Other words for it: the parts that it has in the list, and what they are about. All parts run.
     fn aliases(self) -> &'static [&'static str] {
-        if self == Row::Muncher { &["4b", "stun"] } else { &[] }
+        if self == Row::Muncher { &["4a", "hybrid", "4b", "stun"] } else { &[] }
     }
 
     /// What it measures.
@@ -152,11 +174,18 @@ impl Row {
                 "A guest that writes 60 MB/s moves under a client's load, both over one link of 1 Gbit/s"
             }
             Row::Muncher => {
-                "MMuncher: a guest that writes 200 MB/s moves at 1 Gbit/s; part b, pre-copy with stun"
+                "MMuncher: a guest that writes 200 MB/s moves at 1 Gbit/s; part a, post-copy after a round; part b, pre-copy with stun"
             }
             Row::Sparse => {
                 "A guest that writes a little of each of 100 MB of pages a second moves at 1 Gbit/s"
             }
+            Row::Faults => {
+                "How long a guest that writes here and there waits for pages that post-copy has not brought yet"
+            }
+            Row::Sequential => {
+                "For how long a guest that writes its memory in order is blocked while post-copy brings it"
+            }
+            Row::Postcopy => "How long post-copy stops idle guests of 512 MiB to 4 GiB",
             Row::Plane => "How fast the pages of a guest of 1 GiB move where no link limits",
             Row::Tracking => "What tracking costs a guest that writes",
             Row::Growth => {
@@ -261,6 +290,9 @@ fn one(row: Row, run: &Run<'_>) -> Result<RowResult, BenchError> {
         Row::Writing => writing::run(run),
         Row::Muncher => muncher::run(run),
         Row::Sparse => sparse::run(run),
+        Row::Faults => faults::run(run),
+        Row::Sequential => sequential::run(run),
+        Row::Postcopy => postcopy::run(run),
         Row::Plane => plane::run(run),
         Row::Tracking => tracking::run(run),
         Row::Growth => growth::run(run),
@@ -287,7 +319,9 @@ mod tests {
             ("demo".parse(), "17".parse(), "plane".parse()),
             (Ok(Row::Demo), Ok(Row::Plane), Ok(Row::Plane))
         );
-        assert_eq!(["4", "4b", "stun", "muncher"].map(str::parse), [(); 4].map(|()| Ok(Row::Muncher)));
-        assert!("6".parse::<Row>().unwrap_err().contains("no row 6; there are demo, rate, 1 (idle)"));
+        let muncher = ["4", "4a", "hybrid", "4b", "stun", "muncher"];
+        assert_eq!(muncher.map(str::parse), [(); 6].map(|()| Ok(Row::Muncher)));
+        assert_eq!(("6".parse(), "7".parse()), (Ok(Row::Faults), Ok(Row::Sequential)));
+        assert!("8".parse::<Row>().unwrap_err().contains("no row 8; there are demo, rate, 1 (idle)"));
     }
 }

@@ -1,13 +1,14 @@
 //! A memory load that watches itself.
 //!
-//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense|mixed --seed=N --check --churn=MIB
-//! --sleep --spin`
+//! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense|mixed --seed=N --check[=written]
+//! --churn=MIB --sleep --spin`
 //!
 //! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
 //! can; `--dirty=0`: not at all), and says once a second how it goes:
 //! `LOAD t=12 pages=61440 mbps=240.0 loops=3021 bad=0`. `mbps` counts whole pages written, in Mbit/s. Lost, stale, torn
-//! and misplaced pages are reported as `BAD page=N what`. `--sleep` fills memory and does nothing more, so that the processor
-//! halts. `--spin` computes instead of sleeping between writes, and `loops` counts that work: how fast the guest is. `--churn` takes so much more memory, fills and checks it, gives it
+//! and misplaced pages are reported as `BAD page=N what`. `--check` looks at all of memory, over and over; `--check=written` only
+//! at a page that is about to be written, so that nothing else is touched than what the mode says. `--sleep` fills memory and does
+//! nothing more, so that the processor halts. `--spin` computes instead of sleeping between writes, and `loops` counts that work: how fast the guest is. `--churn` takes so much more memory, fills and checks it, gives it
 //! back, rests, and begins anew, so that the kernel always has pages to give away that were written before; each time is told
 //! as `CHURN n`. More than 32 MiB is given back to the kernel for certain; the C library may keep less.
 
@@ -52,6 +53,14 @@ fn main() {
     }
 }
 
+/// Which pages are looked at.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Check {
+    None,
+    Written,
+    All,
+}
+
 #[derive(Clone, Copy)]
 enum Mode {
     Sequential,
@@ -65,7 +74,7 @@ struct Load {
     bytes_per_second: u64,
     mode: Mode,
     write: Write,
-    check: bool,
+    check: Check,
     spin: bool,
     sleep: bool,
     loops: u64,
@@ -96,6 +105,12 @@ impl Load {
             "mixed" => Write::Mixed,
             other => return Err(format!("--write={other}: sparse, dense or mixed")),
         };
+        let check = match options.has("check").then(|| options.word("check", "")) {
+            None => Check::None,
+            Some("") => Check::All,
+            Some("written") => Check::Written,
+            Some(other) => return Err(format!("--check={other}: written, or nothing")),
+        };
         let seconds = options.number("for", 0)?;
         let churned = mib(options.number("churn", 0)?)?;
         if churned > 0 {
@@ -107,7 +122,7 @@ impl Load {
             pages: Pages::filled(fill, seed),
             mode,
             write,
-            check: options.has("check"),
+            check,
             spin: options.has("spin"),
             sleep: options.has("sleep"),
             loops: 0,
@@ -157,7 +172,7 @@ impl Load {
         if self.working_set > 0 {
             (0..pages).for_each(|_| self.write_next());
         }
-        if self.check {
+        if self.check == Check::All {
             self.check_some();
         }
         if self.spin {
@@ -201,7 +216,7 @@ impl Load {
             Mode::Hot => random / 10 % self.working_set,
         };
         // What is about to be overwritten is looked at first: afterwards nobody could know.
-        if self.check {
+        if self.check != Check::None {
             self.report(self.pages.check_edges(page));
         }
         self.cursor = (self.cursor + 1) % self.working_set;
