@@ -10,7 +10,7 @@ use crate::model::{
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::source::{self, Handle, Order};
-use crate::{peer, recovery, working_set};
+use crate::{peer, postcopy, recovery, working_set};
 use std::collections::HashMap;
 use std::io::Read as _;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
@@ -224,13 +224,23 @@ impl Agent {
             )));
         }
         vm.reserve("stop").map_err(|job| {
+            if vm.is_serving() {
+                return AgentError::Conflict(format!(
+                    "VM {name} runs at another host, which needs pages of it from here (sterna status {name}): what is left of it \
+                     here ends by itself when they have come"
+                ));
+            }
             AgentError::Conflict(format!(
                 "VM {name} is in migration {job}; abort that first (sterna abort {name})"
             ))
         })?;
         let qemu = vm.qemu().take();
         let ended = match qemu {
-            Some(mut qemu) if vm.is_alive() => qemu.quit(QUIT_WITHIN).map_err(|why| explain(&why)),
+            Some(mut qemu) if vm.is_alive() => match qemu.quit(QUIT_WITHIN) {
+                // It may wait for a page that never comes.
+                Err(_) if vm.fetching().is_some() => self.kill(&vm),
+                ended => ended.map_err(|why| explain(&why)),
+            },
             _ if vm.is_alive() => self.kill(&vm),
             _ => Ok(()),
         };
@@ -354,7 +364,7 @@ impl Agent {
         if request.timeout.is_some_and(|seconds| !sane(seconds)) {
             return Err(AgentError::Invalid("timeout is a number of seconds".into()));
         }
-        Ok(())
+        postcopy::check(request)
     }
 
     /// Decides where a VM runs whose owner the other host does not tell.
@@ -410,7 +420,7 @@ impl Agent {
     /// Cancels a migration.
     ///
     /// # Errors
-    /// [`AgentError::NotFound`], or [`AgentError::Conflict`] when it is over or the VM was released already.
+    /// [`AgentError::NotFound`], or [`AgentError::Conflict`] when it is over, or the VM runs at the target and misses pages.
     pub fn cancel(&self, id: &str) -> Result<(), AgentError> {
         let job = self.job(id)?;
         let view = job.view.borrow().clone();
@@ -420,14 +430,31 @@ impl Agent {
                 view.vm, view.status
             )));
         }
+        if let Some(why) = postcopy::against_cancel(&view) {
+            return Err(AgentError::Conflict(why));
+        }
         job.order(Order::Cancel);
+        Ok(())
+    }
+
+    /// Lets the VM of a migration run at its target as soon as that can be; what is missing there follows.
+    ///
+    /// # Errors
+    /// [`AgentError::NotFound`], or [`AgentError::Conflict`] when it is over, the VM is stopped already or runs at the target, or the
+    /// target has said that it cannot. Where it says so later, the migration goes on as it is and has a notice.
+    pub fn postcopy(&self, id: &str) -> Result<(), AgentError> {
+        let job = self.job(id)?;
+        if let Some(why) = postcopy::against_switch(&job.view.borrow()) {
+            return Err(AgentError::Conflict(why));
+        }
+        job.order(Order::Postcopy);
         Ok(())
     }
 
     /// Changes a migration that goes on.
     ///
     /// # Errors
-    /// [`AgentError::NotFound`] or [`AgentError::Invalid`].
+    /// [`AgentError::NotFound`], [`AgentError::Invalid`], or [`AgentError::Conflict`] for what counts before the hand-over alone.
     pub fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError> {
         let job = self.job(id)?;
         if request.downtime_limit.is_some_and(|limit| limit > DOWNTIME_LIMIT_MS_MAX) {
@@ -438,6 +465,14 @@ impl Agent {
             (request.min_bandwidth.or(view.min_bandwidth), request.max_bandwidth.or(view.max_bandwidth))
         };
         in_order(min, max)?;
+        let gone = [
+            (request.min_bandwidth.is_some(), "min-bandwidth"),
+            (request.auto_converge.is_some(), "auto-converge"),
+            (request.downtime_limit.is_some(), "downtime-limit"),
+        ];
+        if let Some(why) = postcopy::against_change(&job.view.borrow(), &gone) {
+            return Err(AgentError::Conflict(why));
+        }
         job.order(Order::Set(request));
         Ok(())
     }

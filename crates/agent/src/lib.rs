@@ -29,6 +29,7 @@ pub mod model;
 mod offer;
 mod pages;
 mod peer;
+mod postcopy;
 mod progress;
 mod recovery;
 mod registry;

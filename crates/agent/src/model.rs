@@ -27,7 +27,9 @@ pub struct VmView {
     /// Its name.
     pub name: String,
     /// `running`, `paused`, `stopped` (its QEMU has ended), `incoming`, `migrating`, `released` (handed out, and the
-    /// target has not said that it runs it), `unresolved` (the same for long: see the notice), or another of QEMU's words.
+    /// target has not said that it runs it), `unresolved` (the same for long: see the notice), `serving` (it runs at its target, which
+    /// needs pages of it from here), `postcopy-active` (it runs here, and pages of it are on their way), `postcopy-paused` (the same, and
+    /// the host that has them is not connected), or another of QEMU's words.
     pub state: String,
     /// Process id of its QEMU.
     pub pid: i32,
@@ -135,16 +137,17 @@ pub struct MigrateRequest {
     /// Longest time the VM may be stopped, in milliseconds (QEMU's `downtime-limit`).
     #[serde(rename = "downtime-limit", default = "default_downtime_limit")]
     pub downtime_limit: u64,
-    /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow.
+    /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow. Excludes the other two ways of
+    /// post-copy, and what only rounds heed; `downtime-limit` has no meaning then.
     #[serde(default)]
     pub postcopy: bool,
     /// Post-copy after the first round, unless what is left fits the downtime limit.
     #[serde(rename = "postcopy-after-precopy", default)]
     pub postcopy_after_precopy: bool,
-    /// Post-copy when the timeout has passed, instead of a stop for as long as it takes.
+    /// Post-copy when the timeout has passed, instead of a stop for as long as it takes. Needs `timeout`.
     #[serde(rename = "timeout-postcopy", default)]
     pub timeout_postcopy: bool,
-    /// Seconds after which the VM is stopped and moved whatever its downtime will be.
+    /// Seconds after which the VM is stopped and moved whatever its downtime will be, or switched with `timeout-postcopy`.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub timeout: Option<f64>,
     /// Proves before the VM runs at the target that its RAM is what it was at the source.
@@ -227,7 +230,9 @@ pub struct MigrationView {
     pub source: String,
     /// The host it goes to.
     pub target: String,
-    /// QEMU's status words, and `unresolved`: released, and the target does not say whether it runs the VM.
+    /// QEMU's status words, and `unresolved`: released, and the target does not say whether it runs the VM. `postcopy-active`,
+    /// `postcopy-paused` (the connection is lost, and made anew by itself) and `postcopy-recover` (it is being made): the VM runs at the
+    /// target, and pages of it are still at the source.
     pub status: String,
     /// Where the VM runs now, as far as it can be known: the name of a host, or empty while it is stopped.
     #[serde(rename = "runs-at")]
@@ -282,6 +287,9 @@ pub struct MigrationView {
     /// How the downtime was spent, in order.
     #[serde(rename = "downtime-split", default)]
     pub downtime_split: Vec<Span>,
+    /// Why it cannot switch to post-copy, if its target has said so.
+    #[serde(rename = "postcopy-refusal", skip_serializing_if = "Option::is_none", default)]
+    pub postcopy_refusal: Option<String>,
     /// What is known of its post-copy, if it switched to that.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub postcopy: Option<PostcopyView>,

@@ -56,6 +56,7 @@ impl View {
             wire_bytes: 0,
             blocks_verified: None,
             downtime_split: Vec::new(),
+            postcopy_refusal: None,
             postcopy: None,
             error_desc: None,
             reasons: Vec::new(),
@@ -180,11 +181,15 @@ impl View {
             view.min_bandwidth = limits.min.map(|rate| rate.0);
             view.pace = pace;
             view.cpu_throttle_percentage = progress.throttle;
+            view.postcopy_refusal = machine.postcopy_refusal().map(str::to_owned);
             view.wire_bytes = wire_bytes;
             let transferred = counters.bytes.load(Ordering::Relaxed);
             view.ram.transferred = transferred;
             let unseen = transferred.saturating_sub(progress.transferred.0);
-            view.ram.remaining = progress.ram_remaining.0.saturating_sub(unseen);
+            // What is missing at a target that runs the VM is known by who serves it.
+            if view.postcopy.is_none() {
+                view.ram.remaining = progress.ram_remaining.0.saturating_sub(unseen);
+            }
             view.ram.normal = normal;
             view.ram.normal_bytes = Pages(normal).bytes().0;
             view.ram.duplicate = counters.duplicate.load(Ordering::Relaxed);

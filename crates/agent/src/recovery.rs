@@ -176,6 +176,7 @@ fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Op
         SourceRecovery::Ask => {
             let vm = list(host, written);
             vm.set_released(true);
+            vm.set_serving(record.step == Step::Serving);
             Some((vm, record))
         }
         SourceRecovery::End => {

@@ -125,6 +125,8 @@ pub(crate) struct Vm {
     released: Mutex<bool>,
     doubtful: Mutex<bool>,
     unresolved: Mutex<bool>,
+    /// It runs elsewhere, and pages of it are still needed from here.
+    serving: Mutex<bool>,
     /// QEMU's word for how the fetch of its pages goes, while some are missing.
     fetching: Mutex<Option<&'static str>>,
     /// The migration that its target was told to run the VM by, after it had asked.
@@ -153,6 +155,7 @@ impl Vm {
             released: Mutex::default(),
             doubtful: Mutex::default(),
             unresolved: Mutex::default(),
+            serving: Mutex::default(),
             fetching: Mutex::default(),
             promise: Mutex::default(),
             decisions: Mutex::default(),
@@ -242,6 +245,16 @@ impl Vm {
     pub(crate) fn set_released(&self, released: bool) {
         *lock(&self.released) = released;
         *lock(&self.unresolved) &= released;
+        *lock(&self.serving) &= released;
+    }
+
+    /// It runs at its target, which needs pages of it from here.
+    pub(crate) fn set_serving(&self, serving: bool) {
+        *lock(&self.serving) = serving;
+    }
+
+    pub(crate) fn is_serving(&self) -> bool {
+        *lock(&self.serving)
     }
 
     pub(crate) fn is_released(&self) -> bool {
@@ -308,6 +321,8 @@ impl Vm {
             "incoming".to_owned()
         } else if let Some(word) = self.fetching() {
             word.to_owned()
+        } else if self.is_serving() {
+            "serving".to_owned()
         } else if *lock(&self.unresolved) {
             "unresolved".to_owned()
         } else if released {

@@ -339,7 +339,10 @@ impl Outgoing {
 
     fn obey(&mut self, machine: &mut Source, order: Order) {
         match order {
-            Order::Postcopy => machine.handle(SourceInput::Switch, self.now()),
+            Order::Postcopy => {
+                self.lazy.asked = true;
+                machine.handle(SourceInput::Switch, self.now());
+            }
             Order::Cancel => machine.handle(SourceInput::Cancel, self.now()),
             Order::Set(request) => self.change(machine, &request),
             Order::Recover(_, operator) if self.operator.is_some() => {
@@ -436,6 +439,7 @@ impl Outgoing {
         match self.store(record) {
             Ok(()) => {
                 self.vm.set_released(matches!(record.step, Step::Released | Step::Serving));
+                self.vm.set_serving(record.step == Step::Serving);
                 SourceInput::Recorded
             }
             Err(why) => SourceInput::RecordFailed(why),
@@ -697,6 +701,7 @@ impl Outgoing {
     fn show(&mut self, machine: &Source) {
         self.updated = Instant::now();
         self.show_postcopy();
+        self.tell_refusal(machine);
         let wire = self.wire.iter().map(Counters::bytes_sent).sum();
         self.view.set_run_state(self.activity.word());
         let pace = self.pacer.rate();

@@ -178,6 +178,34 @@ fn a_migration_is_changed_and_cancelled() {
 }
 
 #[test]
+fn a_migration_is_switched_to_postcopy_once_and_not_taken_back() {
+    let server = Server::start();
+    let switch = |id: &str| post(&server, &format!("/v1/migrations/{id}/postcopy"), &json!({}));
+    let status = |id: &str| get(&server, &format!("/v1/migrations/{id}")).json()["status"].clone();
+    switch("none").problem(404);
+    get(&server, "/v1/migrations/none/postcopy").problem(405);
+    let id = migrate(&server, "stuck");
+    wait_until(|| status(&id) == "active");
+    // No body is needed.
+    let path = format!("/v1/migrations/{id}/postcopy");
+    let switched = ask(&server, request(Method::POST, &path, &[], ""));
+    assert_eq!((switched.status.as_u16(), &switched.json()["id"]), (202, &json!(id)));
+    wait_until(|| status(&id) == "completed");
+    assert_eq!(switch(&id).problem(409)["type"], "conflict");
+    let view = get(&server, &format!("/v1/migrations/{id}")).json();
+    let known = &view["postcopy"];
+    assert_eq!((&known["postcopy-requests"], &known["pushed-pages"]), (&json!(120), &json!(3000)));
+    assert_eq!((&known["faults"], &known["postcopy-latency"]["p99"]), (&json!(100), &json!(2500)));
+    assert_eq!(known["postcopy-vcpu-blocktime"], json!([12.5, 40.0]));
+
+    let late = migrate(&server, "late");
+    switch(&late).problem(409);
+    let view = get(&server, &format!("/v1/migrations/{late}")).json();
+    assert_eq!(view["postcopy-refusal"], "its RAM is in huge pages");
+    ask(&server, request(Method::DELETE, &format!("/v1/migrations/{late}"), &[], ""));
+}
+
+#[test]
 fn a_measurement_is_a_stream_of_intervals_and_a_result() {
     let server = Server::start();
     let path = "/v1/vms/web/working-set";
@@ -238,7 +266,7 @@ fn metrics_follow_the_migrations() {
     {
         assert!(text.contains(&format!("sterna_migration_{name}_bytes{labels}")), "{name}: {text}");
     }
-    assert!(text.contains("sterna_vms{state=\"running\"} 10"), "{text}");
+    assert!(text.contains("sterna_vms{state=\"running\"} 12"), "{text}");
     assert!(text.contains("sterna_agent_info{host=\"hosta\""), "{text}");
     ask(&server, request(Method::DELETE, "/v1/migrations/m1", &[], ""));
     wait_until(|| get(&server, "/metrics").text.contains(&format!("sterna_migration_cancelled{labels} 1")));
@@ -253,6 +281,35 @@ fn metrics_follow_the_migrations() {
 }
 
 #[test]
+fn metrics_tell_of_vms_that_run_with_pages_missing() {
+    let server = Server::start();
+    server.fake.vms.lock().unwrap().get_mut("idle").unwrap().state = "postcopy-paused".to_owned();
+    let lazily = json!({"vm": "slowly", "host": "hostb", "postcopy": true});
+    let id = post(&server, "/v1/migrations", &lazily).json()["id"].as_str().unwrap().to_owned();
+    let labels = "{vm=\"slowly\",source=\"hosta\",target=\"hostb\"}";
+    let told =
+        |name: &str| get(&server, "/metrics").text.contains(&format!("sterna_migration_{name}{labels} 1"));
+    wait_until(|| told("postcopy_active"));
+    for status in ["postcopy-paused", "postcopy-recover"] {
+        let sender = server.fake.migrations.lock().unwrap()[0].1.clone();
+        sender.send_modify(|view| view.status = status.to_owned());
+        assert!(told("postcopy_paused") && !told("postcopy_active"), "{status}");
+    }
+    let text = get(&server, "/metrics").text;
+    for line in ["data_remaining_bytes", "postcopy_requested_pages", "postcopy_pushed_pages"]
+        .map(|name| format!("sterna_migration_{name}{labels} "))
+    {
+        assert!(text.contains(&line), "{line}: {text}");
+    }
+    assert!(text.contains("sterna_vms{state=\"postcopy-paused\"} 1"), "{text}");
+    ask(&server, request(Method::DELETE, &format!("/v1/migrations/{id}"), &[], "")).problem(409);
+    wait_until(|| told("succeeded"));
+    let text = get(&server, "/metrics").text;
+    assert!(text.contains("sterna_migration_postcopy_longest_wait_seconds_bucket{le=\"0.01\"} 1"), "{text}");
+    assert!(!text.contains("postcopy_pushed_pages{"), "{text}");
+}
+
+#[test]
 fn the_openapi_document_names_every_route() {
     let server = Server::start();
     let document = get(&server, "/openapi.json").json();
@@ -264,6 +321,7 @@ fn the_openapi_document_names_every_route() {
         ("/v1/hosts", vec!["get"]),
         ("/v1/migrations", vec!["get", "post"]),
         ("/v1/migrations/{id}", vec!["get", "delete", "patch"]),
+        ("/v1/migrations/{id}/postcopy", vec!["post"]),
         ("/v1/migrations/{id}/events", vec!["get"]),
         ("/healthz", vec!["get"]),
         ("/readyz", vec!["get"]),

@@ -23,7 +23,8 @@ Exit codes:
   1  failed; the VM runs at the source
   2  wrong arguments, no such name, or no agent answers: nothing was changed
   3  cancelled; the VM runs at the source
-  4  the VM needs attention: it runs nowhere, or it is not known where it runs
+  4  the VM needs attention: it runs nowhere, stands still without pages that are lost, or it is not known
+     where it runs
   5  refused by the pre-check: nothing was touched, each reason has a line
 
 Environment:
@@ -65,10 +66,13 @@ pub(crate) enum Command {
     /// Move a running VM to another host, and wait until it runs there
     ///
     /// Shows its progress on stderr and the result on stdout. Ctrl-C cancels and waits for the end; the VM then runs
-    /// where it ran. A limit can be changed while it goes on: `sterna set VM ...`.
+    /// where it ran. A limit can be changed while it goes on: `sterna set VM ...`. Every migration can be switched to post-copy
+    /// while it goes on: `sterna postcopy VM`. Then the VM runs at the target, which nothing takes back, and the command waits until
+    /// all of its pages have come.
     #[command(after_help = "Examples:\n  sterna migrate web hostb\n  \
         sterna migrate web hostb --bandwidth 64MiB/s --max-downtime 50 --timeout 120\n  \
         sterna migrate web hostb --min-bandwidth 100Mbit/s --max-bandwidth 800Mbit/s --auto-converge\n  \
+        sterna migrate web hostb --timeout 120 --timeout-postcopy\n  \
         id=$(sterna migrate web hostb --detach) && sterna status $id")]
     Migrate(Migrate),
     /// List the migrations from this host, the newest first
@@ -80,6 +84,12 @@ pub(crate) enum Command {
     /// Cancel a VM's migration, and wait until it has ended
     #[command(after_help = "Example:\n  sterna abort web")]
     Abort(Abort),
+    /// Switch a VM's migration to post-copy: it runs at the target now, and its missing pages follow
+    ///
+    /// Any migration can be switched, until its VM is stopped; no flag of `sterna migrate` has to permit it. It cannot be taken back:
+    /// from then on the VM needs both hosts until all pages have come.
+    #[command(visible_alias = "migrate-postcopy", after_help = "Example:\n  sterna postcopy web")]
+    Postcopy(Which),
     /// Change the limits of a migration that goes on
     #[command(after_help = "Example:\n  sterna set web --bandwidth 0 --max-downtime 500")]
     Set(Set),
@@ -175,12 +185,23 @@ pub(crate) struct Migrate {
     pub(crate) host: String,
     #[command(flatten)]
     pub(crate) limits: Limits,
-    /// Seconds after which the VM is stopped and moved, however long it will be down
+    /// Seconds after which the VM is stopped and moved, however long it will be down; or switched, with --timeout-postcopy
     #[arg(long, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) timeout: Option<f64>,
     /// What `--timeout` does anyway; known from virsh
-    #[arg(long, requires = "timeout", hide = true)]
+    #[arg(long, requires = "timeout", conflicts_with = "timeout_postcopy", hide = true)]
     pub(crate) timeout_suspend: bool,
+    /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow (virsh's --postcopy only permits
+    /// a switch, which needs no permission here)
+    #[arg(long, conflicts_with_all = ["auto_converge", "min_bandwidth", "bandwidth_step", "delta_cache", "max_downtime"])]
+    pub(crate) postcopy: bool,
+    /// Post-copy after one round: the VM runs at the target then, and what it has written meanwhile follows, unless that fits
+    /// --max-downtime
+    #[arg(long, conflicts_with = "auto_converge")]
+    pub(crate) postcopy_after_precopy: bool,
+    /// Post-copy after --timeout: the VM runs at the target then, and what is missing follows, instead of standing still for it
+    #[arg(long, requires = "timeout")]
+    pub(crate) timeout_postcopy: bool,
     /// Slow a guest that writes faster than its pages can be sent: its processors that write most, as far as it takes
     #[arg(long)]
     pub(crate) auto_converge: bool,
@@ -197,7 +218,7 @@ pub(crate) struct Migrate {
     /// quarter of the VM's RAM, 512MiB at most]
     #[arg(long, value_name = "SIZE", value_parser = crate::bandwidth::parse_size)]
     pub(crate) delta_cache: Option<u64>,
-    /// Prove, before it runs at the target, that its RAM is what it was at the source
+    /// Prove, before it runs at the target, that its RAM is what it was at the source; what post-copy fetches, once all of it has come
     #[arg(long)]
     pub(crate) verify: bool,
     /// Page streams; the agent chooses when absent

@@ -3,6 +3,7 @@
 use crate::client::{Client, ClientError, Views, segment};
 use crate::exit::{Exit, Failure};
 use crate::interrupt::Interrupts;
+use crate::postcopy;
 use crate::progress::Progress;
 use std::time::Duration;
 use sterna_agent::model::{MigrationView, VmView};
@@ -30,7 +31,7 @@ pub(crate) async fn follow(
 ) -> Result<MigrationView, Failure> {
     let mut watch = Watch::new(client.clone(), first);
     let mut cancelling: Option<JoinHandle<Result<(), ClientError>>> = None;
-    let (mut asked_to_cancel, mut told) = (false, 0);
+    let (mut asked_to_cancel, mut told_late, mut told) = (false, false, 0);
     loop {
         // What was asked for and cannot be done must not be missed.
         watch.last.notices.iter().skip(told).for_each(|notice| progress.note(notice));
@@ -39,7 +40,7 @@ pub(crate) async fn follow(
             next = watch.next(progress) => match next? {
                 Next::View => progress.show(&watch.last),
                 Next::End => {
-                    if asked_to_cancel && watch.last.status == "completed" {
+                    if asked_to_cancel && !told_late && watch.last.status == "completed" {
                         progress.note("too late to cancel: the VM had been handed over");
                     }
                     return Ok(watch.last);
@@ -50,6 +51,14 @@ pub(crate) async fn follow(
                     return Err(left(&watch.last));
                 }
                 asked_to_cancel = true;
+                if postcopy::detail(&watch.last).is_some() {
+                    told_late = true;
+                    let MigrationView { vm, target, .. } = &watch.last;
+                    progress.note(&format!(
+                        "too late to cancel: VM {vm} runs at {target}, and its missing pages follow (Ctrl-C again leaves without waiting)"
+                    ));
+                    continue;
+                }
                 progress.note("cancelling; the VM stays where it runs (Ctrl-C again leaves without waiting)");
                 cancelling = Some(tokio::spawn(cancel(client.clone(), watch.last.id.clone())));
             }

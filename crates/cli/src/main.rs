@@ -21,6 +21,7 @@ mod follow;
 mod human;
 mod interrupt;
 mod plot;
+mod postcopy;
 mod progress;
 mod refused;
 mod show;

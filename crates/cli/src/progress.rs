@@ -3,6 +3,7 @@
 use crate::args::Format;
 use crate::exit::{complain, tell};
 use crate::human::{plain, short_bytes};
+use crate::postcopy;
 use crate::show;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
@@ -112,6 +113,9 @@ fn figures(view: &MigrationView) -> String {
 }
 
 fn detail(view: &MigrationView) -> String {
+    if let Some(text) = postcopy::detail(view) {
+        return text;
+    }
     let ram = &view.ram;
     let mut text = format!("{}/{}", short_bytes(ram.transferred), short_bytes(ram.total));
     text += &format!(", {:.1} mbps", ram.mbps);

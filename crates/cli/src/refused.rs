@@ -13,8 +13,10 @@ enum Takes {
 
 struct Flag(&'static str, Takes, &'static str);
 
-const POSTCOPY: &str = "not supported yet: memory is moved while the VM runs at its source (pre-copy); \
-    `--timeout SECONDS` ends a migration that does not converge";
+const POSTCOPY_RESUME: &str = "not needed: a post-copy whose connection was lost goes on by itself once the other host is reached; leave it out";
+const POSTCOPY_BANDWIDTH: &str = "write `--bandwidth RATE` instead: it holds after the hand-over as well";
+const POSTCOPY_ABORT: &str =
+    "cannot be done: the VM runs at its target then and needs what is missing there; it goes on by itself";
 const THROTTLE: &str =
     "not needed: `--auto-converge` slows a guest as far as what it writes asks for; leave it out";
 const COMPRESSION: &str =
@@ -29,11 +31,8 @@ const CHANNEL: &str = "not needed: agents talk to each other directly and always
 const MIGRATE: &[Flag] = &[
     Flag("live", Takes::Nothing, "not needed: every migration is live; leave it out"),
     Flag("offline", Takes::Nothing, "not supported yet: only running VMs are moved"),
-    Flag("postcopy", Takes::Nothing, POSTCOPY),
-    Flag("postcopy-after-precopy", Takes::Nothing, POSTCOPY),
-    Flag("postcopy-resume", Takes::Nothing, POSTCOPY),
-    Flag("postcopy-bandwidth", Takes::Value, POSTCOPY),
-    Flag("timeout-postcopy", Takes::Nothing, POSTCOPY),
+    Flag("postcopy-resume", Takes::Nothing, POSTCOPY_RESUME),
+    Flag("postcopy-bandwidth", Takes::Value, POSTCOPY_BANDWIDTH),
     Flag("auto-converge-initial", Takes::Value, THROTTLE),
     Flag("auto-converge-increment", Takes::Value, THROTTLE),
     Flag("compressed", Takes::Nothing, COMPRESSION),
@@ -69,7 +68,7 @@ const MIGRATE: &[Flag] = &[
     Flag("zerocopy", Takes::Nothing, "not supported yet: pages travel encrypted"),
 ];
 
-const ABORT: &[Flag] = &[Flag("postcopy", Takes::Nothing, POSTCOPY)];
+const ABORT: &[Flag] = &[Flag("postcopy", Takes::Nothing, POSTCOPY_ABORT)];
 
 /// `virsh migrate`'s flags, refused.
 pub(crate) struct Migrate;

@@ -197,6 +197,18 @@ fn a_vm_that_could_not_be_resumed_needs_attention_too() {
 }
 
 #[test]
+fn a_vm_whose_missing_pages_are_lost_does_not_run_at_its_source() {
+    let server = Server::start();
+    let output = sterna(&server, &["migrate", "torn", "hostb", "-q"]);
+    ends(&output, 4);
+    assert!(
+        err(&output).starts_with("sterna: VM torn needs attention: VM torn runs at hostb"),
+        "{}",
+        err(&output)
+    );
+}
+
+#[test]
 fn ctrl_c_cancels_and_waits_for_the_end() {
     let server = Server::start();
     let child = begin(&server, &["migrate", "stuck", "hostb"]);
@@ -332,14 +344,7 @@ fn what_answers_and_is_no_agent_is_told_apart() {
 #[test]
 fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     let server = Server::start();
-    for flags in [
-        &["--postcopy"][..],
-        &["--postcopy-after-precopy"],
-        &["--persistent"],
-        &["--copy-storage-all"],
-        &["--abort-on-error"],
-        &["--timeout", "5", "--timeout-postcopy"],
-    ] {
+    for flags in [&["--persistent"][..], &["--copy-storage-all"], &["--abort-on-error"]] {
         let output = sterna(&server, &[&["migrate", "web", "hostb"], flags].concat());
         ends(&output, 2);
         assert!(
@@ -354,10 +359,14 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     let compressed = sterna(&server, &["migrate", "web", "hostb", "--compressed"]);
     ends(&compressed, 2);
     assert!(err(&compressed).contains("--compressed: not needed; leave it out"), "{}", err(&compressed));
+    let resumed = sterna(&server, &["migrate", "web", "hostb", "--postcopy-resume"]);
+    ends(&resumed, 2);
+    assert!(err(&resumed).contains("goes on by itself"), "{}", err(&resumed));
     for (flags, instead) in [
         (["--comp-methods", "xbzrle"], "write `--compression"),
         (["--comp-xbzrle-cache", "1000"], "write `--delta-cache"),
         (["--auto-converge-initial", "30"], "not needed: `--auto-converge` slows"),
+        (["--postcopy-bandwidth", "30"], "write `--bandwidth"),
     ] {
         let output = sterna(&server, &[&["migrate", "web", "hostb"], &flags[..]].concat());
         ends(&output, 2);
@@ -365,7 +374,7 @@ fn virsh_flags_that_cannot_be_honoured_are_refused_with_the_reason() {
     }
     let abort = sterna(&server, &["abort", "web", "--postcopy"]);
     ends(&abort, 2);
-    assert!(err(&abort).contains("not supported yet"), "{}", err(&abort));
+    assert!(err(&abort).contains("--postcopy: cannot be done: the VM runs at its target"), "{}", err(&abort));
     assert!(server.fake.requests.lock().unwrap().is_empty(), "nothing was asked of the agent");
 }
 
@@ -379,6 +388,16 @@ fn wrong_arguments_are_usage() {
         &["migrate", "web", "hostb", "--max-downtime", "0"],
         &["migrate", "web", "hostb", "--timeout", "-1"],
         &["migrate", "web", "hostb", "--timeout-suspend"],
+        &["migrate", "web", "hostb", "--timeout-postcopy"],
+        &["migrate", "web", "hostb", "--timeout", "5", "--timeout-postcopy", "--timeout-suspend"],
+        &["migrate", "web", "hostb", "--timeout", "5", "--timeout-postcopy", "--postcopy-after-precopy"],
+        &["migrate", "web", "hostb", "--postcopy", "--postcopy-after-precopy"],
+        &["migrate", "web", "hostb", "--postcopy", "--timeout", "5"],
+        &["migrate", "web", "hostb", "--postcopy", "--auto-converge"],
+        &["migrate", "web", "hostb", "--postcopy", "--min-bandwidth", "1"],
+        &["migrate", "web", "hostb", "--postcopy", "--max-downtime", "50"],
+        &["migrate", "web", "hostb", "--postcopy-after-precopy", "--auto-converge"],
+        &["postcopy"],
         &["migrate", "web", "hostb", "--parallel-connections", "0"],
         &["run", "new"],
         &["set", "web"],
@@ -466,6 +485,104 @@ fn a_migration_is_changed_and_aborted_by_its_vms_name() {
         ends(&output, 2);
         assert!(err(&output).contains("is not being moved"), "{}", err(&output));
     }
+}
+
+#[test]
+fn ways_of_postcopy_become_the_request() {
+    let server = Server::start();
+    for flags in [
+        &["--postcopy", "--bandwidth", "64", "--verify"][..],
+        &["--postcopy-after-precopy", "--max-downtime", "50"],
+        &["--timeout", "5", "--timeout-postcopy"],
+        &[],
+    ] {
+        ends(&sterna(&server, &[&["migrate", "web", "hostb", "-q"], flags].concat()), 0);
+    }
+    let requests = server.fake.requests.lock().unwrap();
+    let ways =
+        requests.iter().map(|asked| (asked.postcopy, asked.postcopy_after_precopy, asked.timeout_postcopy));
+    let once = [(true, false, false), (false, true, false), (false, false, true), (false, false, false)];
+    assert_eq!(ways.collect::<Vec<_>>(), once);
+    let misread =
+        sterna(&server, &["migrate", "web", "hostb", "--postcopy", "--timeout", "5", "--timeout-postcopy"]);
+    ends(&misread, 2);
+    assert!(err(&misread).contains("--postcopy means at once: leave it out"), "{}", err(&misread));
+}
+
+#[test]
+fn a_postcopy_says_what_the_vm_does_and_how_it_went() {
+    let server = Server::start();
+    let output = sterna(&server, &["migrate", "web", "hostb", "--postcopy"]);
+    ends(&output, 0);
+    let table = out(&output);
+    for text in [
+        "Postcopy requests:  120 pages",
+        "Pushed:             3000 pages before they were asked for",
+        "Faults:             100, waited p50 0.40, p99 2.50, max 8.20 ms",
+        "Processors waited:  0 12.5, 1 40.0 ms",
+    ] {
+        assert!(table.contains(text), "{text}: {table}");
+    }
+    let status = out(&sterna(&server, &["status", "web"]));
+    assert!(status.contains("Faults:             100, waited") && !status.contains("Post-copy:"), "{status}");
+    let plain = out(&sterna(&server, &["migrate", "web", "hostb", "-q"]));
+    assert!(!plain.contains("Postcopy") && !plain.contains("Faults"), "{plain}");
+}
+
+#[test]
+fn a_migration_is_switched_by_its_vms_name() {
+    let server = Server::start();
+    let none = sterna(&server, &["postcopy", "idle"]);
+    ends(&none, 2);
+    assert!(err(&none).contains("is not being moved"), "{}", err(&none));
+    let child = begin(&server, &["migrate", "stuck", "hostb", "-q"]);
+    active(&server);
+    let switched = sterna(&server, &["postcopy", "stuck"]);
+    ends(&switched, 0);
+    assert_eq!((out(&switched), err(&switched)), (String::new(), String::new()), "silence is success");
+    let output = child.wait_with_output().unwrap();
+    ends(&output, 0);
+    assert!(out(&output).contains("Postcopy requests:"), "{}", out(&output));
+    ends(&sterna(&server, &["postcopy", "stuck"]), 2);
+
+    ends(&sterna(&server, &["migrate", "late", "hostb", "--detach"]), 0);
+    let refused = sterna(&server, &["migrate-postcopy", "late"]);
+    ends(&refused, 1);
+    assert_eq!(err(&refused), "sterna: host hostb cannot: its RAM is in huge pages\n");
+    let status = out(&sterna(&server, &["status", "late"]));
+    assert!(status.contains("hostb cannot: its RAM is in huge pages"), "{status}");
+    ends(&sterna(&server, &["abort", "late"]), 1);
+}
+
+/// Reads lines until one has this in it.
+fn read_until(lines: &mut impl std::io::BufRead, text: &str) -> String {
+    let mut line = String::new();
+    while !line.contains(text) {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "it ended without {text}");
+    }
+    line
+}
+
+#[test]
+fn a_postcopy_is_not_cancelled() {
+    let server = Server::start();
+    let mut child = begin(&server, &["migrate", "slowly", "hostb", "--postcopy"]);
+    let mut lines = std::io::BufReader::new(child.stderr.take().unwrap());
+    let active = read_until(&mut lines, "postcopy-active");
+    let figures = "it runs at hostb, 64.0 MiB missing, 120 pages asked for, 3000 pushed\n";
+    assert_eq!(active, format!("slowly: postcopy-active, 75.0 %, {figures}"));
+    let status = out(&sterna(&server, &["status", "slowly"]));
+    assert!(status.contains("Post-copy:") && status.contains("it runs at hostb"), "{status}");
+    interrupt(&child);
+    read_until(&mut lines, "sterna: too late to cancel: VM slowly runs at hostb");
+    assert!(server.fake.cancels.lock().unwrap().is_empty(), "nothing was asked of the agent");
+    let refused = sterna(&server, &["abort", "slowly"]);
+    ends(&refused, 1);
+    assert_eq!(err(&refused), "sterna: the VM runs at host hostb\n");
+    let output = child.wait_with_output().unwrap();
+    ends(&output, 0);
+    assert!(out(&output).contains("from hosta to hostb"), "{}", out(&output));
 }
 
 #[test]
@@ -582,8 +699,11 @@ fn man_pages_and_completions_are_made() {
     ends(&sterna_at(folder.path(), &["man", folder.path().to_str().unwrap()]), 0);
     let page = std::fs::read_to_string(folder.path().join("sterna-migrate.1")).unwrap();
     assert!(page.contains("max\\-downtime") && !page.contains("comp\\-methods"), "{page}");
+    assert!(page.contains("postcopy\\-after\\-precopy") && page.contains("timeout\\-postcopy"), "{page}");
+    let page = std::fs::read_to_string(folder.path().join("sterna-postcopy.1")).unwrap();
+    assert!(page.contains("sterna postcopy web"), "{page}");
     let script = out(&sterna_at(folder.path(), &["completion", "bash"]));
-    assert!(script.contains("--max-downtime"), "{script}");
+    assert!(script.contains("--max-downtime") && script.contains("--timeout-postcopy"), "{script}");
 }
 
 #[test]

@@ -42,6 +42,8 @@ pub trait Control: Send + Sync + 'static {
     fn watch(&self, id: &str) -> Result<watch::Receiver<MigrationView>, AgentError>;
     /// Cancels a migration.
     fn cancel(&self, id: &str) -> Result<(), AgentError>;
+    /// Switches a migration to post-copy.
+    fn postcopy(&self, id: &str) -> Result<(), AgentError>;
     /// Changes a migration that goes on.
     fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError>;
 }
@@ -90,6 +92,9 @@ impl Control for Agent {
     }
     fn cancel(&self, id: &str) -> Result<(), AgentError> {
         self.cancel(id)
+    }
+    fn postcopy(&self, id: &str) -> Result<(), AgentError> {
+        self.postcopy(id)
     }
     fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError> {
         self.set(id, request)

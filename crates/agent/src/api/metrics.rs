@@ -89,9 +89,19 @@ const FIGURES: [Figure; 6] = [
 ];
 
 fn progress(registry: &mut Registry, migrations: &[MigrationView]) {
-    for (name, help, unit, figure) in FIGURES {
+    gauges(registry, &FIGURES, migrations.iter().filter(|view| goes_on(view)));
+    let served = |view: &&MigrationView| goes_on(view) && view.postcopy.is_some();
+    gauges(registry, &SERVED, migrations.iter().filter(served));
+}
+
+fn gauges<'a>(
+    registry: &mut Registry,
+    figures: &[Figure],
+    views: impl Iterator<Item = &'a MigrationView> + Clone,
+) {
+    for (name, help, unit, figure) in figures.iter().cloned() {
         let family = Family::<Which, Gauge>::default();
-        for view in migrations.iter().filter(|view| goes_on(view)) {
+        for view in views.clone() {
             let value = i64::try_from(figure(view)).unwrap_or(i64::MAX);
             family.get_or_create(&which(view)).set(value);
         }
@@ -102,15 +112,35 @@ fn progress(registry: &mut Registry, migrations: &[MigrationView]) {
     }
 }
 
+/// Gauges of a migration whose VM runs at its target with pages missing.
+const SERVED: [Figure; 2] = [
+    ("postcopy_requested_pages", "Pages that the target asked for", None, |view| {
+        view.postcopy.as_ref().map_or(0, |known| known.requests)
+    }),
+    ("postcopy_pushed_pages", "Pages sent before they were asked for", None, |view| {
+        view.postcopy.as_ref().map_or(0, |known| known.pushed)
+    }),
+];
+
 fn outcomes(registry: &mut Registry, migrations: &[MigrationView]) {
-    for (status, name, help) in [
-        ("completed", "succeeded", "Migrations that ended with the VM at its target"),
-        ("failed", "failed", "Migrations that failed and left the VM at its source"),
-        ("cancelled", "cancelled", "Migrations that were cancelled"),
-        ("unresolved", "unresolved", "Migrations whose VM was released and that no target says it runs"),
+    for (statuses, name, help) in [
+        (&["completed"][..], "succeeded", "Migrations that ended with the VM at its target"),
+        (&["failed"], "failed", "Migrations that failed"),
+        (&["cancelled"], "cancelled", "Migrations that were cancelled"),
+        (&["unresolved"], "unresolved", "Migrations whose VM was released and that no target says it runs"),
+        (
+            &["postcopy-active"],
+            "postcopy_active",
+            "Migrations whose VM runs at its target and gets its missing pages",
+        ),
+        (
+            &["postcopy-paused", "postcopy-recover"],
+            "postcopy_paused",
+            "Migrations whose VM runs at its target with pages missing and no connection",
+        ),
     ] {
         let family = Family::<Which, Gauge>::default();
-        for view in migrations.iter().filter(|view| view.status == status) {
+        for view in migrations.iter().filter(|view| statuses.contains(&view.status.as_str())) {
             family.get_or_create(&which(view)).inc();
         }
         registry.register(name, help, family);
@@ -120,10 +150,14 @@ fn outcomes(registry: &mut Registry, migrations: &[MigrationView]) {
 fn durations(registry: &mut Registry, migrations: &[MigrationView]) {
     let downtime = Histogram::new(DOWNTIME_BUCKETS);
     let total = Histogram::new(TOTAL_BUCKETS);
+    let longest = Histogram::new(DOWNTIME_BUCKETS);
     for view in migrations.iter().filter(|view| view.status == "completed") {
         total.observe(view.total_time / 1e3);
         if let Some(ms) = view.downtime {
             downtime.observe(ms / 1e3);
+        }
+        if let Some(latency) = view.postcopy.as_ref().and_then(|known| known.latency) {
+            longest.observe(latency.max as f64 / 1e6);
         }
     }
     registry.register_with_unit(
@@ -137,6 +171,12 @@ fn durations(registry: &mut Registry, migrations: &[MigrationView]) {
         "Time from the request until the source was free",
         Unit::Seconds,
         total,
+    );
+    registry.register_with_unit(
+        "postcopy_longest_wait",
+        "Longest time that a guest waited for a page after its hand-over",
+        Unit::Seconds,
+        longest,
     );
 }
 

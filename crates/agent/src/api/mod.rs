@@ -16,6 +16,7 @@
 //! GET    /v1/migrations/ID           one migration
 //! DELETE /v1/migrations/ID           cancel it
 //! PATCH  /v1/migrations/ID           change its limits
+//! POST   /v1/migrations/ID/postcopy  switch it to post-copy
 //! GET    /v1/migrations/ID/events    its figures until it ends: server-sent events, or `Accept: application/jsonl`
 //! ```
 

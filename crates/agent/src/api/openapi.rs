@@ -23,6 +23,7 @@ use utoipa::OpenApi;
         routes::migrate,
         routes::migration,
         routes::cancel,
+        routes::postcopy,
         routes::set,
         events::events,
         routes::healthz,

@@ -27,6 +27,7 @@ pub(crate) fn router(context: Context) -> Router {
         .route("/v1/hosts", get(hosts))
         .route("/v1/migrations", get(migrations).post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(cancel).patch(set))
+        .route("/v1/migrations/{id}/postcopy", post(postcopy))
         .route("/v1/migrations/{id}/events", get(events::events))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -144,10 +145,19 @@ pub(crate) async fn migration(
 #[utoipa::path(delete, path = "/v1/migrations/{id}", params(("id" = String, Path,)), responses(
     (status = 202, body = MigrationView, description = "it is being cancelled"),
     (status = "default", body = Problem, content_type = "application/problem+json")))]
-/// Cancels a migration: the VM stays where it runs.
+/// Cancels a migration: the VM stays where it runs. Refused once it runs at the target with pages missing.
 pub(crate) async fn cancel(State(context): State<Context>, Path(id): Path<String>) -> Answer<Response> {
     let view = blocking(context, move |agent| agent.cancel(&id).and_then(|()| current(&*agent, &id))).await?;
     Ok((StatusCode::ACCEPTED, Json(view)).into_response())
+}
+
+#[utoipa::path(post, path = "/v1/migrations/{id}/postcopy", params(("id" = String, Path,)), responses(
+    (status = 202, body = MigrationView, description = "it switches as soon as it can; its status tells when it has"),
+    (status = "default", body = Problem, content_type = "application/problem+json")))]
+/// Switches a migration to post-copy: the VM runs at the target, and the pages that are missing there follow.
+pub(crate) async fn postcopy(State(context): State<Context>, Path(id): Path<String>) -> Answer<Response> {
+    let call = move |agent: Arc<dyn Control>| agent.postcopy(&id).and_then(|()| current(&*agent, &id));
+    Ok((StatusCode::ACCEPTED, Json(blocking(context, call).await?)).into_response())
 }
 
 #[utoipa::path(patch, path = "/v1/migrations/{id}", params(("id" = String, Path,)),

@@ -6,6 +6,7 @@ use crate::fit;
 use crate::offer;
 use crate::pages::{Serving, SourceBlock, merge, subtract};
 use std::sync::Arc;
+use sterna_engine::Source;
 use sterna_engine::source::Postcopy;
 use sterna_engine::units::Pages;
 use sterna_engine::wire::Message;
@@ -18,6 +19,8 @@ use sterna_transport::Connection;
 pub(super) struct Lazily {
     /// When it switches.
     pub(super) when: Postcopy,
+    /// Somebody wants it to switch, and has not been told that it cannot.
+    pub(super) asked: bool,
     /// Open and not used yet.
     pub(super) demand: Option<Connection>,
     /// Places of blocks that must be complete before the VM runs at the target.
@@ -169,6 +172,17 @@ impl Outgoing {
         self.blocks = Arc::new(blocks);
         self.lazy.bytes = bytes;
         Ok(())
+    }
+
+    /// Who asked for post-copy before the target had said that it cannot.
+    pub(super) fn tell_refusal(&mut self, machine: &Source) {
+        if let Some(why) = machine.postcopy_refusal()
+            && std::mem::take(&mut self.lazy.asked)
+        {
+            let peer = &self.peer;
+            self.view
+                .notice(&format!("it cannot switch to post-copy, and goes on as it is: on {peer}: {why}"));
+        }
     }
 
     pub(super) fn show_postcopy(&self) {

@@ -28,6 +28,7 @@ pub(crate) struct Fake {
     pub(crate) keys: Mutex<BTreeMap<String, String>>,
     pub(crate) requests: Mutex<Vec<MigrateRequest>>,
     pub(crate) cancels: Mutex<Vec<String>>,
+    pub(crate) switches: Mutex<Vec<String>>,
     pub(crate) sets: Mutex<Vec<SetRequest>>,
     pub(crate) measures: Mutex<Vec<WorkingSetRequest>>,
     pub(crate) measuring: Arc<AtomicBool>,
@@ -36,7 +37,7 @@ pub(crate) struct Fake {
 impl Fake {
     /// One VM of each fate: `web` moves, `stuck` goes on until it is cancelled, `late` moves once somebody tried to
     /// cancel it,
-    /// `broken` fails, `lost` is released and never heard of, `stranded` is stopped and cannot be resumed, `refused` and `refused-later` do not pass the pre-check,
+    /// `slowly` is in post-copy until somebody tried to cancel it, `broken` fails, `torn` runs at its target and its missing pages are lost, `lost` is released and never heard of, `stranded` is stopped and cannot be resumed, `refused` and `refused-later` do not pass the pre-check,
     /// `panics` ends the thread that asks.
     pub(crate) fn new() -> Arc<Self> {
         let fake = Self::default();
@@ -44,7 +45,9 @@ impl Fake {
             "web",
             "stuck",
             "late",
+            "slowly",
             "broken",
+            "torn",
             "lost",
             "stranded",
             "refused",
@@ -107,6 +110,8 @@ pub(crate) fn view(id: &str, vm: &str, target: &str) -> MigrationView {
         wire_bytes: 0,
         blocks_verified: None,
         downtime_split: Vec::new(),
+        postcopy_refusal: None,
+        postcopy: None,
         error_desc: None,
         reasons: Vec::new(),
     }
@@ -132,11 +137,25 @@ impl Fake {
             step(&|view| round(view, number));
         }
         // Waits as long as the agent of a test lives, and no longer.
-        while matches!(request.vm.as_str(), "stuck" | "late") && !self.was_cancelled(id) {
-            if sender.is_closed() && self.sender(id).is_err() {
+        let waits = |vms: &[&str]| {
+            while vms.contains(&request.vm.as_str()) && !self.was_cancelled(id) && !self.was_switched(id) {
+                if sender.is_closed() && self.sender(id).is_err() {
+                    return false;
+                }
+                std::thread::sleep(STEP);
+            }
+            true
+        };
+        if !waits(&["stuck", "late"]) {
+            return;
+        }
+        if request.postcopy || self.was_switched(id) {
+            step(&|view| run_lazily(view, "device"));
+            step(&|view| run_lazily(view, "postcopy-active"));
+            if !waits(&["slowly"]) {
                 return;
             }
-            std::thread::sleep(STEP);
+            return step(&|view| filled(request.verify, view));
         }
         step(&|view| end(&request.vm, request.verify, view));
     }
@@ -144,6 +163,30 @@ impl Fake {
     fn was_cancelled(&self, id: &str) -> bool {
         self.cancels.lock().unwrap().iter().any(|known| known == id)
     }
+
+    fn was_switched(&self, id: &str) -> bool {
+        self.switches.lock().unwrap().iter().any(|known| known == id)
+    }
+}
+
+/// The VM runs at its target, and a quarter of it is missing there.
+fn run_lazily(view: &mut MigrationView, status: &str) {
+    view.status = status.to_owned();
+    view.runs_at.clear();
+    if status != "device" {
+        view.runs_at = view.target.clone();
+        view.downtime = Some(9.5);
+        view.ram.remaining = RAM / 4;
+        view.postcopy = Some(PostcopyView { requests: 120, pushed: 3000, ..PostcopyView::default() });
+    }
+}
+
+fn filled(verify: bool, view: &mut MigrationView) {
+    end("web", verify, view);
+    let known = view.postcopy.get_or_insert_default();
+    known.faults = Some(100);
+    known.latency = Some(LatencyView { mean: 500, p50: 400, p99: 2500, max: 8200 });
+    known.vcpu_blocktime = vec![12.5, 40.0];
 }
 
 fn round(view: &mut MigrationView, number: u32) {
@@ -171,6 +214,11 @@ fn end(vm: &str, verify: bool, view: &mut MigrationView) {
             view.status = "failed".to_owned();
             view.error_desc =
                 Some("VM broken did not move to hostb: the link was cut; it runs at hosta".to_owned());
+        }
+        "torn" => {
+            view.status = "failed".to_owned();
+            view.error_desc = Some("VM torn runs at hostb without all of its pages: end it there".to_owned());
+            view.runs_at = view.target.clone();
         }
         "lost" => {
             view.status = "unresolved".to_owned();
@@ -282,7 +330,23 @@ impl Control for Fake {
         if sender.borrow().vm == "late" {
             return Err(AgentError::Conflict("it is too late: the VM was handed over".to_owned()));
         }
+        if sender.borrow().status.starts_with("postcopy") {
+            return Err(AgentError::Conflict("the VM runs at host hostb".to_owned()));
+        }
         sender.send_modify(|view| view.status = "cancelling".to_owned());
+        Ok(())
+    }
+    fn postcopy(&self, id: &str) -> Result<(), AgentError> {
+        let sender = self.sender(id)?;
+        let status = sender.borrow().status.clone();
+        if !matches!(status.as_str(), "setup" | "active") {
+            return Err(AgentError::Conflict(format!("there is nothing to switch: {status}")));
+        }
+        if sender.borrow().vm == "late" {
+            sender.send_modify(|view| view.postcopy_refusal = Some("its RAM is in huge pages".to_owned()));
+            return Err(AgentError::Conflict("host hostb cannot: its RAM is in huge pages".to_owned()));
+        }
+        self.switches.lock().unwrap().push(id.to_owned());
         Ok(())
     }
     fn set(&self, id: &str, request: SetRequest) -> Result<(), AgentError> {

@@ -1,4 +1,4 @@
-//! Migrations that were begun: list, status, abort, set.
+//! Migrations that were begun: list, status, abort, switch, set.
 
 use super::migrate::outcome;
 use crate::args::{Format, Set, Which};
@@ -7,6 +7,7 @@ use crate::exit::{Exit, Failure};
 use crate::follow::{follow, is_final};
 use crate::human::{age, bytes};
 use crate::interrupt::Interrupts;
+use crate::postcopy;
 use crate::progress::Progress;
 use crate::show;
 use hyper::Method;
@@ -121,6 +122,7 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Normal data", bytes(ram.normal_bytes)),
     ];
     rows.extend(savings(view));
+    rows.extend(postcopy::rows(view));
     rows.extend(
         view.expected_downtime.filter(|_| !is_final(view)).map(|time| ("Expected downtime", ms(time))),
     );
@@ -217,6 +219,14 @@ fn aborted(view: &MigrationView) -> String {
     }
 }
 
+/// `sterna postcopy`: done when the agent has taken it, as `virsh migrate-postcopy` is.
+pub(crate) async fn postcopy(client: &Client, args: &Which) -> Result<Exit, Failure> {
+    let view = running(client, &args.which).await?;
+    let path = format!("/v1/migrations/{}/postcopy", segment(&view.id));
+    let view: MigrationView = client.send(Method::POST, &path, &serde_json::json!({}), None).await?;
+    print_changed(args.output.format, &view)
+}
+
 /// `sterna set`
 pub(crate) async fn set(client: &Client, args: &Set) -> Result<Exit, Failure> {
     let view = running(client, &args.which.which).await?;
@@ -228,10 +238,14 @@ pub(crate) async fn set(client: &Client, args: &Set) -> Result<Exit, Failure> {
     };
     let path = format!("/v1/migrations/{}", segment(&view.id));
     let view: MigrationView = client.send(Method::PATCH, &path, &request, None).await?;
-    match args.which.output.format {
-        Format::Json => show::json(&view)?,
-        Format::Jsonl => show::json_line(&view)?,
-        // Silence is success, as `virsh migrate-setspeed` has it.
+    print_changed(args.which.output.format, &view)
+}
+
+/// Silence is success, as `virsh migrate-setspeed` has it.
+fn print_changed(format: Format, view: &MigrationView) -> Result<Exit, Failure> {
+    match format {
+        Format::Json => show::json(view)?,
+        Format::Jsonl => show::json_line(view)?,
         Format::Table | Format::Wide => {}
     }
     Ok(Exit::Done)

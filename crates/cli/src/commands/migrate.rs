@@ -6,6 +6,7 @@ use crate::exit::{Exit, Failure};
 use crate::follow::follow;
 use crate::human::bytes;
 use crate::interrupt::Interrupts;
+use crate::postcopy;
 use crate::progress::Progress;
 use crate::show;
 use hyper::Method;
@@ -19,6 +20,9 @@ const TRIES: u32 = 2;
 
 /// `sterna migrate`
 pub(crate) async fn run(client: &Client, args: Migrate) -> Result<Exit, Failure> {
+    if let Some(why) = contradiction(&args) {
+        return Err(Failure::new(Exit::Usage, why));
+    }
     let format = args.output.format;
     let request = request(&args);
     if args.detach {
@@ -35,6 +39,23 @@ pub(crate) async fn run(client: &Client, args: Migrate) -> Result<Exit, Failure>
     conclude(format, &end?)
 }
 
+/// Flags of which each says when the VM is to run at the target. Who knows virsh writes `--postcopy` beside another of them.
+fn contradiction(args: &Migrate) -> Option<&'static str> {
+    match (args.postcopy, args.postcopy_after_precopy, args.timeout_postcopy) {
+        (true, true, _) | (true, _, true) => Some(
+            "--postcopy means at once: leave it out, no migration needs it to be switched later (--postcopy-after-precopy, \
+             --timeout-postcopy, `sterna postcopy VM`)",
+        ),
+        (_, true, true) => Some(
+            "--postcopy-after-precopy and --timeout-postcopy: give one of them; `sterna postcopy VM` switches at any time",
+        ),
+        (true, ..) if args.timeout.is_some() => {
+            Some("--timeout: with --postcopy the VM runs at the target at once; leave one of them out")
+        }
+        _ => None,
+    }
+}
+
 fn request(args: &Migrate) -> MigrateRequest {
     MigrateRequest {
         max_bandwidth: args.limits.bandwidth.filter(|rate| *rate > 0),
@@ -45,6 +66,9 @@ fn request(args: &Migrate) -> MigrateRequest {
         compression: args.compression.into(),
         delta_cache: args.delta_cache,
         downtime_limit: args.limits.max_downtime.unwrap_or_else(default_downtime_limit),
+        postcopy: args.postcopy,
+        postcopy_after_precopy: args.postcopy_after_precopy,
+        timeout_postcopy: args.timeout_postcopy,
         timeout: args.timeout,
         verify: args.verify,
         parallel_connections: args.parallel_connections,
@@ -124,8 +148,8 @@ pub(crate) fn outcome(view: &MigrationView) -> Exit {
     match view.status.as_str() {
         "completed" => Exit::Done,
         "failed" if !view.reasons.is_empty() => Exit::Refused,
-        // It runs nowhere: its QEMU has ended, or could not be resumed.
-        "failed" if view.runs_at.is_empty() => Exit::Attention,
+        // It runs nowhere: its QEMU has ended, or could not be resumed. Or it stands still at the target, without pages that are lost.
+        "failed" if view.runs_at != view.source => Exit::Attention,
         "failed" => Exit::Failed,
         "cancelled" => Exit::Cancelled,
         _ => Exit::Attention,
@@ -167,6 +191,7 @@ fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Throughput", format!("{:.1} mbps", throughput(view))),
         ("Verified", verified),
     ];
+    rows.extend(postcopy::rows(view));
     if format == Format::Wide {
         rows.extend([
             ("Memory total", bytes(view.ram.total)),

@@ -45,6 +45,7 @@ async fn ask(client: &Client, command: Command) -> Result<Exit, Failure> {
         Command::Migrations(output) => jobs::list(client, output.format).await,
         Command::Status(args) => jobs::status(client, &args).await,
         Command::Abort(args) => jobs::abort(client, &args.which).await,
+        Command::Postcopy(args) => jobs::postcopy(client, &args).await,
         Command::Set(args) => jobs::set(client, &args).await,
         Command::Recover(args) => recover::run(client, &args).await,
         Command::Wws(args) => wws::run(client, args).await,

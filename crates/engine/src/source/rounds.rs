@@ -203,6 +203,8 @@ impl Source {
         match self.state {
             State::Sending { .. } => self.pace(limits.of_round(self.rounds.written)),
             State::Stopping | State::Finishing { .. } => self.pace(limits.of_stop()),
+            // What is served after the hand-over.
+            State::Serving | State::Reattaching | State::Asking { .. } => self.pace(limits.of_stop()),
             _ => {}
         }
     }
