@@ -116,7 +116,7 @@ fn narrow(request: MigrateRequest) -> MigrateRequest {
 fn switches_in(round: u32) {
     let pair = Pair::boot(World::new("7.2"), outruns);
     let id = pair.a.migrate(narrow(request("vm", "b")), None).unwrap().id;
-    let seen = || pair.a.migration(&id).unwrap();
+    let seen = || pair.a.migrations().into_iter().find(|view| view.id == id).unwrap();
     until("that round", MOVE, || (seen().ram.dirty_sync_count >= round).then_some(()));
     pair.a.postcopy(&id).unwrap();
     let view = wait(&pair.a, &id);
