@@ -71,6 +71,8 @@ enum Event {
     Broken(String),
     /// A connection is lost; which generation of connections it was of.
     Lost(u64, String),
+    /// The same of one that carries pages of a post-copy: the target closes those first when all have come, and says so then.
+    Faded(u64, String),
 }
 
 /// A migration from the outside: its figures, and a way to speak to it.
@@ -257,6 +259,9 @@ impl Outgoing {
                 }
             }
             self.look_at_pages(&mut machine);
+            if let Some((of, why)) = self.lazy.faded() {
+                self.lost(&mut machine, of, why);
+            }
             self.update(&mut machine);
             let now = self.now();
             let wait = machine.deadline().map_or(REFRESH, |at| at.saturating_sub(now)).min(REFRESH);
@@ -264,11 +269,13 @@ impl Outgoing {
                 self.feed(&mut machine, SourceInput::Failed(why));
                 continue;
             }
+            let wait = wait.min(self.lazy.fades_in());
             match events.recv_timeout(wait) {
                 Ok(Event::Input(input)) => self.feed(&mut machine, input),
                 Ok(Event::Order(order)) => self.obey(&mut machine, order),
                 Ok(Event::Broken(why)) => self.wait_for_last_words(why),
                 Ok(Event::Lost(of, why)) => self.lost(&mut machine, of, why),
+                Ok(Event::Faded(of, why)) => self.lazy.fade(of, why),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
             }
         }
@@ -287,6 +294,7 @@ impl Outgoing {
                 Event::Order(order) => self.obey(machine, order),
                 Event::Broken(why) => self.wait_for_last_words(why),
                 Event::Lost(of, why) => self.lost(machine, of, why),
+                Event::Faded(of, why) => self.lazy.fade(of, why),
             }
         }
     }

@@ -6,6 +6,7 @@ use crate::fit;
 use crate::offer;
 use crate::pages::{Serving, SourceBlock, merge, subtract};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::source::Postcopy;
 use sterna_engine::units::Pages;
@@ -13,6 +14,9 @@ use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach};
 use sterna_memory::{PAGE, PageRun, populated};
 use sterna_transport::Connection;
+
+/// How long a target that closes its connections may take to say why, on the control connection.
+const LAST_WORDS: Duration = Duration::from_millis(300);
 
 /// How far this migration is with post-copy.
 #[derive(Default)]
@@ -32,6 +36,8 @@ pub(super) struct Lazily {
     /// Counts the times that the connections were made anew.
     pub(super) connections: u64,
     serving: Option<Serving>,
+    /// A connection that carries pages is lost, and when that counts.
+    fading: Option<(u64, String, Instant)>,
     /// What was not missing at the switch, added up, where RAM is to be proved equal.
     present: Vec<BlockDigest>,
 }
@@ -41,6 +47,24 @@ impl Lazily {
         self.connections += 1;
         self.demand = None;
         self.serving = None;
+        self.fading = None;
+    }
+
+    /// A connection that carries pages is lost: the target may be about to say that it needs no more.
+    pub(super) fn fade(&mut self, of: u64, why: String) {
+        self.fading.get_or_insert((of, why, Instant::now() + LAST_WORDS));
+    }
+
+    /// How long until that counts.
+    pub(super) fn fades_in(&self) -> Duration {
+        let left = |(_, _, until): &(u64, String, Instant)| until.saturating_duration_since(Instant::now());
+        self.fading.as_ref().map_or(Duration::MAX, left)
+    }
+
+    /// What has been lost so long ago that it counts.
+    pub(super) fn faded(&mut self) -> Option<(u64, String)> {
+        let due = |(_, _, until): &mut (u64, String, Instant)| Instant::now() >= *until;
+        self.fading.take_if(due).map(|(of, why, _)| (of, why))
     }
 }
 
@@ -115,7 +139,7 @@ impl Outgoing {
         let demand =
             self.lazy.demand.take().ok_or("the target cannot ask for pages: there is no connection")?;
         let (tell, of) = (self.tell.clone(), self.lazy.connections);
-        let failed = move |why| drop(tell.send(Event::Lost(of, why)));
+        let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let how = (self.pacer.clone(), self.counters.clone());
         self.lazy.serving =
             Some(Serving::start(demand, &self.process, &self.blocks, &self.lazy.bytes, how, failed)?);
@@ -133,7 +157,7 @@ impl Outgoing {
         }
         let streams = self.open(self.push_streams(), Purpose::Push)?;
         let (tell, of, options) = (self.tell.clone(), self.lazy.connections, self.options);
-        let failed = move |why| drop(tell.send(Event::Lost(of, why)));
+        let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
         serving.push(streams, options, failed)
     }

@@ -128,7 +128,7 @@ fn a_vm_with_missing_pages_moves_nowhere_and_is_nobody_elses() {
     let refused = scene.b.migrate(&to_the_other("b")).unwrap_err();
     assert!(refused.contains("pages of it are still at the host that it came from"), "{refused}");
     // What is left at the source is not to be resumed, ended or moved.
-    for command in [&["recover", "vm", "--here"][..], &["recover", "vm", "--there"], &["rm", "vm"]] {
+    for command in [&["recover", "vm", "--here"][..], &["recover", "vm", "--there"], &["stop", "vm"]] {
         let (code, out, err) = scene.a.command(command);
         assert_ne!(code, 0, "{command:?}: {out}{err}");
     }
@@ -152,7 +152,10 @@ fn the_guest_is_stopped_and_reset_meanwhile() {
     qmp.execute("system_reset", json!({})).unwrap();
     scene.world.wait_for_more("vm", "READY", MOVE);
     drop(qmp);
-    ends(&scene);
+    assert_eq!(scene.settle(), "b", "{}", scene.tell());
+    scene.world.wait_for_more("vm", "LOAD", MOVE);
+    let console = scene.world.console("vm");
+    assert!(!console.contains("BAD"), "{console}");
 }
 
 /// The guest gives memory back while its pages are on their way: what comes of it later is not its own any more.

@@ -151,6 +151,11 @@ fn a_switch_when_the_time_is_over() {
 fn a_qemu_that_is_not_root() {
     let mut world = World::new("7.2");
     world.user = Some("nobody".into());
+    drop((world.agent("a"), world.agent("b")));
+    for folder in ["sockets-a", "sockets-b"] {
+        let everybody = std::os::unix::fs::PermissionsExt::from_mode(0o777);
+        std::fs::set_permissions(world.path(folder), everybody).unwrap();
+    }
     let pair = Pair::boot(world, |guest| GuestSpec { programs: vec![load(60)], ..guest });
     pair.moves(at_once);
     pair.moves(after_precopy);
