@@ -479,6 +479,7 @@ impl Arriving<'_> {
 
     /// Loads the device state, then the blocks that only now have an address, and compares digests.
     fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
+        let began = Instant::now();
         self.drop_streams();
         self.paused = end.paused;
         check_digests(end)?;
@@ -489,6 +490,7 @@ impl Arriving<'_> {
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
         let (sinks, installer) = sinks.without_installer();
         installer.finish().map_err(|why| explain(&why))?;
+        let closed = began.elapsed();
         if end.postcopy {
             self.begin_fetch(end, &sinks)?;
         } else {
@@ -504,7 +506,10 @@ impl Arriving<'_> {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
             verified += verify(&process, &self.offer, &layout, &there)?;
         }
+        let ready = began.elapsed();
         qemu.load(&state).map_err(|why| explain(&why))?;
+        let loaded = began.elapsed();
+        tracing::debug!(vm = self.offer.vm, ?closed, ?ready, ?loaded, "target: the parts of the load");
         if sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
             install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;

@@ -39,6 +39,15 @@ const SLICES_PER_CALL: usize = 1024;
 pub(crate) const RECORD_SIZE_MAX: usize = 16 * 1024;
 
 sockopt_impl!(
+    /// SO_MAX_PACING_RATE, in bytes a second; the largest number is no limit.
+    MaxPacingRate,
+    SetOnly,
+    libc::SOL_SOCKET,
+    libc::SO_MAX_PACING_RATE,
+    u64
+);
+
+sockopt_impl!(
     /// SO_RCVLOWAT, which the libraries do not know.
     ReceiveLowWater,
     SetOnly,
@@ -154,6 +163,13 @@ impl Session {
         SockRef::from(&self.socket)
             .set_send_buffer_size(bytes)
             .map_err(|source| TransportError::from_socket(&self.peer, Operation::Write, source))
+    }
+
+    /// Lets the kernel send no faster than this many bytes a second (SO_MAX_PACING_RATE, socket(7)), evenly; `None` takes that back.
+    pub(crate) fn set_max_pacing_rate(&self, rate: Option<u64>) -> Result<()> {
+        MaxPacingRate
+            .set(&self.socket, &rate.unwrap_or(u64::MAX))
+            .map_err(|source| TransportError::from_socket(&self.peer, Operation::Write, source.into()))
     }
 
     /// Wakes a waiting reader only when so many bytes are there (SO_RCVLOWAT, socket(7)), or the stream ends.

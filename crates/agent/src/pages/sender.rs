@@ -397,9 +397,9 @@ impl Link {
         Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
-    /// What its socket may hold.
-    pub(super) fn set_queue(&self, bytes: usize) -> Result<(), String> {
-        self.connection.set_send_buffer(bytes).map_err(|why| self.failed(&why))
+    /// How fast the kernel sends at most, in bytes a second.
+    pub(super) fn set_pace(&self, rate: Option<u64>) -> Result<(), String> {
+        self.connection.set_max_pacing_rate(rate).map_err(|why| self.failed(&why))
     }
 
     pub(super) fn flush(&mut self) -> Result<(), String> {

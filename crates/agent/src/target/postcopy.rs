@@ -117,6 +117,9 @@ impl Arriving<'_> {
         }
         if self.offer.postcopy {
             self.attach_pager()?;
+            // What QEMU has written for itself: to drop it takes an attach, and the VM runs while this is done.
+            let dropped = self.lazy.pager.as_ref().map_or(Ok(()), Pager::drop_ahead);
+            dropped.map_err(|why| explain(&why))?;
         }
         Ok(eager)
     }

@@ -16,6 +16,8 @@ const CHUNK_PAGES: u64 = 16;
 const AHEAD_PAGES: u64 = 64;
 /// How far an edge skips over what was sent already. What is further away has nothing to do with the fault.
 const SKIP_PAGES: u64 = 512;
+/// One turn in so many goes to other pivots while the guest walks along a stream: it may be about to overtake what is pushed ahead of it.
+const STREAM_TURNS: u64 = 8;
 /// One turn in so many goes backward: programs walk forward more often.
 const TURNS: u32 = 4;
 
@@ -60,6 +62,7 @@ pub struct Prepaging {
     /// Whose turn it is.
     turn: usize,
     faults: u64,
+    takes: u64,
     /// Where the sweep is.
     sweep: u64,
 }
@@ -74,7 +77,7 @@ impl Prepaging {
             start..end
         });
         let blocks = blocks.collect();
-        Self { wanted: PageSet::new(end), blocks, pivots: Vec::new(), turn: 0, faults: 0, sweep: 0 }
+        Self { wanted: PageSet::new(end), blocks, pivots: Vec::new(), turn: 0, faults: 0, takes: 0, sweep: 0 }
     }
 
     /// How many pages are still to be pushed.
@@ -133,6 +136,10 @@ impl Prepaging {
         if most == 0 || self.wanted.len() == 0 {
             return None;
         }
+        self.takes += 1;
+        if let Some(stream) = self.latest_stream().filter(|_| !self.takes.is_multiple_of(STREAM_TURNS)) {
+            self.turn = stream;
+        }
         while !self.pivots.is_empty() {
             self.turn %= self.pivots.len();
             let pivot = &mut self.pivots[self.turn];
@@ -147,6 +154,12 @@ impl Prepaging {
         let end = self.wanted.run_end(first, limit);
         self.sweep = end;
         Some(self.chunk(first..end))
+    }
+
+    /// The stream along which the guest walks just now: the last fault was of it.
+    fn latest_stream(&self) -> Option<usize> {
+        let latest = (0..self.pivots.len()).max_by_key(|&at| self.pivots[at].used);
+        latest.filter(|&at| self.pivots[at].stream && self.pivots[at].used == self.faults)
     }
 
     fn retire(&mut self, at: usize) {
@@ -293,6 +306,17 @@ mod tests {
         let order = (0..8).map(|_| pages.take(256).unwrap().first).collect::<Vec<_>>();
         assert_eq!(order, [521, 537, 553, 569, 585, 601, 617, 633]);
         assert_eq!(pages.pivots.len(), 1);
+    }
+
+    #[test]
+    fn the_stream_that_the_guest_walks_along_goes_first() {
+        let mut pages = full(&[100_000]);
+        [70_000, 80_000, 500, 520].iter().for_each(|&page| pages.fault(0, page));
+        let order = (0..64).map(|_| pages.take(256).unwrap().first).collect::<Vec<_>>();
+        assert_eq!(order.iter().filter(|first| **first < 10_000).count(), 56);
+        pages.fault(0, 90_000);
+        let order = (0..8).map(|_| pages.take(256).unwrap().first).collect::<Vec<_>>();
+        assert!(order.iter().filter(|first| **first < 10_000).count() <= 3, "it has gone elsewhere");
     }
 
     #[test]

@@ -53,6 +53,17 @@ impl Pager {
         left
     }
 
+    /// Drops what is present of pages that were not delivered, ahead of [`Pager::begin`], which then has little to drop.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn drop_ahead(&self) -> Result<(), PagerError> {
+        let mut scanner = PageMap::new(self.process.open_proc("pagemap")?);
+        let clear: Vec<Vec<PageRun>> = (0..self.regions.len()).map(|region| self.clear(region)).collect();
+        self.drop_present(&mut scanner, &clear)?;
+        Ok(self.check_alive()?)
+    }
+
     fn clear(&self, region: usize) -> Vec<PageRun> {
         let mut runs = Vec::new();
         self.bits.clear_runs(region, |run| runs.push(run));
