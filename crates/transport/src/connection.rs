@@ -126,12 +126,6 @@ impl Connection {
         self.reader.session().set_send_buffer(bytes)
     }
 
-    /// Lets the kernel send no faster than so many bytes a second, evenly, or as fast as it can: below the link's rate nothing queues
-    /// on the way.
-    pub fn set_max_pacing_rate(&self, rate: Option<u64>) -> Result<()> {
-        self.reader.session().set_max_pacing_rate(rate)
-    }
-
     /// Waits until the kernel takes more to send.
     pub fn wait_for_room(&self, deadline: Option<Instant>) -> Result<()> {
         self.reader.session().wait(PollFlags::OUT, deadline, Operation::Write)

@@ -397,11 +397,6 @@ impl Link {
         Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
-    /// How fast the kernel sends at most, in bytes a second.
-    pub(super) fn set_pace(&self, rate: Option<u64>) -> Result<(), String> {
-        self.connection.set_max_pacing_rate(rate).map_err(|why| self.failed(&why))
-    }
-
     pub(super) fn flush(&mut self) -> Result<(), String> {
         let flushed = self.connection.flush();
         flushed.map_err(|why| self.failed(&why))

@@ -23,25 +23,10 @@ use sterna_memory::{Backing, PAGE, PageRun, Process, Reader, Region, Span, is_ze
 use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 
 /// Pages that a pusher sends at once: more would make a fault's answer wait behind them.
-const PUSH_PAGES_MAX: u64 = 64;
-/// Bytes that a push stream may have in its socket until the link is known.
-const PUSH_BUFFER_BYTES: usize = 64 << 10;
-/// How long the link is left to itself before it is measured, and for how long it is: connections begin slowly.
-const WARM_UP: Duration = Duration::from_millis(20);
-const MEASURE: Duration = Duration::from_millis(40);
-/// For how long the streams are paced by what was measured. A link may get wider or narrower: then they go a little faster for a moment, and
-/// it is measured what comes of that.
-const PACED: Duration = Duration::from_secs(1);
-const PROBE: Duration = Duration::from_millis(10);
-/// How much faster, in percent.
-const PROBE_FASTER: f64 = 5.0;
-/// The part of the link that they leave free, in percent, beside what answers take of it: a queue never builds up then, and an answer waits
-/// behind nothing.
-const LEAVE: f64 = 2.0;
-/// The part of the link that they have in any case, in percent.
-const LEAST: f64 = 25.0;
-/// How often it is looked what answers take.
-const TICK: Duration = Duration::from_millis(20);
+const PUSH_PAGES_MAX: u64 = 16;
+/// Bytes that a push stream may have in its socket, as it is told the kernel (which doubles it): what was taken for a stream is not answered
+/// elsewhere in the meantime.
+const PUSH_BUFFER_BYTES: usize = 16 << 10;
 /// How long a write may wait. A target whose guest runs takes pages all the time: one that does not is gone.
 const WRITE_WITHIN: Duration = Duration::from_secs(10);
 /// Batches of post-copy belong to no round.
@@ -72,9 +57,6 @@ struct Shelf {
 struct Order {
     prepaging: Prepaging,
     listed: bool,
-    flow: Flow,
-    /// Bytes a second of all push streams together, while they are paced.
-    pace: Option<f64>,
 }
 
 /// What was asked for.
@@ -104,7 +86,7 @@ impl Serving {
     ) -> Result<Self, String> {
         let place = |at| blocks.iter().position(|block| usize::from(block.index) == at);
         let pages: Vec<u64> = bytes.iter().map(|bytes| bytes.div_ceil(PAGE)).collect();
-        let order = Order { prepaging: Prepaging::new(pages), listed: false, flow: Flow::new(), pace: None };
+        let order = Order { prepaging: Prepaging::new(pages), listed: false };
         let shelf = Arc::new(Shelf {
             blocks: blocks.clone(),
             places: (0..bytes.len()).map(place).collect(),
@@ -147,8 +129,6 @@ impl Serving {
                 failed_to_look(why);
             }
         })?;
-        let count = streams.len();
-        lock(&self.shelf.order).flow = Flow::new();
         for (at, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(PUSH_BUFFER_BYTES).map_err(|why| why.to_string())?;
             self.shutdowns.push(connection.shutdown_handle());
@@ -160,8 +140,6 @@ impl Serving {
                 link,
                 packer: Packer::new(PUSH_PAGES_MAX as usize * PAGE as usize, options.methods),
                 page: Pages::new(PUSH_PAGES_MAX),
-                streams: count,
-                pace: None,
             };
             self.spawn(&format!("pages-push-{at}"), move || {
                 if let Err(why) = pusher.push() {
@@ -370,8 +348,23 @@ impl Answering {
         }
     }
 
+    /// Whether a page that is asked for is on its way already, ahead of a guest that walks along a stream: to send it twice would only keep the next
+    /// ones waiting. A page elsewhere may lie behind others on its way, and goes once more.
+    fn is_pushed(&self, place: u16, run: PageRun) -> bool {
+        let mut order = lock(&self.shelf.order);
+        let pushed = order.listed && (run.first..run.end()).all(|page| !order.prepaging.wants(place, page));
+        if !pushed {
+            return false;
+        }
+        order.prepaging.fault(place, run.first);
+        order.prepaging.is_streaming()
+    }
+
     fn answer(&mut self, place: u16, run: PageRun) -> Result<(), String> {
         let (at, _) = self.shelf.block(place)?;
+        if self.is_pushed(place, run) {
+            return Ok(());
+        }
         let there = self.shelf.there(at, run)?;
         self.pages.read(&self.shelf, at, run, &there)?;
         let Pages { head, descriptors, .. } = &mut self.pages;
@@ -391,7 +384,6 @@ impl Answering {
         tracing::trace!(place, first = run.first, pages = run.pages, bytes, "source: a demand");
         self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
         let mut order = lock(&self.shelf.order);
-        order.flow.answered(bytes as u64);
         order.prepaging.sent(place.into(), run.first, run.pages);
         order.prepaging.fault(place.into(), run.first);
         Ok(())
@@ -404,86 +396,9 @@ struct Pushing {
     link: Link,
     packer: Packer,
     page: Pages,
-    streams: usize,
-    pace: Option<u64>,
-}
-
-/// How fast all push streams go together: as fast as the link, as it is measured now and then, but for what answers take of it and a little more.
-struct Flow {
-    /// Since the phase began.
-    began: Instant,
-    bytes: u64,
-    phase: Phase,
-    /// Bytes a second that the link carries.
-    link: Option<f64>,
-    /// Since answers were last counted.
-    ticked: Instant,
-    answered: u64,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    WarmUp,
-    Measure,
-    Paced,
-    Probe,
-}
-
-impl Flow {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self { began: now, bytes: 0, phase: Phase::WarmUp, link: None, ticked: now, answered: 0 }
-    }
-
-    /// Takes in what an answer took.
-    fn answered(&mut self, bytes: u64) {
-        self.answered += bytes;
-        self.bytes += bytes;
-    }
-
-    /// Takes in what was pushed. Tells what the pace of all streams is from now on, when it changes.
-    fn pushed(&mut self, bytes: u64) -> Option<f64> {
-        self.bytes += bytes;
-        let elapsed = self.began.elapsed();
-        let (lasts, next) = match self.phase {
-            Phase::WarmUp => (WARM_UP, Phase::Measure),
-            Phase::Measure => (MEASURE, Phase::Paced),
-            Phase::Paced => (PACED, Phase::Probe),
-            Phase::Probe => (PROBE, Phase::Paced),
-        };
-        if elapsed >= lasts {
-            if matches!(self.phase, Phase::Measure | Phase::Probe) {
-                self.link = Some(self.bytes as f64 / elapsed.as_secs_f64());
-            }
-            (self.phase, self.began, self.bytes) = (next, Instant::now(), 0);
-        } else if self.ticked.elapsed() < TICK {
-            return None;
-        }
-        let answers =
-            self.answered as f64 / self.ticked.elapsed().as_secs_f64().max(TICK.as_secs_f64() / 2.0);
-        (self.ticked, self.answered) = (Instant::now(), 0);
-        let part = if self.phase == Phase::Probe { 100.0 + PROBE_FASTER } else { 100.0 - LEAVE };
-        self.link.map(|link| (link * part / 100.0 - answers).max(link * LEAST / 100.0))
-    }
 }
 
 impl Pushing {
-    /// Keeps to its share of the pace of all.
-    fn keep_pace(&mut self, bytes: u64) -> Result<(), String> {
-        let pace = {
-            let mut order = lock(&self.shelf.order);
-            if let Some(pace) = order.flow.pushed(bytes) {
-                order.pace = Some(pace);
-            }
-            order.pace.map(|rate| (rate / self.streams as f64) as u64)
-        };
-        if pace != self.pace {
-            self.pace = pace;
-            self.link.set_pace(pace)?;
-        }
-        Ok(())
-    }
-
     fn push(&mut self) -> Result<(), String> {
         loop {
             self.link.wait_for_room()?;
@@ -514,7 +429,6 @@ impl Pushing {
             }
         };
         self.link.flush()?;
-        self.keep_pace(took.0.0)?;
         self.packer.rule.wrote(took.0, took.1);
         Ok(())
     }

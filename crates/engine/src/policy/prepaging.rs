@@ -85,6 +85,17 @@ impl Prepaging {
         self.wanted.len()
     }
 
+    /// Whether this page is still to be pushed.
+    pub fn wants(&self, block: u16, page: u64) -> bool {
+        let places = self.places(block, page, 1);
+        !places.is_empty() && self.wanted.next(places.start) == Some(places.start)
+    }
+
+    /// Whether the latest fault was one of a guest that walks along a stream.
+    pub fn is_streaming(&self) -> bool {
+        self.latest_stream().is_some()
+    }
+
     /// Wants these pages pushed. Those that no block has are left out.
     pub fn want(&mut self, block: u16, first: u64, pages: u64) {
         let places = self.places(block, first, pages);
@@ -317,6 +328,15 @@ mod tests {
         pages.fault(0, 90_000);
         let order = (0..8).map(|_| pages.take(256).unwrap().first).collect::<Vec<_>>();
         assert!(order.iter().filter(|first| **first < 10_000).count() <= 3, "it has gone elsewhere");
+    }
+
+    #[test]
+    fn what_was_taken_or_sent_is_not_wanted() {
+        let mut pages = full(&[100]);
+        assert!(pages.wants(0, 0) && !pages.wants(0, 100) && !pages.wants(1, 0));
+        pages.take(10);
+        pages.sent(0, 50, 1);
+        assert!(!pages.wants(0, 9) && pages.wants(0, 10) && !pages.wants(0, 50));
     }
 
     #[test]
