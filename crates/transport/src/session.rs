@@ -39,15 +39,6 @@ const SLICES_PER_CALL: usize = 1024;
 pub(crate) const RECORD_SIZE_MAX: usize = 16 * 1024;
 
 sockopt_impl!(
-    /// TCP_WINDOW_CLAMP, in bytes.
-    WindowClamp,
-    SetOnly,
-    libc::IPPROTO_TCP,
-    libc::TCP_WINDOW_CLAMP,
-    i32
-);
-
-sockopt_impl!(
     /// SO_RCVLOWAT, which the libraries do not know.
     ReceiveLowWater,
     SetOnly,
@@ -85,13 +76,6 @@ impl Counters {
 pub struct Shutdown(Weak<Session>);
 
 impl Shutdown {
-    /// Lets the peer have no more than so many bytes under way to here. What the kernel does not allow it leaves as it is.
-    pub fn set_window(&self, bytes: usize) {
-        if let Some(session) = self.0.upgrade() {
-            let _ = session.set_window(bytes);
-        }
-    }
-
     /// Shuts the connection down. Data not yet sent is lost; the peer sees a connection that was cut.
     pub fn shutdown(&self) {
         if let Some(session) = self.0.upgrade() {
@@ -170,11 +154,6 @@ impl Session {
         SockRef::from(&self.socket)
             .set_send_buffer_size(bytes)
             .map_err(|source| TransportError::from_socket(&self.peer, Operation::Write, source))
-    }
-
-    /// Lets the peer have no more than this many bytes under way (TCP_WINDOW_CLAMP, tcp(7)).
-    pub(crate) fn set_window(&self, bytes: usize) -> io::Result<()> {
-        Ok(WindowClamp.set(&self.socket, &i32::try_from(bytes).unwrap_or(i32::MAX))?)
     }
 
     /// Wakes a waiting reader only when so many bytes are there (SO_RCVLOWAT, socket(7)), or the stream ends.

@@ -26,13 +26,6 @@ const WRITE_WITHIN: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Requests that are written at once while what is missing is listed: a fault must not wait for all of them.
 const LISTED_AT_ONCE: usize = 512;
-/// Bytes that all push streams together may have under way, beside what the link carries in [`WINDOW_TIME`]: what is under way already delays
-/// what is waited for.
-const WINDOW_MIN: u64 = 16 << 10;
-/// How long what is under way may take: the least that keeps a link busy.
-const WINDOW_TIME: Duration = Duration::from_micros(150);
-/// How often that is reckoned anew, from what has come.
-const WINDOW_EVERY: Duration = Duration::from_millis(20);
 /// How much less nice the threads are that a guest waits for.
 const URGENT: i32 = -15;
 
@@ -66,16 +59,6 @@ struct Shared {
     over: AtomicBool,
     /// When something came last.
     heard: Mutex<Instant>,
-    /// Bytes that have come.
-    came: AtomicU64,
-    window: Mutex<Window>,
-}
-
-/// What push streams may have under way.
-struct Window {
-    streams: Vec<Shutdown>,
-    since: Instant,
-    came: u64,
 }
 
 /// How long the guest waited.
@@ -141,8 +124,6 @@ impl Fetch {
             filled: AtomicBool::new(false),
             over: AtomicBool::new(false),
             heard: Mutex::new(Instant::now()),
-            came: AtomicU64::new(0),
-            window: Mutex::new(Window { streams: Vec::new(), since: Instant::now(), came: 0 }),
         });
         let listening = shared.clone();
         let thread = std::thread::Builder::new().name("pages-faults".into()).spawn(move || {
@@ -168,10 +149,6 @@ impl Fetch {
 
     /// Pages come on this connection too.
     pub(crate) fn push(&mut self, index: u32, connection: Connection) -> Result<(), String> {
-        let mut window = lock(&self.shared.window);
-        window.streams.push(connection.shutdown_handle());
-        window.set(WINDOW_MIN);
-        drop(window);
         let (reader, _) = connection.split();
         self.receive(index, reader, 0)
     }
@@ -215,7 +192,6 @@ impl Fetch {
         self.demand.take().iter().for_each(Shutdown::shutdown);
         self.receivers.iter().for_each(Receiver::cut);
         self.receivers.clear();
-        lock(&self.shared.window).streams.clear();
         if let Some(sums) = &self.shared.sums {
             sums.whole.store(false, Ordering::Relaxed);
         }
@@ -373,22 +349,6 @@ impl Shared {
     }
 }
 
-impl Window {
-    fn reckon(&mut self, came: u64) {
-        let elapsed = self.since.elapsed();
-        if elapsed >= WINDOW_EVERY {
-            let rate = (came - self.came.min(came)) as f64 / elapsed.as_secs_f64();
-            (self.since, self.came) = (Instant::now(), came);
-            self.set(WINDOW_MIN + (rate * WINDOW_TIME.as_secs_f64()) as u64);
-        }
-    }
-
-    fn set(&self, bytes: u64) {
-        let each = bytes / self.streams.len().max(1) as u64;
-        self.streams.iter().for_each(|stream| stream.set_window(each as usize));
-    }
-}
-
 impl Install for Shared {
     fn layout(&self) -> &Layout {
         &self.layout
@@ -400,11 +360,6 @@ impl Install for Shared {
             Received::Lost(format!("the source sent pages of block {block}, which is complete"))
         })?;
         *lock(&self.heard) = Instant::now();
-        let came = self.came.fetch_add(payload.len() as u64, Ordering::Relaxed) + payload.len() as u64;
-        // Whoever comes too late leaves it to another.
-        if let Ok(mut window) = self.window.try_lock() {
-            window.reckon(came);
-        }
         self.place(region, runs, payload).map_err(|why| Received::Failed(crate::control::explain(&why)))?;
         self.look_whether_filled();
         Ok(())
