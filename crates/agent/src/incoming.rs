@@ -61,21 +61,13 @@ impl Incoming {
     }
 
     /// Hands a new control connection to a migration whose VM runs here with pages missing. Gives it back if there is none from that host.
-    pub(crate) fn reattach(
-        &self,
-        id: MigrationId,
-        peer: &str,
-        connection: Connection,
-    ) -> Result<(), Connection> {
+    pub(crate) fn reattach(&self, id: MigrationId, peer: &str, connection: Connection) -> Option<Connection> {
         match lock(&self.by_id).get(&id) {
-            Some(found) if found.peer == peer => {
-                let sent = found.tell.send(Event::Reattach(connection));
-                sent.map_err(|mpsc::SendError(event)| event).or_else(|event| match event {
-                    Event::Reattach(connection) => Err(connection),
-                    _ => Ok(()),
-                })
-            }
-            _ => Err(connection),
+            Some(found) if found.peer == peer => match found.tell.send(Event::Reattach(connection)) {
+                Err(mpsc::SendError(Event::Reattach(connection))) => Some(connection),
+                _ => None,
+            },
+            _ => Some(connection),
         }
     }
 

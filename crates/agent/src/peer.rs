@@ -30,7 +30,7 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
         Ok(Message::Hello(hello)) => target::run(host, &peer, &hello, connection),
         Ok(Message::Reattach(reattach)) => {
             let id = identity(&reattach.id).unwrap_or_default();
-            if let Err(mut connection) = incoming.reattach(id, &peer, connection) {
+            if let Some(mut connection) = incoming.reattach(id, &peer, connection) {
                 let text =
                     format!("host {} fetches no pages of VM {} by this migration", host.name(), reattach.vm);
                 reply(&mut connection, &Message::Abort(Text { text }));

@@ -338,7 +338,7 @@ impl Answering {
                 }
                 Request::Missing { block, first, pages } => {
                     self.shelf.block(block)?;
-                    lock(&self.shelf.order).prepaging.want(block.into(), first, pages.into());
+                    lock(&self.shelf.order).prepaging.want(block, first, pages.into());
                 }
                 Request::Listed => {
                     lock(&self.shelf.order).listed = true;
@@ -384,8 +384,8 @@ impl Answering {
         tracing::trace!(place, first = run.first, pages = run.pages, bytes, "source: a demand");
         self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
         let mut order = lock(&self.shelf.order);
-        order.prepaging.sent(place.into(), run.first, run.pages);
-        order.prepaging.fault(place.into(), run.first);
+        order.prepaging.sent(place, run.first, run.pages);
+        order.prepaging.fault(place, run.first);
         Ok(())
     }
 }

@@ -191,7 +191,7 @@ impl Outgoing {
 
     /// Finds the blocks of a VM that an earlier life of this agent has handed over, in the order in which it offered them.
     fn find_blocks(&mut self) -> Result<(), String> {
-        let layout = self.qemu(|qemu| sterna_vmm::Vmm::layout(qemu))?;
+        let layout = self.qemu(sterna_vmm::Vmm::layout)?;
         let (blocks, bytes) = offer::blocks_again(&self.host, &self.vm, &layout)?;
         self.blocks = Arc::new(blocks);
         self.lazy.bytes = bytes;
