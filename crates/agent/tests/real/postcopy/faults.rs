@@ -44,6 +44,7 @@ fn begin(scene: &Scene) -> String {
 }
 
 fn ends(scene: &Scene) {
+    becomes(scene, "b", "running");
     assert_eq!(scene.settle(), "b", "{}", scene.tell());
     scene.assert_guest_goes_on();
 }

@@ -225,7 +225,9 @@ mod tests {
                 Some((rounds, residual, elapsed)) => {
                     prop_assert_eq!(seen.ending, Ending::Converged);
                     // A step more or less in a round is some pages, and may be a round where rounds hardly shrink.
-                    prop_assert!(seen.rounds.abs_diff(rounds) <= 1 + rounds / 5, "{seen:?}, {rounds}");
+                    // Whether so few pages are fewer than in the round before hangs on one of them; such rounds are short, and twelve at most.
+                    let apart = if residual < 64 { 12 } else { 1 + rounds / 5 };
+                    prop_assert!(seen.rounds.abs_diff(rounds) <= apart, "{seen:?}, {rounds}");
                     let slack = residual as f64 * 0.1 + rate * 0.002 + 2.0;
                     let close = (seen.residual.0 as f64 - residual as f64).abs() <= slack;
                     // What is left after another round is another amount.
