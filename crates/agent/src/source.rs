@@ -18,7 +18,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::{Activity, Choice, MigrationId, Record};
 use sterna_engine::policy::RateLimits;
-use sterna_engine::source::{Outcome, SourceAction, SourceInput};
+use sterna_engine::source::{Outcome, Postcopy, SourceAction, SourceInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, Purpose, StateEnd, Stream};
@@ -491,9 +491,9 @@ impl Outgoing {
     /// Attaches, and starts with every page that may not be zero.
     fn track(&mut self) -> Result<Pages, String> {
         self.shrink();
-        let (blocks, attach) = (self.tracked(), self.host.attach());
+        let (tracked, attach) = (self.tracked(), self.host.attach());
         let process = self.process.try_clone().map_err(|why| explain(&why))?;
-        let mut collector = Collector::arm(process, blocks, &attach, self.writers)?;
+        let mut collector = Collector::arm(process, tracked.clone(), &attach, self.writers)?;
         if !self.host.config().has(Mechanism::Discards) {
             collector.ignore_discards();
         }
@@ -509,9 +509,8 @@ impl Outgoing {
         let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
         let how = (self.pacer.clone(), self.options);
-        let tracked = self.tracked();
         self.senders = Some(Senders::start(streams, &self.process, &tracked, how, &self.counters, failed)?);
-        if pages == Pages(0) {
+        if self.lazy.when == Postcopy::AtOnce && pages == Pages(0) {
             // No round hides it.
             self.qemu(|qemu| qemu.prepare_save())?;
         }

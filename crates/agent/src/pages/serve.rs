@@ -9,6 +9,7 @@ use super::pack::Packer;
 use super::send::{SendCounters, SendOptions};
 use super::sender::{Link, append};
 use crate::registry::lock;
+use std::io::IoSlice;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
@@ -22,6 +23,8 @@ use sterna_engine::wire::request::{REQUEST_BYTES, Request};
 use sterna_memory::{Backing, PAGE, PageRun, Process, Reader, Region, Span, is_zero, populated};
 use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 
+/// Pages of an answer: what a frame has room for. The target may ask for more at once.
+const ANSWER_PAGES_MAX: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
 /// Pages that a pusher sends at once: more would make a fault's answer wait behind them.
 const PUSH_PAGES_MAX: u64 = 16;
 /// Bytes that a push stream may have in its socket, as it is told the kernel (which doubles it): what was taken for a stream is not answered
@@ -320,7 +323,7 @@ struct Answering {
 
 impl Answering {
     fn new(shelf: Arc<Shelf>, writer: Writer) -> Self {
-        Self { shelf, writer, pages: Pages::new(PAYLOAD_BYTES_MAX as u64 / PAGE) }
+        Self { shelf, writer, pages: Pages::new(ANSWER_PAGES_MAX) }
     }
 
     fn serve(mut self, mut reader: sterna_transport::Reader) -> Result<(), String> {
@@ -348,44 +351,44 @@ impl Answering {
         }
     }
 
-    /// Whether a page that is asked for is on its way already, ahead of a guest that walks along a stream: to send it twice would only keep the next
-    /// ones waiting. A page elsewhere may lie behind others on its way, and goes once more.
-    fn is_pushed(&self, place: u16, run: PageRun) -> bool {
-        let mut order = lock(&self.shelf.order);
-        let pushed = order.listed && (run.first..run.end()).all(|page| !order.prepaging.wants(place, page));
-        if !pushed {
-            return false;
-        }
-        order.prepaging.fault(place, run.first);
-        order.prepaging.is_streaming()
-    }
-
-    fn answer(&mut self, place: u16, run: PageRun) -> Result<(), String> {
+    /// Answers what the guest waits for, in batches that a frame has room for.
+    fn answer(&mut self, place: u16, asked: PageRun) -> Result<(), String> {
         let (at, _) = self.shelf.block(place)?;
-        if self.is_pushed(place, run) {
+        if self.is_coming(place, asked) {
             return Ok(());
         }
-        let there = self.shelf.there(at, run)?;
-        self.pages.read(&self.shelf, at, run, &there)?;
+        for first in (asked.first..asked.end()).step_by(ANSWER_PAGES_MAX as usize) {
+            let run = PageRun { first, pages: ANSWER_PAGES_MAX.min(asked.end() - first) };
+            let there = self.shelf.there(at, run)?;
+            self.pages.read(&self.shelf, at, run, &there)?;
+            self.write(place)?;
+        }
+        self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether a page that is asked for is on its way already, ahead of a guest that walks along a stream: to send it twice would only keep the
+    /// next ones waiting. A page elsewhere may lie behind others on its way, and goes once more. Nobody else sends what is answered.
+    fn is_coming(&self, place: u16, asked: PageRun) -> bool {
+        let mut order = lock(&self.shelf.order);
+        let Order { prepaging, listed } = &mut *order;
+        let taken = *listed && (asked.first..asked.end()).all(|page| !prepaging.wants(place, page));
+        prepaging.sent(place, asked.first, asked.pages);
+        prepaging.fault(place, asked.first);
+        taken && prepaging.is_streaming()
+    }
+
+    fn write(&mut self, place: u16) -> Result<(), String> {
         let Pages { head, descriptors, .. } = &mut self.pages;
         head.clear();
         encode_batch(place, NO_ROUND, descriptors, head);
-        let failed = |why: sterna_transport::TransportError| {
-            format!("the demand connection to the target failed: {why}")
-        };
-        self.writer.set_deadline(Some(Instant::now() + WRITE_WITHIN));
-        let parts: Vec<std::io::IoSlice> = std::iter::once(&self.pages.head[..])
-            .chain(self.pages.payload())
-            .map(std::io::IoSlice::new)
-            .collect();
+        let head = std::iter::once(&self.pages.head[..]);
+        let parts: Vec<IoSlice> = head.chain(self.pages.payload()).map(IoSlice::new).collect();
         let bytes: usize = parts.iter().map(|part| part.len()).sum();
-        self.writer.write_vectored(&parts).and_then(|()| self.writer.flush()).map_err(failed)?;
+        self.writer.set_deadline(Some(Instant::now() + WRITE_WITHIN));
+        let written = self.writer.write_vectored(&parts).and_then(|()| self.writer.flush());
+        written.map_err(|why| format!("the demand connection to the target failed: {why}"))?;
         self.shelf.counters.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
-        tracing::trace!(place, first = run.first, pages = run.pages, bytes, "source: a demand");
-        self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
-        let mut order = lock(&self.shelf.order);
-        order.prepaging.sent(place, run.first, run.pages);
-        order.prepaging.fault(place, run.first);
         Ok(())
     }
 }
