@@ -7,7 +7,7 @@ use crate::control;
 use crate::host::Host;
 use crate::recovery::{go_on, go_on_fetching, kill, store};
 use crate::registry::{Decision, Vm};
-use crate::target;
+use crate::target::{self, Processors};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::{Choice, Continuation, Journal, Ownership, Record, Step, may_continue};
@@ -24,6 +24,7 @@ const ASKED_IN_VAIN: u32 = 5;
 
 /// Lets the VM run, now or when its source has answered.
 pub(crate) fn settle(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) {
+    // One with pages missing may not be able to say so: it is asked about like one that does not run.
     let runs = host.with_qemu(vm, |qemu| Ok(matches!(qemu.status()?, RunState::Running)));
     if matches!(runs, Ok(true)) {
         drop(run(host, vm, record));
@@ -119,10 +120,17 @@ fn notice(vm: &Vm, record: &Record, why: &str) -> String {
 /// What was read may never have reached the disk: it does before the VM runs because of it.
 fn run(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<(), String> {
     let stored = host.journal().store(record).map_err(|why| why.to_string());
+    if target::is_unfilled(&vm.record()) {
+        stored?;
+        // Told first: the source brings pages to who fetches them, and QEMU may need some to let the VM run.
+        store(host, record, Step::Fetching);
+        return go_on_fetching(host, vm, record, Processors::MayStand);
+    }
     let resumed = stored.and_then(|()| host.with_qemu(vm, |qemu| go_on(qemu, record.activity)));
     match &resumed {
         Ok(()) => {
-            settle_memory(host, vm, record);
+            store(host, record, Step::Running);
+            target::let_go(host, vm);
             crate::balloon::give_back(host, vm);
         }
         Err(why) => {
@@ -131,16 +139,6 @@ fn run(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<(), String> {
         }
     }
     resumed.map_err(|why| format!("it could not be resumed here: {why}"))
-}
-
-/// It runs: with all of its pages, or it fetches those that are missing.
-fn settle_memory(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) {
-    if target::is_unfilled(vm) {
-        store(host, record, Step::Fetching);
-        return go_on_fetching(host, vm, record);
-    }
-    store(host, record, Step::Running);
-    target::let_go(host, vm);
 }
 
 /// The source has it: what waits here is ended, and this try never commits.

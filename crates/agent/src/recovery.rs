@@ -10,7 +10,7 @@ use crate::doubt;
 use crate::host::Host;
 use crate::journal::Found;
 use crate::registry::{Vm, VmRecord};
-use crate::target;
+use crate::target::{self, Processors};
 use std::sync::Arc;
 use std::time::Duration;
 use sterna_engine::handoff::{
@@ -119,14 +119,13 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
         }
         TargetRecovery::Continue => {
             written.incoming = false;
-            let vm = list(host, written);
+            let vm = if target::is_unfilled(&written) { show(host, written) } else { list(host, written) };
             committed::settle(host, &vm, record);
         }
         TargetRecovery::Fetch => {
             written.incoming = false;
-            let vm = Vm::new(written, None);
-            host.registry().show(&vm);
-            go_on_fetching(host, &vm, record);
+            let vm = show(host, written);
+            drop(go_on_fetching(host, &vm, record, Processors::Run));
         }
         TargetRecovery::Nothing if written.incoming && record.step == Step::Dead => {
             host.registry().forget(&written)
@@ -139,15 +138,28 @@ fn recover_target(host: &Arc<Host>, mut written: VmRecord, record: &Record) {
     }
 }
 
+/// Lists a VM whose QEMU may not answer, waiting for a page.
+fn show(host: &Host, written: VmRecord) -> Arc<Vm> {
+    let vm = Vm::new(written, None);
+    host.registry().show(&vm);
+    vm
+}
+
 /// Fetches the pages that are missing, if the VM's QEMU lives: it cannot run without them.
-pub(crate) fn go_on_fetching(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) {
+pub(crate) fn go_on_fetching(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    record: &Record,
+    processors: Processors,
+) -> Result<(), String> {
     if !vm.is_alive() {
-        return store(host, record, Step::Running);
+        store(host, record, Step::Running);
+        return Ok(());
     }
-    if let Err(why) = target::resume(host, vm, record) {
+    target::resume(host, vm, record, processors).inspect_err(|why| {
         tracing::error!(vm = vm.name(), why, "its pages cannot be fetched");
         vm.notify(Some(format!("pages of it are missing and cannot be fetched from {}: {why}", record.peer)));
-    }
+    })
 }
 
 fn recover_source(host: &Arc<Host>, mut written: VmRecord, record: Record) -> Option<(Arc<Vm>, Record)> {

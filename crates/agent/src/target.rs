@@ -24,7 +24,7 @@ use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 mod postcopy;
 
 use postcopy::Lazy;
-pub(crate) use postcopy::{is_unfilled, let_go, resume};
+pub(crate) use postcopy::{Processors, is_unfilled, let_go, resume};
 
 /// How often the clock is looked at while nothing happens.
 const REFRESH: Duration = Duration::from_millis(200);
@@ -300,7 +300,15 @@ impl Arriving<'_> {
         }
     }
 
-    fn add_stream(&mut self, index: u32, mut connection: Connection) -> Option<TargetInput> {
+    /// A stream of the source's, which leaves TLS where both hosts say so.
+    fn in_clear(&self, mut connection: Connection) -> Result<Connection, String> {
+        if self.host.config().tls.page_streams == PageStreams::Clear {
+            connection.receive_in_clear().map_err(|why| explain(&why))?;
+        }
+        Ok(connection)
+    }
+
+    fn add_stream(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
         let Some(sinks) = &self.sinks else {
             return Some(TargetInput::Disconnected("the source opened a page stream too early".into()));
         };
@@ -309,11 +317,10 @@ impl Arriving<'_> {
             let why = format!("the source opened page stream {index}, which it may not");
             return Some(TargetInput::Disconnected(why));
         }
-        if self.offer.clear_pages
-            && let Err(why) = connection.receive_in_clear()
-        {
-            return Some(TargetInput::Disconnected(explain(&why)));
-        }
+        let connection = match self.in_clear(connection) {
+            Ok(connection) => connection,
+            Err(why) => return Some(TargetInput::Disconnected(why)),
+        };
         let tell = self.tell.clone();
         let (reader, _) = connection.split();
         let receiver = Receiver::start((index, 1), reader, sinks.clone(), 0, move |received| {

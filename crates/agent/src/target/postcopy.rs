@@ -1,20 +1,20 @@
 //! What the target of a post-copy does: it runs a VM whose pages are not all here, and fetches them.
 
 use super::{Arriving, Event, process_of};
-use crate::config::PageStreams;
 use crate::control::{self, explain};
 use crate::fit;
 use crate::host::Host;
 use crate::incoming::Incoming;
 use crate::pages::{Fetch, Fetched, Placed, Sink, merge, subtract};
-use crate::registry::{FetchRecord, FetchRegion, Vm, lock};
+use crate::recovery::go_on;
+use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord, lock};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::Target;
-use sterna_engine::handoff::Record;
+use sterna_engine::handoff::{Activity, Record};
 use sterna_engine::target::{Lazily, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::batch::Layout;
@@ -30,6 +30,7 @@ const BITS: &str = "pages";
 const DEVICE: &str = "/dev/userfaultfd";
 /// How long a QEMU whose processors may wait for pages may take to answer, and the pause before the next try.
 const ATTACH_WITHIN: Duration = Duration::from_secs(5);
+const ATTACH_PAUSE: Duration = Duration::from_millis(200);
 
 /// How long a source may be away before people are told.
 const TOLD_AFTER: Duration = Duration::from_secs(10);
@@ -103,13 +104,8 @@ impl Arriving<'_> {
         let qemu = self.qemu.as_mut().ok_or("no QEMU waits")?;
         let process = process_of(qemu)?;
         let mut eager = Vec::new();
-        for (place, sink) in (0..).zip(&sinks.blocks) {
-            match sink {
-                Sink::Region(_) => {}
-                Sink::Staged(_) => eager.push(place),
-                Sink::Rebuilt => {}
-            }
-        }
+        let staged = (0..).zip(&sinks.blocks).filter(|(_, sink)| matches!(sink, Sink::Staged(_)));
+        eager.extend(staged.map(|(place, _)| place));
         self.lazy.regions = sinks.regions.clone();
         let regions: Vec<Region> = self.lazy.regions.iter().map(FetchRegion::region).collect();
         if let Some(why) = Pager::refusal(&process, &regions).map_err(|why| explain(&why))? {
@@ -173,13 +169,6 @@ impl Arriving<'_> {
             .unwrap_or_else(|| Err("the source pushes pages out of turn".into()))
             .err()
             .and_then(|why| self.lost(why))
-    }
-
-    fn in_clear(&self, mut connection: Connection) -> Result<Connection, String> {
-        if self.host.config().tls.page_streams == PageStreams::Clear {
-            connection.receive_in_clear().map_err(|why| explain(&why))?;
-        }
-        Ok(connection)
     }
 
     /// Lets go of all connections: the source makes them anew.
@@ -400,14 +389,27 @@ pub(crate) fn let_go(host: &Arc<Host>, vm: &Arc<Vm>) {
 }
 
 /// Whether a VM that was committed to was to fetch pages: only then is it written which are here.
-pub(crate) fn is_unfilled(vm: &Vm) -> bool {
-    let record = vm.record();
+pub(crate) fn is_unfilled(record: &VmRecord) -> bool {
     record.fetch.is_some() && bits_of(&record.run_dir).exists()
+}
+
+/// What is known of the processors of a VM whose agent was restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Processors {
+    /// They were let run.
+    Run,
+    /// They may not have been.
+    MayStand,
 }
 
 /// Goes on with a post-copy that an earlier life of this agent was in the middle of. Its QEMU waits where it touches a page that is missing,
 /// until the source is here again.
-pub(crate) fn resume(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<(), String> {
+pub(crate) fn resume(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    record: &Record,
+    processors: Processors,
+) -> Result<(), String> {
     let fetch = vm.record().fetch.ok_or("it is not written down what is missing")?;
     let process = host.process_of(vm)?;
     let pages: Vec<u64> = fetch.regions.iter().map(|region| region.bytes.div_ceil(PAGE)).collect();
@@ -444,15 +446,16 @@ pub(crate) fn resume(host: &Arc<Host>, vm: &Arc<Vm>, record: &Record) -> Result<
             Err(why) => tracing::error!(vm = vm.name(), why, "its pages cannot be fetched"),
         }
         arriving.show_fetching(false);
-        let attaching = attach_later(&host, &vm);
+        let activity = (processors == Processors::MayStand).then_some(record.activity);
+        let attaching = attach_later(&host, &vm, activity);
         arriving.finish(&mut machine, &events, &record.peer);
         drop(attaching.join());
     });
     Ok(())
 }
 
-/// Speaks to the QEMU again once it answers: it may wait for a page itself.
-fn attach_later(host: &Arc<Host>, vm: &Arc<Vm>) -> std::thread::JoinHandle<()> {
+/// Speaks to the QEMU again once it answers: it may wait for a page itself. Makes it do what it is to do, if that is not known to have been said.
+fn attach_later(host: &Arc<Host>, vm: &Arc<Vm>, activity: Option<Activity>) -> std::thread::JoinHandle<()> {
     let (host, vm) = (host.clone(), vm.clone());
     std::thread::spawn(move || {
         let record = vm.record();
@@ -462,10 +465,16 @@ fn attach_later(host: &Arc<Host>, vm: &Arc<Vm>) -> std::thread::JoinHandle<()> {
             match Qemu::attach(record.process, &socket, Some(record.log.clone()), ATTACH_WITHIN) {
                 Ok(qemu) => {
                     *vm.qemu() = Some(qemu);
+                    let told = activity.map(|activity| host.with_qemu(&vm, |qemu| go_on(qemu, activity)));
+                    if let Some(Err(why)) = told {
+                        tracing::error!(vm = record.name, why, "the VM is ours and could not be resumed");
+                        vm.notify(Some(format!("it came here and could not be resumed: {why}")));
+                    }
                     crate::balloon::give_back(&host, &vm);
                 }
                 Err(why) => {
-                    tracing::warn!(vm = record.name, why = explain(&why), after = ?began.elapsed(), "its QEMU does not answer yet")
+                    tracing::warn!(vm = record.name, why = explain(&why), after = ?began.elapsed(), "its QEMU does not answer yet");
+                    std::thread::sleep(ATTACH_PAUSE);
                 }
             }
         }

@@ -6,6 +6,7 @@ use serde_json::json;
 use sterna_agent::model::MigrateRequest;
 use sterna_lab::guest::Program;
 
+use crate::support::hold::Hold;
 use crate::support::proxy::Proxy;
 use crate::support::scene::{Scene, Watcher, other, to_the_other, until};
 use crate::support::{MOVE, World};
@@ -68,6 +69,31 @@ fn each_agent_is_killed_three_times_in_one_migration() {
     watcher.finish();
     // And onward, right after.
     scene.move_verified("b");
+}
+
+/// The target's agent dies at this point of the hand-over, with no page there yet, and comes back.
+fn dies_at(point: &str) {
+    let mut scene = boot(World::new("7.2"));
+    let watcher = Watcher::start(&scene.world);
+    let hold = Hold::arm(&scene.world, &scene.b, point);
+    scene.a.migrate(&slowly("a")).unwrap();
+    hold.reached();
+    scene.b.kill();
+    drop(hold);
+    scene.b.launch();
+    ends(&scene);
+    watcher.finish();
+    scene.move_verified("b");
+}
+
+#[test]
+fn the_targets_agent_is_killed_before_the_vm_runs() {
+    dies_at("target-resume");
+}
+
+#[test]
+fn the_targets_agent_is_killed_before_it_has_written_down_that_the_vm_runs() {
+    dies_at("target-record-fetching");
 }
 
 #[test]
