@@ -6,7 +6,7 @@ use crate::fit::{check_digests, install_staged, is_staged, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
-use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable};
+use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -495,18 +495,18 @@ impl Arriving<'_> {
             return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
         }
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
-        let (sinks, installer) = sinks.without_installer();
+        let Sinks { layout, blocks, installer, missing, .. } = sinks;
         installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
         if end.postcopy {
-            self.begin_fetch(end, &sinks)?;
+            self.begin_fetch(end, layout, &lock(&missing))?;
         } else {
             self.need_no_fetch();
         }
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
         let (staged, there): (Vec<_>, Vec<_>) =
-            end.digests.iter().partition(|digest| is_staged(&sinks.blocks, digest));
+            end.digests.iter().partition(|digest| is_staged(&blocks, digest));
         // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
         let mut verified = 0;
         if !there.is_empty() && !end.postcopy {
@@ -517,9 +517,9 @@ impl Arriving<'_> {
         qemu.load(&state).map_err(|why| explain(&why))?;
         let loaded = began.elapsed();
         tracing::debug!(vm = self.offer.vm, ?closed, ?ready, ?loaded, "target: the parts of the load");
-        if sinks.blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
+        if blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
-            install_staged(&self.host, &process, &self.offer, &layout, sinks.blocks)?;
+            install_staged(&self.host, &process, &self.offer, &layout, blocks)?;
             if !end.postcopy {
                 verified += verify(&process, &self.offer, &layout, &staged)?;
             }

@@ -9,23 +9,12 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use common::{PATIENCE, Random, Victim, attach, content, run, wait_until};
+use common::{KINDS, PATIENCE, Random, Victim, attach, content, run, wait_until};
 use sterna_memory::{
     BitsError, Fault, PAGE, PageBits, PageRun, Pager, PagerError, Region, footprint, populated,
 };
 
 const PAGES: u64 = 4096;
-
-const KINDS: [&str; 8] = [
-    "anon",
-    "anon-thp",
-    "anon-small",
-    "anon-shared",
-    "memfd-private",
-    "memfd-shared",
-    "file-private",
-    "file-shared",
-];
 
 const TICK: Duration = Duration::from_millis(100);
 

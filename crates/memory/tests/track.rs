@@ -7,24 +7,13 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::qemu::{Qemu, executables};
-use common::{PATIENCE, Victim, attach, pages, run, wait_until};
+use common::{KINDS, PATIENCE, Victim, attach, pages, run, wait_until};
 use sterna_memory::{
     PAGE, PageRun, Region, TrackError, Tracker, WpAsyncTracker, digest, footprint, is_zero, mapped,
     populated, with_data,
 };
 
 const PAGES: u64 = 4096;
-
-const KINDS: [&str; 8] = [
-    "anon",
-    "anon-thp",
-    "anon-small",
-    "anon-shared",
-    "memfd-private",
-    "memfd-shared",
-    "file-private",
-    "file-shared",
-];
 
 /// A victim with mapped memory of a kind, and the directory that holds its file, if any.
 fn made(kind: &str, count: u64) -> (Victim, Region, tempfile::TempDir) {

@@ -126,6 +126,11 @@ impl Connection {
         self.reader.session().set_send_buffer(bytes)
     }
 
+    /// How long what is sent takes to be acknowledged, as the kernel finds it just now: what queues on the way is part of it.
+    pub fn round_trip(&self) -> Option<Duration> {
+        self.reader.session().round_trip()
+    }
+
     /// Waits until the kernel takes more to send.
     pub fn wait_for_room(&self, deadline: Option<Instant>) -> Result<()> {
         self.reader.session().wait(PollFlags::OUT, deadline, Operation::Write)

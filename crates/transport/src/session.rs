@@ -12,8 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use nix::libc;
-use nix::sys::socket::SetSockOpt;
-use nix::{setsockopt_impl, sockopt_impl};
+use nix::sys::socket::{GetSockOpt, SetSockOpt};
+use nix::{getsockopt_impl, setsockopt_impl, sockopt_impl};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::RecvFlags;
 use socket2::{SockRef, TcpKeepalive};
@@ -37,6 +37,15 @@ const SLICES_PER_CALL: usize = 1024;
 
 /// One record's plaintext (RFC 8446 section 5.1).
 pub(crate) const RECORD_SIZE_MAX: usize = 16 * 1024;
+
+sockopt_impl!(
+    /// TCP_INFO.
+    TcpInfo,
+    GetOnly,
+    libc::IPPROTO_TCP,
+    libc::TCP_INFO,
+    libc::tcp_info
+);
 
 sockopt_impl!(
     /// SO_RCVLOWAT, which the libraries do not know.
@@ -154,6 +163,12 @@ impl Session {
         SockRef::from(&self.socket)
             .set_send_buffer_size(bytes)
             .map_err(|source| TransportError::from_socket(&self.peer, Operation::Write, source))
+    }
+
+    /// How long the kernel finds that data takes to be acknowledged, smoothed (TCP_INFO, tcp(7)).
+    pub(crate) fn round_trip(&self) -> Option<Duration> {
+        let info = TcpInfo.get(&self.socket).ok()?;
+        Some(Duration::from_micros(info.tcpi_rtt.into()))
     }
 
     /// Wakes a waiting reader only when so many bytes are there (SO_RCVLOWAT, socket(7)), or the stream ends.

@@ -3,9 +3,10 @@
 //! One thread hears of faults and asks for their pages on the demand connection; a receiver thread a connection puts in place what comes, whether it was asked for or
 //! not. Connections come and go; the pager, and the file of which pages are there, stay, and with them everything that must be known.
 
-use super::latency::Latency;
+use super::URGENT;
 use super::receive::{Install, Received, Receiver};
 use crate::registry::lock;
+use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -26,8 +27,8 @@ const WRITE_WITHIN: Duration = Duration::from_secs(5);
 const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Requests that are written at once while what is missing is listed: a fault must not wait for all of them.
 const LISTED_AT_ONCE: usize = 512;
-/// How much less nice the threads are that a guest waits for.
-const URGENT: i32 = -15;
+/// Digits of waits that are kept.
+const DIGITS: u8 = 2;
 
 /// What becomes of it.
 #[derive(Debug)]
@@ -61,10 +62,9 @@ struct Shared {
     heard: Mutex<Instant>,
 }
 
-/// How long the guest waited.
-#[derive(Default)]
+/// How long the guest waited, in microseconds.
 struct Waits {
-    latency: Latency,
+    all: Histogram<u64>,
     threads: BTreeMap<u32, Duration>,
 }
 
@@ -111,6 +111,7 @@ impl Fetch {
             sums: Mutex::new(vec![0; places.len()]),
             whole: AtomicBool::new(true),
         });
+        let all = Histogram::new(DIGITS).map_err(|why| format!("no histogram can be made: {why}"))?;
         let shared = Arc::new(Shared {
             pager,
             layout,
@@ -118,7 +119,7 @@ impl Fetch {
             places,
             demand: Mutex::default(),
             sums,
-            waits: Mutex::default(),
+            waits: Mutex::new(Waits { all, threads: BTreeMap::new() }),
             tell: Box::new(tell),
             connections: AtomicU64::new(connections),
             filled: AtomicBool::new(false),
@@ -205,14 +206,13 @@ impl Fetch {
     /// How long the guest has waited for pages; `processors` are its threads.
     pub(crate) fn faults(&self, processors: &[u32]) -> Faults {
         let waits = lock(&self.shared.waits);
-        let us = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let blocked = |thread: &u32| waits.threads.get(thread).copied().map_or(0, us);
+        let blocked = |thread: &u32| waits.threads.get(thread).copied().map_or(0, micros);
         Faults {
-            count: waits.latency.count(),
-            mean_us: us(waits.latency.mean()),
-            p50_us: us(waits.latency.quantile(0.5)),
-            p99_us: us(waits.latency.quantile(0.99)),
-            max_us: us(waits.latency.max()),
+            count: waits.all.len(),
+            mean_us: waits.all.mean() as u64,
+            p50_us: waits.all.value_at_quantile(0.5),
+            p99_us: waits.all.value_at_quantile(0.99),
+            max_us: waits.all.max(),
             vcpu_blocked_us: processors.iter().map(blocked).collect(),
         }
     }
@@ -322,7 +322,7 @@ impl Shared {
         }
         let mut waits = lock(&self.waits);
         for resolved in &installed.resolved {
-            waits.latency.add(resolved.waited);
+            waits.all.saturating_record(micros(resolved.waited));
             *waits.threads.entry(resolved.thread).or_default() += resolved.waited;
         }
     }
@@ -347,6 +347,10 @@ impl Shared {
         }
         Ok(())
     }
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 impl Install for Shared {

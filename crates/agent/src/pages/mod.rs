@@ -7,7 +7,6 @@ mod block;
 mod collect;
 mod fetch;
 mod kept;
-mod latency;
 mod pack;
 mod receive;
 mod send;
@@ -18,7 +17,7 @@ mod set;
 pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
 pub(crate) use fetch::{Fetch, Fetched, summand};
-pub(crate) use receive::{Placed, Received, Receiver, Sink, Sinks};
+pub(crate) use receive::{Received, Receiver, Sink, Sinks};
 pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
 pub(crate) use serve::Serving;
 use set::intersect;
@@ -26,6 +25,9 @@ pub(crate) use set::{SendSet, merge, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
 use sterna_memory::{PAGE, PageRun};
+
+/// How much less nice (nice(2), for the thread alone) a thread is that a guest waits for. Where the kernel does not allow it, it is like any other.
+const URGENT: i32 = -15;
 
 /// Pages that always share a stream: one full batch, so that a contiguous run is one read, one frame, one install.
 pub(crate) const PAGES_PER_STRIPE: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;

@@ -73,13 +73,6 @@ pub(crate) struct Sinks {
     pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
 }
 
-/// [`Sinks`] once nothing more is installed by rounds.
-pub(crate) struct Placed {
-    pub(crate) layout: Layout,
-    pub(crate) blocks: Vec<Sink>,
-    pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
-}
-
 /// A receiver thread.
 pub(crate) struct Receiver {
     shutdown: Shutdown,
@@ -292,12 +285,6 @@ impl Install for Sinks {
 }
 
 impl Sinks {
-    /// What is left when the installer is to end.
-    pub(crate) fn without_installer(self) -> (Placed, Installer) {
-        let Self { layout, blocks, installer, missing, .. } = self;
-        (Placed { layout, blocks, missing }, installer)
-    }
-
     fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
         let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
         let missing = of(runs, Content::Missing);

@@ -397,6 +397,16 @@ impl Link {
         Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
+    /// What its socket may hold.
+    pub(super) fn set_queue(&self, bytes: usize) -> Result<(), String> {
+        self.connection.set_send_buffer(bytes).map_err(|why| self.failed(&why))
+    }
+
+    /// How long what is sent takes to be acknowledged just now.
+    pub(super) fn round_trip(&self) -> Option<Duration> {
+        self.connection.round_trip()
+    }
+
     pub(super) fn flush(&mut self) -> Result<(), String> {
         let flushed = self.connection.flush();
         flushed.map_err(|why| self.failed(&why))

@@ -4,10 +4,10 @@
 //! the network and one copy. Pusher threads send everything else that the target says is missing, in the order of [`Prepaging`], on streams whose queue is
 //! kept short: what lies in a queue already delays the answers, which share the link with it.
 
-use super::SourceBlock;
 use super::pack::Packer;
 use super::send::{SendCounters, SendOptions};
 use super::sender::{Link, append};
+use super::{SourceBlock, URGENT};
 use crate::registry::lock;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use sterna_engine::policy::Prepaging;
+use sterna_engine::policy::{Prepaging, PushQueue};
 use sterna_engine::wire::batch::{
     Content, DESCRIPTORS_MAX, Descriptor, Layout, PAYLOAD_BYTES_MAX, encode_batch, encode_packed_batch,
 };
@@ -27,17 +27,14 @@ use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 const ANSWER_PAGES_MAX: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
 /// Pages that a pusher sends at once: more would make a fault's answer wait behind them.
 const PUSH_PAGES_MAX: u64 = 16;
-/// Bytes that a push stream may have in its socket, as it is told the kernel (which doubles it): what was taken for a stream is not answered
-/// elsewhere in the meantime.
-const PUSH_BUFFER_BYTES: usize = 16 << 10;
+/// The kernel takes a socket's buffer to hold its bookkeeping too, and doubles what it is told (socket(7)).
+const KERNEL_DOUBLES: usize = 2;
 /// How long a write may wait. A target whose guest runs takes pages all the time: one that does not is gone.
 const WRITE_WITHIN: Duration = Duration::from_secs(10);
 /// Batches of post-copy belong to no round.
 const NO_ROUND: u32 = 0;
 /// How long an idle pusher waits before it looks whether it is to end.
 const IDLE: Duration = Duration::from_millis(200);
-/// How much less nice a thread is that a guest waits for: where it is not allowed, it is like any other.
-const URGENT: i32 = -15;
 
 /// What all threads share.
 struct Shelf {
@@ -133,16 +130,18 @@ impl Serving {
             }
         })?;
         for (at, connection) in streams.into_iter().enumerate() {
-            connection.set_send_buffer(PUSH_BUFFER_BYTES).map_err(|why| why.to_string())?;
             self.shutdowns.push(connection.shutdown_handle());
             let (shelf, failed) = (self.shelf.clone(), failed.clone());
             let mut link = Link::new(at as u32, connection, self.pacer.clone(), shelf.counters.clone());
             link.within = WRITE_WITHIN;
+            link.set_queue(PushQueue::first().0 as usize / KERNEL_DOUBLES)?;
             let mut pusher = Pushing {
                 shelf,
                 link,
                 packer: Packer::new(PUSH_PAGES_MAX as usize * PAGE as usize, options.methods),
                 page: Pages::new(PUSH_PAGES_MAX),
+                began: Instant::now(),
+                queue: PushQueue::new(Duration::ZERO),
             };
             self.spawn(&format!("pages-push-{at}"), move || {
                 if let Err(why) = pusher.push() {
@@ -399,6 +398,8 @@ struct Pushing {
     link: Link,
     packer: Packer,
     page: Pages,
+    began: Instant,
+    queue: PushQueue,
 }
 
 impl Pushing {
@@ -432,6 +433,10 @@ impl Pushing {
             }
         };
         self.link.flush()?;
+        let told = self.queue.wrote(took.0, self.began.elapsed(), || self.link.round_trip());
+        if let Some(bytes) = told {
+            self.link.set_queue(bytes.0 as usize / KERNEL_DOUBLES)?;
+        }
         self.packer.rule.wrote(took.0, took.1);
         Ok(())
     }

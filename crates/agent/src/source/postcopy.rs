@@ -31,6 +31,8 @@ pub(super) struct Lazily {
     pub(super) eager: Vec<u32>,
     /// The stop that comes, or has come, is a switch.
     pub(super) switched: bool,
+    /// Push streams: as many as the rounds have, or as many as are usual here.
+    pub(super) streams: u32,
     /// Bytes of each block of the offer, as they travel.
     pub(super) bytes: Vec<u64>,
     /// Counts the times that the connections were made anew.
@@ -43,6 +45,10 @@ pub(super) struct Lazily {
 }
 
 impl Lazily {
+    pub(super) fn with_streams(streams: u32) -> Self {
+        Self { streams, ..Self::default() }
+    }
+
     pub(super) fn disconnect(&mut self) {
         self.connections += 1;
         self.demand = None;
@@ -155,15 +161,11 @@ impl Outgoing {
         {
             tracing::warn!(vm = self.vm.name(), why, "tracking did not end cleanly");
         }
-        let streams = self.open(self.push_streams(), Purpose::Push)?;
+        let streams = self.open(self.lazy.streams, Purpose::Push)?;
         let (tell, of, options) = (self.tell.clone(), self.lazy.connections, self.options);
         let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
         serving.push(streams, options, failed)
-    }
-
-    fn push_streams(&self) -> u32 {
-        self.host.default_streams()
     }
 
     /// Connects again to a target that runs the VM and misses pages.
@@ -177,7 +179,7 @@ impl Outgoing {
         let mut connection = connection.map_err(|why| explain(&why))?;
         let record = self.vm.record();
         let (id, generation) = (self.id.0.to_vec(), record.generation);
-        let reattach = Reattach { id, vm: record.name, generation, streams: self.push_streams() };
+        let reattach = Reattach { id, vm: record.name, generation, streams: self.lazy.streams };
         control::send(&mut connection, &Message::Reattach(reattach))?;
         match control::receive(&mut connection, FIRST_MESSAGE_WITHIN)? {
             Message::Reattached(_) => {}

@@ -78,6 +78,7 @@ impl Outgoing {
         );
         outgoing.began = began;
         outgoing.lazy.when = when;
+        outgoing.lazy.streams = streams;
         outgoing.lazy.bytes =
             checked.offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 }).collect();
         outgoing.blocks = Arc::new(checked.blocks);

@@ -5,9 +5,9 @@ use crate::control::{self, explain};
 use crate::fit;
 use crate::host::Host;
 use crate::incoming::Incoming;
-use crate::pages::{Fetch, Fetched, Placed, Sink, merge, subtract};
+use crate::pages::{Fetch, Fetched, Sink, merge, subtract};
 use crate::recovery::go_on;
-use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord, lock};
+use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -225,12 +225,16 @@ impl Arriving<'_> {
     }
 
     /// From here on the QEMU waits where it touches a page that is not here.
-    pub(super) fn begin_fetch(&mut self, end: &StateEnd, sinks: &Placed) -> Result<(), String> {
+    pub(super) fn begin_fetch(
+        &mut self,
+        end: &StateEnd,
+        layout: Layout,
+        missing: &[Vec<PageRun>],
+    ) -> Result<(), String> {
         if self.lazy.pager.is_none() {
             self.attach_pager()?;
         }
         let pager = self.lazy.pager.take().ok_or("there is no pager")?;
-        let missing = std::mem::take(&mut *lock(&sinks.missing));
         for (at, region) in self.lazy.regions.iter().enumerate() {
             let all = PageRun { first: 0, pages: region.bytes.div_ceil(PAGE) };
             let missing = merge(&missing[usize::from(region.place)], &[]);
@@ -242,7 +246,7 @@ impl Arriving<'_> {
             }
         }
         pager.begin().map_err(|why| explain(&why))?;
-        let mut fetch = self.start_fetch(pager, sinks.layout.clone())?;
+        let mut fetch = self.start_fetch(pager, layout)?;
         let demand =
             self.lazy.demand.take().ok_or("the source has opened no connection to ask for pages on")?;
         fetch.demand(demand)?;

@@ -1,71 +1,22 @@
 //! The policies of pre-copy on real QEMUs, each alone and all at once: RAM is proved equal in every case, and the guest checks its own.
 
-use std::sync::Arc;
 use std::time::Duration;
 
+use crate::support::pair::{Pair, writer};
 use crate::support::scene::{Scene, other, to_the_other, until};
-use crate::support::{BOOT, MOVE, World, idle, load, migrate, request, wait};
+use crate::support::{BOOT, MOVE, World, idle, load, request, wait};
 use serde_json::json;
-use sterna_agent::model::{CompressionMode, MigrateRequest, MigrationView, SetRequest};
-use sterna_agent::{Agent, Mechanism};
-use sterna_lab::guest::{GuestSpec, Program, Ram};
+use sterna_agent::Mechanism;
+use sterna_agent::model::{CompressionMode, MigrateRequest, SetRequest};
+use sterna_lab::guest::{GuestSpec, Ram};
 
 /// Bytes per second of a link that a guest outruns.
 const NARROW: u64 = 20_000_000;
 
-/// A guest that writes to as much as `dirty` MiB at `rate` MB/s, 0 for as fast as it can.
-fn writer(dirty: u32, rate: u32, how: &str) -> Program {
-    let words = [
-        "--fill=64".to_owned(),
-        format!("--dirty={dirty}"),
-        format!("--rate={rate}"),
-        format!("--write={how}"),
-    ];
-    Program::Load(words.into_iter().chain(["--check".into()]).collect())
-}
-
-/// Two agents, and a guest that runs this.
-struct Pair {
-    world: World,
-    a: Arc<Agent>,
-    b: Arc<Agent>,
-}
-
-impl Pair {
-    fn boot(world: World, change: impl FnOnce(GuestSpec) -> GuestSpec) -> Self {
-        let (a, b) = (world.agent("a"), world.agent("b"));
-        world.boot(&a, &change(world.parts.guest("vm")));
-        world.wait_for("vm", "LOAD t=", BOOT);
-        Self { world, a, b }
-    }
-
-    /// A move, proved equal, after which the guest goes on and has lost nothing.
-    fn moves(&self, change: impl FnOnce(MigrateRequest) -> MigrateRequest) -> MigrationView {
-        let from_a = self.a.vms().iter().any(|vm| vm.name == "vm");
-        let (from, to) = if from_a { (&self.a, "b") } else { (&self.b, "a") };
-        let view = migrate(from, change(request("vm", to)));
-        self.assert_moved(&view);
-        view
-    }
-
-    fn assert_moved(&self, view: &MigrationView) {
-        assert_eq!(view.status, "completed", "{view:?}\n{}", self.world.console("vm"));
-        assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
-        self.world.wait_for_more("vm", "LOAD", BOOT);
-        let console = self.world.console("vm");
-        assert!(!console.contains("BAD"), "{console}");
-    }
-
-    fn end(self) {
-        drop(self.a.stop("vm"));
-        drop(self.b.stop("vm"));
-    }
-}
-
 /// What is written again is left for the next round; with the mechanism off nothing is.
 #[test]
 fn pages_that_are_written_again_wait_for_the_next_round() {
-    let busy = |spec: GuestSpec| GuestSpec { programs: vec![writer(32, 60, "dense")], ..spec };
+    let busy = |spec: GuestSpec| GuestSpec { programs: vec![writer(32, 60, &["--write=dense"])], ..spec };
     let slowly = |request| MigrateRequest { max_bandwidth: Some(60_000_000), timeout: Some(10.0), ..request };
     let pair = Pair::boot(World::new("7.2"), busy);
     let view = pair.moves(slowly);
@@ -85,7 +36,7 @@ fn pages_that_are_written_again_wait_for_the_next_round() {
 fn what_changed_a_little_travels_in_parts() {
     for ram in [Ram::Plain, Ram::SharedMemfd, Ram::PrivateMemfd] {
         let pair = Pair::boot(World::new("10.0"), |spec| GuestSpec {
-            programs: vec![writer(16, 40, "sparse")],
+            programs: vec![writer(16, 40, &["--write=sparse"])],
             ram,
             ..spec
         });
@@ -164,8 +115,10 @@ fn rounds_keep_between_their_limits() {
 /// A guest that outruns the link comes over all the same, and is not slow afterwards.
 #[test]
 fn a_guest_that_outruns_the_link_is_slowed_and_moves() {
-    let pair =
-        Pair::boot(World::new("7.2"), |spec| GuestSpec { programs: vec![writer(48, 0, "dense")], ..spec });
+    let pair = Pair::boot(World::new("7.2"), |spec| GuestSpec {
+        programs: vec![writer(48, 0, &["--write=dense"])],
+        ..spec
+    });
     let pid = pair.a.vm("vm").unwrap().pid;
     let id = pair.a.migrate(stunned(request("vm", "b")), None).unwrap().id;
     let watch = pair.a.watch(&id).unwrap();
@@ -213,7 +166,7 @@ fn is_slowed(pid: i32) -> bool {
 /// Cancelled, cut off, or with its agent killed: a guest that was slowed has all of its time again.
 #[test]
 fn a_slowed_guest_is_let_go_whatever_happens() {
-    let mut scene = Scene::boot_with(World::new("7.2"), vec![writer(48, 0, "dense")]);
+    let mut scene = Scene::boot_with(World::new("7.2"), vec![writer(48, 0, &["--write=dense"])]);
     let pid = scene.a.vm("vm").unwrap().pid;
     let slowed = |scene: &Scene, id: &str| {
         until("it is slowed", MOVE, || {
@@ -314,7 +267,7 @@ fn a_guest_without_a_balloon_moves_whole_and_the_user_is_told() {
 fn all_policies_at_once() {
     for version in ["7.2", "10.0"] {
         let pair = Pair::boot(World::new(version), |spec| GuestSpec {
-            programs: vec![writer(32, 0, "sparse")],
+            programs: vec![writer(32, 0, &["--write=sparse"])],
             ..spec
         });
         for parallel_connections in [Some(1), Some(3)] {

@@ -6,6 +6,7 @@ mod convergence;
 mod delta;
 mod prepaging;
 mod prepaging_set;
+mod queue;
 mod rate;
 mod stun;
 mod working_set;
@@ -15,6 +16,7 @@ pub use compression::{Compression, Method};
 pub use convergence::{Convergence, Observation, Verdict};
 pub use delta::Delta;
 pub use prepaging::{Chunk, Prepaging};
+pub use queue::PushQueue;
 pub use rate::{RESIDUAL_MIN, RateLimits, STEP};
 pub use stun::{KEEP_ALL, KEEP_MIN, Seen, Stun, writers};
 pub use working_set::{

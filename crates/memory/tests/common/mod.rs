@@ -18,6 +18,18 @@ use std::time::Duration;
 
 use sterna_memory::{Attach, Footprint, PAGE, PageRun, Process, Reader, Region};
 
+/// Kinds of memory that a victim can map.
+pub const KINDS: [&str; 8] = [
+    "anon",
+    "anon-thp",
+    "anon-small",
+    "anon-shared",
+    "memfd-private",
+    "memfd-shared",
+    "file-private",
+    "file-shared",
+];
+
 /// Environment variable that makes the executable a victim.
 pub const ROLE: &str = "STERNA_TEST_ROLE";
 

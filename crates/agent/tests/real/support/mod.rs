@@ -5,6 +5,7 @@
 pub(crate) mod daemon;
 pub(crate) mod hold;
 pub(crate) mod holdings;
+pub(crate) mod pair;
 pub(crate) mod proxy;
 pub(crate) mod scene;
 
