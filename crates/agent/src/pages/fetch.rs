@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{Content, Descriptor, Layout};
 use sterna_engine::wire::message::{BlockDigest, Faults};
 use sterna_engine::wire::request::{REQUEST_BYTES, Request};
-use sterna_memory::{Fault, Installed, PAGE, PageRun, Pager, PagerError};
+use sterna_memory::{Fault, Installed, PAGE, PageRun, Pager, PagerError, Resolved};
 use sterna_transport::{Connection, Shutdown, Writer};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -29,6 +29,8 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 const LISTED_AT_ONCE: usize = 512;
 /// Digits of waits that are kept.
 const DIGITS: u8 = 2;
+/// The longest wait that is told apart from longer ones: an hour.
+const WAIT_MAX: Duration = Duration::from_secs(3600);
 
 /// What becomes of it.
 #[derive(Debug)]
@@ -111,7 +113,7 @@ impl Fetch {
             sums: Mutex::new(vec![0; places.len()]),
             whole: AtomicBool::new(true),
         });
-        let all = Histogram::new(DIGITS).map_err(|why| format!("no histogram can be made: {why}"))?;
+        let waits = Waits::new()?;
         let shared = Arc::new(Shared {
             pager,
             layout,
@@ -119,7 +121,7 @@ impl Fetch {
             places,
             demand: Mutex::default(),
             sums,
-            waits: Mutex::new(Waits { all, threads: BTreeMap::new() }),
+            waits: Mutex::new(waits),
             tell: Box::new(tell),
             connections: AtomicU64::new(connections),
             filled: AtomicBool::new(false),
@@ -205,16 +207,7 @@ impl Fetch {
 
     /// How long the guest has waited for pages; `processors` are its threads.
     pub(crate) fn faults(&self, processors: &[u32]) -> Faults {
-        let waits = lock(&self.shared.waits);
-        let blocked = |thread: &u32| waits.threads.get(thread).copied().map_or(0, micros);
-        Faults {
-            count: waits.all.len(),
-            mean_us: waits.all.mean() as u64,
-            p50_us: waits.all.value_at_quantile(0.5),
-            p99_us: waits.all.value_at_quantile(0.99),
-            max_us: waits.all.max(),
-            vcpu_blocked_us: processors.iter().map(blocked).collect(),
-        }
+        lock(&self.shared.waits).told(processors)
     }
 
     /// Sums of what was fetched, where they were asked for and all of it was seen.
@@ -321,10 +314,7 @@ impl Shared {
             return;
         }
         let mut waits = lock(&self.waits);
-        for resolved in &installed.resolved {
-            waits.all.saturating_record(micros(resolved.waited));
-            *waits.threads.entry(resolved.thread).or_default() += resolved.waited;
-        }
+        installed.resolved.iter().for_each(|resolved| waits.add(resolved));
     }
 
     fn place(&self, region: usize, runs: &[Descriptor], mut payload: &[u8]) -> Result<(), PagerError> {
@@ -346,6 +336,31 @@ impl Shared {
             self.note(&installed);
         }
         Ok(())
+    }
+}
+
+impl Waits {
+    fn new() -> Result<Self, String> {
+        let all = Histogram::new_with_max(micros(WAIT_MAX), DIGITS);
+        let all = all.map_err(|why| format!("no histogram can be made: {why}"))?;
+        Ok(Self { all, threads: BTreeMap::new() })
+    }
+
+    fn add(&mut self, resolved: &Resolved) {
+        self.all.saturating_record(micros(resolved.waited));
+        *self.threads.entry(resolved.thread).or_default() += resolved.waited;
+    }
+
+    fn told(&self, processors: &[u32]) -> Faults {
+        let blocked = |thread: &u32| self.threads.get(thread).copied().map_or(0, micros);
+        Faults {
+            count: self.all.len(),
+            mean_us: self.all.mean() as u64,
+            p50_us: self.all.value_at_quantile(0.5),
+            p99_us: self.all.value_at_quantile(0.99),
+            max_us: self.all.max(),
+            vcpu_blocked_us: processors.iter().map(blocked).collect(),
+        }
     }
 }
 
@@ -386,5 +401,26 @@ impl Sums {
         }
         let mut sums = lock(&self.sums);
         sums[region] = sums[region].wrapping_add(sum);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_of_all_lengths_are_told_as_they_were() {
+        let mut waits = Waits::new().unwrap_or_else(|why| panic!("{why}"));
+        for ms in 1..=1000 {
+            waits.add(&Resolved { thread: 7 + ms % 2, waited: Duration::from_millis(ms.into()) });
+        }
+        waits.add(&Resolved { thread: 9, waited: WAIT_MAX * 2 });
+        let told = waits.told(&[7, 8, 6]);
+        assert_eq!(told.count, 1001);
+        for (found, ms) in [(told.p50_us, 500), (told.p99_us, 990)] {
+            assert!((ms * 1000..ms * 1020).contains(&found), "{found} for {ms} ms");
+        }
+        assert!(told.max_us >= micros(WAIT_MAX), "{}", told.max_us);
+        assert_eq!(told.vcpu_blocked_us, [250_500_000, 250_000_000, 0]);
     }
 }

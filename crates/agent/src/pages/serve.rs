@@ -48,6 +48,8 @@ struct Shelf {
     populated: OnceLock<Vec<Vec<PageRun>>>,
     order: Mutex<Order>,
     more: Condvar,
+    /// Whether the link takes more than one push stream.
+    wide: AtomicBool,
     over: AtomicBool,
     counters: Arc<SendCounters>,
     figures: Figures,
@@ -96,6 +98,7 @@ impl Serving {
             populated: OnceLock::new(),
             order: Mutex::new(order),
             more: Condvar::new(),
+            wide: AtomicBool::new(false),
             over: AtomicBool::new(false),
             counters,
             figures: Figures::default(),
@@ -140,6 +143,7 @@ impl Serving {
                 link,
                 packer: Packer::new(PUSH_PAGES_MAX as usize * PAGE as usize, options.methods),
                 page: Pages::new(PUSH_PAGES_MAX),
+                stream: at,
                 began: Instant::now(),
                 queue: PushQueue::new(Duration::ZERO),
             };
@@ -224,11 +228,12 @@ impl Shelf {
         Ok(there)
     }
 
-    /// The next pages to push; nothing once it is over.
-    fn next(&self) -> Option<(u16, PageRun)> {
+    /// The next pages to push on the stream of this number; nothing once it is over.
+    fn next(&self, stream: usize) -> Option<(u16, PageRun)> {
         let mut order = lock(&self.order);
         while !self.over.load(Ordering::Relaxed) {
             if order.listed
+                && (stream == 0 || self.wide.load(Ordering::Relaxed))
                 && self.populated.get().is_some()
                 && let Some(chunk) = order.prepaging.take(PUSH_PAGES_MAX)
             {
@@ -398,6 +403,7 @@ struct Pushing {
     link: Link,
     packer: Packer,
     page: Pages,
+    stream: usize,
     began: Instant,
     queue: PushQueue,
 }
@@ -407,7 +413,7 @@ impl Pushing {
         loop {
             self.link.wait_for_room()?;
             let shelf = self.shelf.clone();
-            let Some((place, run)) = shelf.next() else { return Ok(()) };
+            let Some((place, run)) = shelf.next(self.stream) else { return Ok(()) };
             let (at, _) = shelf.block(place)?;
             let there = shelf.there(at, run)?;
             self.page.read(&shelf, at, run, &there)?;
@@ -436,6 +442,9 @@ impl Pushing {
         let told = self.queue.wrote(took.0, self.began.elapsed(), || self.link.round_trip());
         if let Some(bytes) = told {
             self.link.set_queue(bytes.0 as usize / KERNEL_DOUBLES)?;
+            if self.queue.is_wide() && !self.shelf.wide.swap(true, Ordering::Relaxed) {
+                self.shelf.more.notify_all();
+            }
         }
         self.packer.rule.wrote(took.0, took.1);
         Ok(())

@@ -4,13 +4,15 @@
 //! under way when nothing queues is its rate times its shortest round trip, and neither is known: the rate is what went, and half as much more is allowed
 //! than that needed, so that it grows until the link is full. As BBR does for a whole connection (Cardwell et al., ACM Queue 14-5, 2016).
 
-use crate::units::Bytes;
+use crate::units::{Bytes, Rate};
 use std::time::Duration;
 
 /// What is allowed beside that: enough to begin with.
 const LEAST: Bytes = Bytes(8 << 10);
 /// How much more than what was under way, as numerator and denominator.
 const GROWS: (u64, u64) = (3, 2);
+/// A link that carries more takes several streams to fill; on a slower one each brings only a queue of its own.
+const WIDE: Rate = Rate(200_000_000);
 /// How often it is reckoned anew.
 const EVERY: Duration = Duration::from_millis(20);
 
@@ -20,17 +22,23 @@ pub struct PushQueue {
     since: Duration,
     went: u64,
     shortest: Duration,
+    wide: bool,
 }
 
 impl PushQueue {
     /// Nothing has gone at `now`.
     pub fn new(now: Duration) -> Self {
-        Self { since: now, went: 0, shortest: Duration::MAX }
+        Self { since: now, went: 0, shortest: Duration::MAX, wide: false }
     }
 
     /// What a stream begins with.
     pub fn first() -> Bytes {
         LEAST
+    }
+
+    /// Whether the link was seen to carry so much that other streams are to join in.
+    pub fn is_wide(&self) -> bool {
+        self.wide
     }
 
     /// Takes in what was written by `now`. Tells what the socket may hold from now on, every now and then; `round_trip` is asked for then.
@@ -47,6 +55,7 @@ impl PushQueue {
         }
         self.shortest = self.shortest.min(round_trip()?);
         let under_way = u128::from(self.went) * self.shortest.as_nanos() / elapsed.as_nanos().max(1);
+        self.wide |= Rate::measured(Bytes(self.went), elapsed).is_some_and(|rate| rate >= WIDE);
         (self.since, self.went) = (now, 0);
         let more = u64::try_from(under_way).unwrap_or(u64::MAX / GROWS.0) / GROWS.1 * GROWS.0;
         Some(Bytes(LEAST.0.saturating_add(more)))
@@ -81,6 +90,10 @@ mod tests {
         assert_eq!(queue.wrote(Bytes(0), ms(20), || None), None);
         let told = queue.wrote(Bytes(0), ms(25), || Some(ms(1)));
         assert_eq!(told, Some(Bytes(LEAST.0 + (1 << 20) / 25 / 2 * 3)));
+        assert!(!queue.is_wide());
+        queue.wrote(Bytes(4_000_000), ms(45), || Some(ms(1)));
+        queue.wrote(Bytes(0), ms(65), || Some(ms(1)));
+        assert!(queue.is_wide(), "and it stays so");
     }
 
     proptest! {
