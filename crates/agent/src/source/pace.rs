@@ -55,6 +55,8 @@ const SAMPLE_AFTER: Duration = Duration::from_millis(200);
 /// How long the guest's helper slows what it was told to, unless it is told again, and when it is.
 const STUN_MS: u32 = 3000;
 const STUN_AGAIN: Duration = Duration::from_secs(1);
+/// How long it may take to say that it does. A guest whose processors are slowed from outside before that never finds out whom to slow.
+const STUN_WITHIN: Duration = Duration::from_secs(3);
 
 /// The guest's processors that are slowed, and what is known of what they write.
 #[derive(Default)]
@@ -69,6 +71,8 @@ pub(super) struct Slowed {
     failed: bool,
     /// What the guest's own helper was told to take from the processes that write most, in percent, and when.
     asked: Option<(u32, Instant)>,
+    /// When it was first told.
+    first_asked: Option<Instant>,
 }
 
 impl Slowed {
@@ -120,7 +124,7 @@ impl Outgoing {
             self.vm.guest().unstun();
         }
         let first = keep < KEEP_ALL && self.slowed.asked.is_none() && self.slowed.throttle.is_none();
-        if first && self.ask_helper(KEEP_ALL - keep) {
+        if (first || self.helper_is_at_it()) && self.ask_helper(KEEP_ALL - keep) {
             return None;
         }
         let done = self.try_stun(keep);
@@ -148,7 +152,14 @@ impl Outgoing {
         let there = guest.helper().is_some_and(|helper| helper.can("stun"));
         let asked = there && guest.stun(percent, STUN_MS);
         self.slowed.asked = asked.then(|| (percent, Instant::now()));
+        self.slowed.first_asked.get_or_insert_with(Instant::now);
         asked
+    }
+
+    /// It was asked, has not done it yet, and still may.
+    fn helper_is_at_it(&self) -> bool {
+        let asked = self.slowed.asked.and(self.slowed.first_asked);
+        asked.is_some_and(|at| at.elapsed() < STUN_WITHIN) && self.vm.guest().stunned().is_none()
     }
 
     /// A guest's helper lets go when it is not told again.

@@ -271,7 +271,15 @@ fn a_guest_that_outruns_its_move_is_slowed_from_inside_first() {
         ..request("vm", "b")
     };
     let id = a.migrate(asked, None).unwrap().id;
-    world.wait_until("its helper slows it", || a.guest_stunned("vm").is_some());
+    world.wait_until("its helper slows it", || {
+        let view = a.watch(&id).unwrap().borrow().clone();
+        let slowed = a.guest_stunned("vm").is_some();
+        assert!(
+            slowed || ["setup", "active"].contains(&view.status.as_str()),
+            "not before it moved: {view:?}"
+        );
+        slowed
+    });
     let view = crate::support::wait(&a, &id);
     assert_eq!(view.status, "completed", "{view:?}");
     assert_eq!(view.notices, [""; 0]);
