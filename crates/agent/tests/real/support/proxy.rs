@@ -46,9 +46,9 @@ impl Proxy {
         self.link.end_all();
     }
 
-    /// Ends the connection that was made last, and no other.
-    pub(crate) fn cut_last(&self) {
-        for socket in self.link.sockets.lock().unwrap().iter().rev().take(2) {
+    /// Ends one connection, and no other: that after which so many were made.
+    pub(crate) fn cut_one(&self, later: usize) {
+        for socket in self.link.sockets.lock().unwrap().iter().rev().skip(2 * later).take(2) {
             drop(socket.shutdown(Shutdown::Both));
         }
     }

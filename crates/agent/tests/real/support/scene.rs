@@ -214,8 +214,9 @@ pub(crate) fn left_in_qemu(before: &Footprint, after: &Footprint) -> Vec<String>
         .collect();
     let tracked = |flags: &str| flags.split(' ').any(|flag| UFFD_FLAGS.contains(&flag));
     let large = |of: &Footprint| -> Vec<String> {
-        // What nobody may touch is address space that the allocator keeps for later.
-        let lines = of.mappings.iter().filter(|m| !m.line.contains(" ---p "));
+        // What nobody may touch is address space that the allocator keeps for later; the heap's end is where it says.
+        let own = [" ---p ", "[heap]"];
+        let lines = of.mappings.iter().filter(|m| !own.iter().any(|word| m.line.contains(word)));
         let lines = lines.filter(|m| bytes_of(&m.line) >= MAPPING_BYTES_MIN);
         lines.map(|m| format!("{} [{}]", m.line, m.flags)).collect()
     };
