@@ -7,7 +7,8 @@ use crate::figures::Metric;
 use crate::results::{Case, Goal, Limit, RowResult};
 use crate::wishes::Wish;
 
-const GUEST: Writer = Writer { memory_mib: 512, working_set_mib: 256, rate_mb: 20, mode: "random" };
+const GUEST: Writer =
+    Writer { memory_mib: 512, working_set_mib: 256, rate_mb: 20, mode: "random", steady: false };
 /// What a fault costs at least.
 const LIMIT_US: f64 = 65.0;
 

@@ -25,22 +25,26 @@ pub(super) struct Writer {
     pub(super) rate_mb: u32,
     /// `random` or `sequential`.
     pub(super) mode: &'static str,
+    /// Whether it never writes faster than that; else it makes up for the time in which it waited for a page.
+    pub(super) steady: bool,
 }
 
 /// Moves it by pure post-copy, in all ways. The guest checks only what it writes, right before: to look at the rest would fetch that.
 pub(super) fn case(run: &Run<'_>, granted: &Granted, writer: &Writer) -> Result<Case, BenchError> {
     let stage = Stage::up(run.kit, Link::Gigabit, PageStreams::Encrypted, 1)?;
     run.tell(&granted.note());
-    let Writer { memory_mib, working_set_mib, rate_mb, mode } = *writer;
+    let Writer { memory_mib, working_set_mib, rate_mb, mode, steady } = *writer;
     let mode_option = format!("--mode={mode}");
+    let (pace, at) = if steady { (Some("--steady"), "at") } else { (None, "at an average of") };
     let guest = |name: &str, _| {
         let load = (working_set_mib, rate_mb);
-        load::writer(&stage, name, memory_mib, load, &[&mode_option, "--check=written"])
+        let options: Vec<&str> = [&mode_option, "--check=written"].into_iter().chain(pace).collect();
+        load::writer(&stage, name, memory_mib, load, &options)
     };
     let contest = Contest {
         stage: &stage,
         workload: format!(
-            "{memory_mib} MiB, {} of it noise, {working_set_mib} MiB of that written at {rate_mb} MB/s, {mode}, one vCPU; post-copy at once",
+            "{memory_mib} MiB, {} of it noise, {working_set_mib} MiB of that written {at} {rate_mb} MB/s, {mode}, one vCPU; post-copy at once",
             load::fill_mib(memory_mib)
         ),
         guest: &guest,

@@ -8,7 +8,8 @@ use crate::figures::Metric;
 use crate::results::{Case, Goal, Limit, RowResult};
 use crate::wishes::Wish;
 
-const GUEST: Writer = Writer { memory_mib: 512, working_set_mib: 128, rate_mb: 200, mode: "sequential" };
+const GUEST: Writer =
+    Writer { memory_mib: 512, working_set_mib: 128, rate_mb: 200, mode: "sequential", steady: true };
 
 pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
     let granted = run.abilities.grant(&[Wish::Postcopy]);

@@ -1,14 +1,15 @@
 //! A memory load that watches itself.
 //!
 //! `load --fill=MIB --dirty=MIB --rate=MB_PER_S --mode=sequential|random|hot --write=sparse|dense|mixed --seed=N --check[=written]
-//! --churn=MIB --sleep --spin`
+//! --churn=MIB --sleep --spin --steady`
 //!
 //! Fills memory with incompressible content, writes to the first `--dirty` MiB of it at the given rate (0: as fast as it
 //! can; `--dirty=0`: not at all), and says once a second how it goes:
 //! `LOAD t=12 pages=61440 mbps=240.0 loops=3021 bad=0`. `mbps` counts whole pages written, in Mbit/s. Lost, stale, torn
 //! and misplaced pages are reported as `BAD page=N what`. `--check` looks at all of memory, over and over; `--check=written` only
 //! at a page that is about to be written, so that nothing else is touched than what the mode says. `--sleep` fills memory and does
-//! nothing more, so that the processor halts. `--spin` computes instead of sleeping between writes, and `loops` counts that work: how fast the guest is. `--churn` takes so much more memory, fills and checks it, gives it
+//! nothing more, so that the processor halts. `--spin` computes instead of sleeping between writes, and `loops` counts that work: how fast the guest is. `--steady` rests as long after each slice of its writes as if nothing had kept it waiting, so that it never writes
+//! faster than its rate, as it does without to make up for what it missed. `--churn` takes so much more memory, fills and checks it, gives it
 //! back, rests, and begins anew, so that the kernel always has pages to give away that were written before; each time is told
 //! as `CHURN n`. More than 32 MiB is given back to the kernel for certain; the C library may keep less.
 
@@ -40,7 +41,7 @@ const WORK_UNIT: u32 = 1000;
 const CHURN_REST: Duration = Duration::from_secs(6);
 
 const KNOWN: &[&str] =
-    &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for", "churn", "sleep", "spin"];
+    &["fill", "dirty", "rate", "mode", "write", "seed", "check", "for", "churn", "sleep", "spin", "steady"];
 
 fn main() {
     let run = Options::parse(std::env::args().skip(1), KNOWN).and_then(|o| Load::new(&o));
@@ -77,6 +78,8 @@ struct Load {
     check: Check,
     spin: bool,
     sleep: bool,
+    /// With `--steady`: the time that a slice takes when nothing keeps it waiting, as far as is known.
+    quickest: Option<Duration>,
     loops: u64,
     limit: Option<Duration>,
     noise: Noise,
@@ -125,6 +128,7 @@ impl Load {
             check,
             spin: options.has("spin"),
             sleep: options.has("sleep"),
+            quickest: options.has("steady").then_some(SLICE),
             loops: 0,
             limit: (seconds > 0).then(|| Duration::from_secs(seconds)),
             noise: Noise::new(seed),
@@ -165,7 +169,10 @@ impl Load {
     /// Writes what the rate allows since the last slice, checks a little, and sleeps the rest.
     fn slice(&mut self) {
         let now = Instant::now();
-        let since = now.duration_since(self.last_slice).min(CATCH_UP_MAX);
+        let since = match self.quickest {
+            Some(_) => SLICE,
+            None => now.duration_since(self.last_slice).min(CATCH_UP_MAX),
+        };
         self.last_slice = now;
         let unlimited = self.bytes_per_second == 0;
         let pages = if unlimited { UNLIMITED_PER_SLICE } else { self.pages_due(since) };
@@ -181,7 +188,9 @@ impl Load {
         }
         self.loops += 1;
         if !unlimited || self.working_set == 0 {
-            std::thread::sleep(SLICE.saturating_sub(now.elapsed()));
+            let took = now.elapsed().min(self.quickest.unwrap_or(Duration::MAX));
+            self.quickest = self.quickest.map(|_| took);
+            std::thread::sleep(SLICE.saturating_sub(took));
         }
     }
 
