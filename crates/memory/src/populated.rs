@@ -115,6 +115,14 @@ pub enum Backing {
 }
 
 impl Backing {
+    /// How many pages come and go together where such memory is paged on demand: huge pages are of 2 MiB there.
+    pub fn granule(self) -> u64 {
+        match self {
+            Backing::Anonymous | Backing::Files => 1,
+            Backing::HugePages => crate::pager::HUGE_PAGE / PAGE,
+        }
+    }
+
     /// What is behind a region.
     ///
     /// # Errors

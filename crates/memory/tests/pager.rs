@@ -29,9 +29,7 @@ impl Place {
     fn new(kind: &str) -> Place {
         let dir = tempfile::tempdir_in("/dev/shm").unwrap();
         let mut victim = Victim::start();
-        // Whom the helper may stop while the main thread waits for a page.
-        victim.tell("park");
-        wait_until("its second thread to sit", || sitting(&victim) == 2);
+        victim.park();
         let region = victim.map(kind, PAGES, dir.path().join("ram").to_str().unwrap());
         Place { victim, region, dir }
     }
@@ -54,13 +52,6 @@ impl Place {
         let bits = PageBits::open(&self.dir.path().join("bits"), &[PAGES]).unwrap();
         Pager::take_over(&self.victim.process, vec![self.region], bits, &attach(), fd)
     }
-}
-
-/// How many threads wait in futex(2) or read(2).
-fn sitting(victim: &Victim) -> usize {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", victim.process.pid())).unwrap().flatten();
-    let call = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("syscall")).ok();
-    tasks.filter_map(call).filter(|call| call.starts_with("202 ") || call.starts_with("0 ")).count()
 }
 
 /// Answers faults with `answer` while `work` is done.

@@ -275,8 +275,11 @@ impl Shared {
     }
 
     fn ask(&self, pages: impl Iterator<Item = (usize, u64)>) {
-        let request =
-            |(region, first): (usize, u64)| Request::Fault { block: self.places[region], first, pages: 1 };
+        let request = |(region, first): (usize, u64)| Request::Fault {
+            block: self.places[region],
+            first,
+            pages: self.pager.granule(region) as u32,
+        };
         let requests: Vec<Request> = pages.map(request).collect();
         if !requests.is_empty() {
             self.write(requests.iter());

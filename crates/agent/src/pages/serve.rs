@@ -228,7 +228,13 @@ impl Shelf {
         Ok(there)
     }
 
-    /// The next pages to push on the stream of this number; nothing once it is over.
+    /// How many pages of a place come and go together.
+    fn granule(&self, place: u16) -> u64 {
+        self.block(place).map_or(1, |(_, block)| block.backing.granule())
+    }
+
+    /// The next pages to push on the stream of this number; nothing once it is over. Of huge pages all that belongs together: the target
+    /// keeps what it has of one until it has all.
     fn next(&self, stream: usize) -> Option<(u16, PageRun)> {
         let mut order = lock(&self.order);
         while !self.over.load(Ordering::Relaxed) {
@@ -237,7 +243,11 @@ impl Shelf {
                 && self.populated.get().is_some()
                 && let Some(chunk) = order.prepaging.take(PUSH_PAGES_MAX)
             {
-                return Some((chunk.block, PageRun { first: chunk.first, pages: chunk.pages }));
+                let granule = self.granule(chunk.block);
+                let first = chunk.first / granule * granule;
+                let end = (chunk.first + chunk.pages).next_multiple_of(granule);
+                order.prepaging.sent(chunk.block, first, end - first);
+                return Some((chunk.block, PageRun { first, pages: end - first }));
             }
             let waited = self.more.wait_timeout(order, IDLE);
             order = waited.unwrap_or_else(std::sync::PoisonError::into_inner).0;
@@ -372,14 +382,15 @@ impl Answering {
     }
 
     /// Whether a page that is asked for is on its way already, ahead of a guest that walks along a stream: to send it twice would only keep the
-    /// next ones waiting. A page elsewhere may lie behind others on its way, and goes once more. Nobody else sends what is answered.
+    /// next ones waiting. A page elsewhere may lie behind others on its way, and goes once more; a huge one does not, it is that long itself.
+    /// Nobody else sends what is answered.
     fn is_coming(&self, place: u16, asked: PageRun) -> bool {
         let mut order = lock(&self.shelf.order);
         let Order { prepaging, listed } = &mut *order;
         let taken = *listed && (asked.first..asked.end()).all(|page| !prepaging.wants(place, page));
         prepaging.sent(place, asked.first, asked.pages);
         prepaging.fault(place, asked.first);
-        taken && prepaging.is_streaming()
+        taken && (prepaging.is_streaming() || self.shelf.granule(place) > 1)
     }
 
     fn write(&mut self, place: u16) -> Result<(), String> {
@@ -415,9 +426,12 @@ impl Pushing {
             let shelf = self.shelf.clone();
             let Some((place, run)) = shelf.next(self.stream) else { return Ok(()) };
             let (at, _) = shelf.block(place)?;
-            let there = shelf.there(at, run)?;
-            self.page.read(&shelf, at, run, &there)?;
-            self.send(place)?;
+            for first in (run.first..run.end()).step_by(PUSH_PAGES_MAX as usize) {
+                let some = PageRun { first, pages: PUSH_PAGES_MAX.min(run.end() - first) };
+                let there = shelf.there(at, some)?;
+                self.page.read(&shelf, at, some, &there)?;
+                self.send(place)?;
+            }
             shelf.figures.pushed.fetch_add(run.pages, Ordering::Relaxed);
         }
     }

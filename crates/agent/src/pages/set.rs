@@ -65,6 +65,15 @@ pub(crate) fn merge(a: &[PageRun], b: &[PageRun]) -> Vec<PageRun> {
     }
 }
 
+/// Everything that comes and goes with these pages, which are `granule` at a time from the first page on.
+pub(crate) fn rounded(runs: &[PageRun], granule: u64) -> Vec<PageRun> {
+    let whole = |run: &PageRun| {
+        let first = run.first / granule * granule;
+        PageRun { first, pages: run.end().next_multiple_of(granule) - first }
+    };
+    normalised(runs.iter().map(whole).collect())
+}
+
 /// Pages in both lists, which are sorted and disjoint.
 pub(crate) fn intersect(a: &[PageRun], b: &[PageRun]) -> Vec<PageRun> {
     let (mut out, mut at) = (Vec::new(), 0);
@@ -135,6 +144,14 @@ mod tests {
             assert_eq!(bits(&intersect(&runs(a), &runs(b))), a & b);
             assert_eq!(bits(&subtract(&runs(a), &runs(b))), a & !b);
         }
+    }
+
+    #[test]
+    fn what_comes_together_is_taken_together() {
+        assert_eq!(bits(&rounded(&runs(0b0010_0001_0000), 4)), 0b1111_1111_0000);
+        assert_eq!(bits(&rounded(&runs(0b1_0000_1000_0000_0001), 8)), 0xff_ffff);
+        assert_eq!(bits(&rounded(&runs(0b1011), 1)), 0b1011);
+        assert_eq!(rounded(&[], 512), []);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use super::{Event, Outgoing};
 use crate::control::{self, CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::fit;
 use crate::offer;
-use crate::pages::{Serving, SourceBlock, merge, subtract};
+use crate::pages::{Serving, SourceBlock, merge, rounded, subtract};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
@@ -97,7 +97,10 @@ impl Outgoing {
             missing[at] = match self.lazy.when {
                 Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
                 // What the target is to drop reads as zero here, and is fetched as that.
-                _ => merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]),
+                _ => {
+                    let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
+                    rounded(&stale, block.backing.granule())
+                }
             };
         }
         let digests = if self.verify { self.sums_without(&missing)? } else { Vec::new() };

@@ -5,7 +5,7 @@ use crate::control::{self, explain};
 use crate::fit;
 use crate::host::Host;
 use crate::incoming::Incoming;
-use crate::pages::{Fetch, Fetched, Sink, merge, subtract};
+use crate::pages::{Fetch, Fetched, Sink, rounded, subtract};
 use crate::recovery::go_on;
 use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord};
 use std::fs::File;
@@ -237,7 +237,7 @@ impl Arriving<'_> {
         let pager = self.lazy.pager.take().ok_or("there is no pager")?;
         for (at, region) in self.lazy.regions.iter().enumerate() {
             let all = PageRun { first: 0, pages: region.bytes.div_ceil(PAGE) };
-            let missing = merge(&missing[usize::from(region.place)], &[]);
+            let missing = rounded(&missing[usize::from(region.place)], pager.granule(at));
             for run in subtract(&[all], &missing) {
                 pager.bits().set(at, run);
             }

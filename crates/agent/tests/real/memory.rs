@@ -200,7 +200,7 @@ fn moves_on(world: &World, from: &Arc<Agent>, to: &Agent) {
 }
 
 /// A QEMU with 192 MiB.
-const HUGE_PAGES: u64 = 100;
+pub(crate) const HUGE_PAGES: u64 = 100;
 
 /// A balloon gives back pages that were sent; what the target holds of them is not zero.
 #[test]

@@ -5,6 +5,7 @@
 //! | anonymous | pages, by an injected `madvise(MADV_DONTNEED)`, one attach for all | missing pages |
 //! | shared file or memfd | the file's pages, by punching holes through our own descriptor | pages that the file misses |
 //! | private, of a memfd or tmpfs | the process's own pages, as if anonymous | missing pages, and those that only the file has |
+//! | huge pages of hugetlbfs | as of others, in whole ones | missing pages |
 //!
 //! The file below a private mapping is left alone, for it may be a template of others: what it has faults as well (`MINOR`), and is
 //! covered by a page of the process's own. A fault of the process between the drop and the registration, or the kernel
@@ -14,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::{Pager, PagerError, Part, Plan};
+use super::{HUGE_PAGE, Pager, PagerError, Part, Plan};
 use crate::attach::protocol::MAX_RANGES;
 use crate::backing::Kind;
 use crate::page::{PageRun, Span, intersection};
@@ -32,6 +33,9 @@ impl Pager {
     /// The memory is as before but for what was dropped: end that process.
     pub fn begin(&self) -> Result<(), PagerError> {
         let mut scanner = PageMap::new(self.process.open_proc("pagemap")?);
+        if !(0..self.regions.len()).all(|region| self.is_whole(region)) {
+            return Err(PagerError::Bits);
+        }
         let mut left = Ok(());
         for _ in 0..ATTEMPTS {
             let clear: Vec<Vec<PageRun>> = (0..self.regions.len()).map(|region| self.clear(region)).collect();
@@ -62,6 +66,12 @@ impl Pager {
         let clear: Vec<Vec<PageRun>> = (0..self.regions.len()).map(|region| self.clear(region)).collect();
         self.drop_present(&mut scanner, &clear)?;
         self.check_alive()
+    }
+
+    /// Whether what is missing of a region is whole huge pages, where it consists of such.
+    fn is_whole(&self, region: usize) -> bool {
+        let granule = self.granule(region);
+        self.clear(region).iter().all(|run| (run.first | run.pages).is_multiple_of(granule))
     }
 
     fn clear(&self, region: usize) -> Vec<PageRun> {
@@ -108,11 +118,11 @@ impl Pager {
     }
 
     fn register(&self) -> Result<(), PagerError> {
-        for part in self.regions.iter().flat_map(|plan| &plan.parts) {
+        for (plan, part) in self.regions.iter().flat_map(|plan| plan.parts.iter().map(move |p| (plan, p))) {
             let span = part.segment.span();
             let registered = match part.segment.kind {
-                Kind::Private => self.uffd.register_missing_above_file(span),
-                Kind::Anonymous | Kind::Shared => self.uffd.register_missing(span),
+                Kind::Private if plan.huge.is_none() => self.uffd.register_missing_above_file(span),
+                _ => self.uffd.register_missing(span),
             };
             let pid = self.process.pid();
             registered.map_err(|source| PagerError::Register { pid, addr: span.addr, source })?;
@@ -171,6 +181,13 @@ impl Pager {
         out: &mut Vec<PageRun>,
     ) -> Result<(), PagerError> {
         let Some(file) = part.file.as_ref().filter(|_| part.file_has_pages()) else { return Ok(()) };
+        if plan.huge.is_some() {
+            let mut data = Vec::new();
+            let found = |start, end| data.push(plan.region.run(start, end));
+            crate::huge::in_file(&self.process, &part.segment, HUGE_PAGE, found)?;
+            intersection(runs, &data, out);
+            return Ok(());
+        }
         for span in runs.iter().map(|run| plan.region.span(*run)) {
             let found = |start, end| out.push(plan.region.run(start, end));
             part.segment.data(&self.process, file, span.addr..span.end(), found)?;

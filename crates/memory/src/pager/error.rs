@@ -130,6 +130,14 @@ pub enum PagerError {
         /// Address of the page.
         addr: u64,
     },
+    /// Pieces of too many huge pages came at once: they wait in our memory for the rest.
+    #[error(
+        "the RAM of process {pid} in huge pages comes in pieces of too many at once; send one after the other"
+    )]
+    Scattered {
+        /// The process's pid.
+        pid: i32,
+    },
     /// Pages are missing still: without a pager they would be read as zero.
     #[error(
         "{pages} pages of process {pid} are missing still; the pager cannot end before they are delivered"

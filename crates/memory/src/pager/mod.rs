@@ -14,10 +14,13 @@
 //!
 //! Two windows stay open, both too short to be closed from outside. If we die between reading of a discard and setting its bits, the
 //! pages come with the content that they had before. And a hole that is punched into the file of shared memory is told only
-//! by the `madvise(2)` that follows it (QEMU does both): a page that is delivered just between them keeps its old content.
+//! by the `madvise(2)` that follows it (QEMU does both): a page that is delivered just between them keeps its old content. For huge pages
+//! of hugetlbfs QEMU makes none, so that one which is discarded before it has come still comes. What a guest gives away it may not
+//! count on to be zero.
 
 mod begin;
 mod error;
+mod huge;
 mod serve;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,12 +40,13 @@ use crate::process::Process;
 use crate::smaps;
 use crate::sys;
 use crate::sys::uffd::{PAGER_FEATURES, Uffd, features_of};
+use huge::HugePages;
 
 /// Bytes that one call makes huge pages of: it copies them, and cannot be interrupted meanwhile.
 const COLLAPSE_BYTES: u64 = 64 << 20;
 
-/// Transparent huge pages of x86-64.
-const HUGE_PAGE: u64 = 2 << 20;
+/// Huge pages of x86-64, transparent or of hugetlbfs.
+pub(crate) const HUGE_PAGE: u64 = 2 << 20;
 
 /// A thread of the process waits for a page that was not delivered yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,6 +100,8 @@ pub struct Pager {
 struct Plan {
     region: Region,
     parts: Vec<Part>,
+    /// Where its pages come in pieces.
+    huge: Option<HugePages>,
 }
 
 /// A part of a region with one mapping behind it.
@@ -129,10 +135,11 @@ impl Pager {
                     continue;
                 }
                 let file = segment.open(process, Access::Read)?;
-                if segment.huge_page_bytes(&file).is_some() {
-                    return Ok(Some(format!(
-                        "the RAM at {at:#x} is in huge pages of hugetlbfs, which are not paged on demand yet"
-                    )));
+                if let Some(page) = segment.huge_page_bytes(&file) {
+                    match HugePages::refusal(process, region, &segment, page)? {
+                        Some(reason) => return Ok(Some(reason)),
+                        None => continue,
+                    }
                 }
                 if !segment.fillable(&file) {
                     return Ok(Some(format!(
@@ -214,6 +221,12 @@ impl Pager {
     /// The bits of the pages that were delivered.
     pub fn bits(&self) -> &PageBits {
         &self.bits
+    }
+
+    /// How many pages of a region come and go together: more than one in huge pages of hugetlbfs. Who sets bits sets those of all of
+    /// them, and a fault is of the first.
+    pub fn granule(&self, region: usize) -> u64 {
+        self.regions.get(region).map_or(1, Plan::granule)
     }
 
     /// How many pages are missing still.
@@ -314,8 +327,14 @@ fn plans(process: &Process, regions: &[Region], bits: &PageBits) -> Result<Vec<P
     regions.iter().map(|region| plan(process, *region)).collect()
 }
 
+impl Plan {
+    fn granule(&self) -> u64 {
+        if self.huge.is_some() { huge::PIECES } else { 1 }
+    }
+}
+
 fn plan(process: &Process, region: Region) -> Result<Plan, PagerError> {
-    let mut parts = Vec::new();
+    let (mut parts, mut huge) = (Vec::new(), None);
     for segment in backing::segments(process, &region)? {
         let mut covers = Vec::new();
         let file = match segment.kind {
@@ -327,14 +346,20 @@ fn plan(process: &Process, region: Region) -> Result<Plan, PagerError> {
             },
             Kind::Private => {
                 let file = segment.open(process, Access::Read)?;
-                let found = |start, end| append_run(&mut covers, region.run(start, end));
-                segment.data(process, &file, segment.start..segment.end, found)?;
+                // One of huge pages has none.
+                if segment.huge_page_bytes(&file).is_none() {
+                    let found = |start, end| append_run(&mut covers, region.run(start, end));
+                    segment.data(process, &file, segment.start..segment.end, found)?;
+                }
                 Some(file)
             }
         };
+        if file.as_ref().is_some_and(|file| segment.huge_page_bytes(file).is_some()) {
+            huge = Some(HugePages::default());
+        }
         parts.push(Part { segment, file, covers });
     }
-    Ok(Plan { region, parts })
+    Ok(Plan { region, parts, huge })
 }
 
 /// Locked memory is all present, and stays so.

@@ -25,7 +25,7 @@ const ZEROS_PAUSE: Duration = Duration::from_millis(1);
 
 /// What is put in place.
 #[derive(Clone, Copy)]
-enum Content<'a> {
+pub(super) enum Content<'a> {
     Bytes(&'a [u8]),
     Zeros,
 }
@@ -63,10 +63,12 @@ impl Pager {
     }
 
     /// Puts pages in place, from page `first` of a region on, and lets those go on that wait for them. Pages that were delivered
-    /// already are skipped. Several threads may do so at once, also with the same pages.
+    /// already are skipped. Several threads may do so at once, also with the same pages. Of a huge page of hugetlbfs nothing is there before
+    /// all of it has been given.
     ///
     /// # Errors
-    /// [`PagerError::Gone`] when the process has ended; [`PagerError::Stuck`] if nobody calls [`Pager::next`].
+    /// [`PagerError::Gone`] when the process has ended; [`PagerError::Stuck`] if nobody calls [`Pager::next`];
+    /// [`PagerError::Scattered`] if pieces of too many huge pages are given.
     pub fn install(&self, region: usize, first: u64, bytes: &[u8]) -> Result<Installed, PagerError> {
         if !bytes.len().is_multiple_of(PAGE as usize) {
             return Err(PagerError::Length { bytes: bytes.len() });
@@ -88,24 +90,33 @@ impl Pager {
     pub fn settle_zero(&self, region: usize, run: PageRun) -> Result<Installed, PagerError> {
         let plan = self.checked(region, run)?;
         let (mut done, mut covered) = (Installed::default(), Vec::new());
+        if let Some(huge) = &plan.huge {
+            self.assemble(region, huge, run, Content::Zeros, &mut done)?;
+            return Ok(done);
+        }
         // When the pager ends, the file's page would be seen.
         plan.parts.iter().for_each(|part| intersection(&part.covers, &[run], &mut covered));
         for run in covered {
             self.fill(region, run, Content::Zeros, &mut done)?;
         }
+        self.settle(region, run, &mut done)?;
+        done.duplicates = run.pages - done.pages;
+        Ok(done)
+    }
+
+    /// Nothing will come for a run: who waits there gets zeros, as will who comes later.
+    pub(super) fn settle(&self, region: usize, run: PageRun, done: &mut Installed) -> Result<(), PagerError> {
         let shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);
         done.pages += self.bits.set(region, run);
-        done.duplicates = run.pages - done.pages;
         let waited: Vec<u64> = self.resolve(region, run, &mut done.resolved);
         drop(shared);
         for page in waited {
-            let since = Instant::now();
-            let mut looks = 0;
+            let (since, mut looks) = (Instant::now(), 0);
             while !self.zero(region, page)? {
-                self.pause(since, &mut looks, plan.address(page))?;
+                self.pause(since, &mut looks, self.regions[region].address(page))?;
             }
         }
-        Ok(done)
+        Ok(())
     }
 
     /// Reads what has happened. Nobody puts anything in place between the reading of a discard and the setting of its bits.
@@ -134,6 +145,7 @@ impl Pager {
             if start < end {
                 let run = plan.region.run(start, end);
                 self.bits.set(region, run);
+                plan.huge.iter().for_each(|huge| huge.forget(run));
                 let pages = self.resolve(region, run, &mut Vec::new());
                 self.lock().zeros.extend(pages.into_iter().map(|page| (region, page)));
             }
@@ -143,7 +155,8 @@ impl Pager {
     fn faulted(&self, addr: u64, thread: u32, faults: &mut Vec<Fault>) {
         let holds = |plan: &Plan| plan.region.base <= addr && addr < plan.region.end();
         let Some(region) = self.regions.iter().position(holds) else { return };
-        let page = (addr - self.regions[region].region.base) / PAGE;
+        let plan = &self.regions[region];
+        let page = (addr - plan.region.base) / PAGE / plan.granule() * plan.granule();
         let mut waiting = self.lock();
         if self.bits.get(region, page) {
             waiting.zeros.insert((region, page));
@@ -166,9 +179,14 @@ impl Pager {
 
     /// Makes a delivered page zero if nothing is there, and lets those go on that wait; false while a discard is going on.
     fn zero(&self, region: usize, page: u64) -> Result<bool, PagerError> {
-        let addr = self.regions[region].address(page);
-        let span = Span { addr, len: PAGE };
-        match self.uffd.zero(span).stopped {
+        let plan = &self.regions[region];
+        let (addr, len) = (plan.address(page), plan.granule() * PAGE);
+        let span = Span { addr, len };
+        let zeroed = match &plan.huge {
+            None => self.uffd.zero(span),
+            Some(_) => self.uffd.copy(addr, &vec![0; len as usize]),
+        };
+        match zeroed.stopped {
             None => Ok(true),
             Some(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(false),
             Some(e) if e.kind() == io::ErrorKind::AlreadyExists => self.wake(span).map(|()| true),
@@ -185,6 +203,9 @@ impl Pager {
         done: &mut Installed,
     ) -> Result<(), PagerError> {
         let plan = &self.regions[region];
+        if let Some(huge) = &plan.huge {
+            return self.assemble(region, huge, run, content, done);
+        }
         for first in (run.first..run.end()).step_by(PAGES_PER_HOLD as usize) {
             let chunk = PageRun { first, pages: PAGES_PER_HOLD.min(run.end() - first) };
             let content = content.from(first - run.first, chunk.pages);
@@ -267,7 +288,7 @@ impl Pager {
     }
 
     /// Takes the faults that were handed out for a run from the list; their pages.
-    fn resolve(&self, region: usize, run: PageRun, resolved: &mut Vec<Resolved>) -> Vec<u64> {
+    pub(super) fn resolve(&self, region: usize, run: PageRun, resolved: &mut Vec<Resolved>) -> Vec<u64> {
         let mut waiting = self.lock();
         let within = (region, run.first, 0)..(region, run.end(), 0);
         let mut pages = Vec::new();
@@ -280,7 +301,7 @@ impl Pager {
         pages
     }
 
-    fn wake(&self, span: Span) -> Result<(), PagerError> {
+    pub(super) fn wake(&self, span: Span) -> Result<(), PagerError> {
         self.uffd.wake(span).map_err(|source| self.failed(span.addr, source))
     }
 
@@ -298,7 +319,7 @@ impl Pager {
     }
 
     /// Lets a discard go on, which only ends when somebody else has read of it and its thread has run.
-    fn pause(&self, since: Instant, looks: &mut u32, addr: u64) -> Result<(), PagerError> {
+    pub(super) fn pause(&self, since: Instant, looks: &mut u32, addr: u64) -> Result<(), PagerError> {
         self.check_alive()?;
         if since.elapsed() > DISCARD_WAIT {
             return Err(PagerError::Stuck { pid: self.process.pid(), addr });
@@ -312,7 +333,7 @@ impl Pager {
         Ok(())
     }
 
-    fn failed(&self, addr: u64, source: io::Error) -> PagerError {
+    pub(super) fn failed(&self, addr: u64, source: io::Error) -> PagerError {
         match self.check_alive() {
             Err(gone) => gone,
             Ok(()) => PagerError::Fill { pid: self.process.pid(), addr, source },
@@ -322,7 +343,7 @@ impl Pager {
 
 impl Content<'_> {
     /// What belongs to some pages of it.
-    fn from(&self, skip: u64, pages: u64) -> Content<'_> {
+    pub(super) fn from(&self, skip: u64, pages: u64) -> Content<'_> {
         match self {
             Content::Bytes(bytes) => {
                 Content::Bytes(&bytes[(skip * PAGE) as usize..((skip + pages) * PAGE) as usize])

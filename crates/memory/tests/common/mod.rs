@@ -109,6 +109,19 @@ impl Victim {
         Region { base, bytes: pages * PAGE }
     }
 
+    /// Gives it a second thread, whom the helper may stop while the main thread waits for a page.
+    pub fn park(&mut self) {
+        self.tell("park");
+        wait_until("its second thread to sit", || self.sitting() == 2);
+    }
+
+    /// How many threads wait in futex(2) or read(2).
+    fn sitting(&self) -> usize {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.process.pid())).unwrap().flatten();
+        let call = |task: std::fs::DirEntry| std::fs::read_to_string(task.path().join("syscall")).ok();
+        tasks.filter_map(call).filter(|call| call.starts_with("202 ") || call.starts_with("0 ")).count()
+    }
+
     /// 512-byte blocks of the mapped file.
     pub fn blocks(&mut self) -> u64 {
         self.tell("blocks").parse().unwrap()

@@ -91,6 +91,7 @@ fn serve() {
             "scatter" => memory.scatter(number(1), number(2)),
             "comb" => memory.comb(number(1)),
             "drop" => memory.discard(number(1), number(2)),
+            "dontneed" => memory.dontneed(number(1), number(2)),
             "kernel" => memory.kernel(number(1), number(2), number(3)),
             "lock" => memory.lock(),
             "churn" => memory.churn(words[1], number(2), number(3), number(4), number(5)),
@@ -293,6 +294,14 @@ impl Memory {
             assert_eq!(libc::ioctl(fd, ioctl::UFFDIO_REGISTER.into(), &mut register), 0);
             fd.to_string()
         }
+    }
+
+    fn dontneed(&self, first: u64, count: u64) -> String {
+        let (offset, len) = (first as usize * PAGE, count as usize * PAGE);
+        // SAFETY: within the mapping; no reference to it is held.
+        let result = unsafe { libc::madvise(self.base.add(offset).cast(), len, libc::MADV_DONTNEED) };
+        assert_eq!(result, 0);
+        "ok".into()
     }
 
     fn discard(&self, first: u64, count: u64) -> String {

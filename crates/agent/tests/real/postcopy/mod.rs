@@ -2,10 +2,12 @@
 
 mod faults;
 
+use crate::memory::HUGE_PAGES;
 use crate::support::pair::{Pair, writer};
 use crate::support::scene::until;
 use crate::support::{MOVE, World, idle, load, migrate, request, wait};
 use sterna_agent::model::{MigrateRequest, MigrationView};
+use sterna_lab::HugePages;
 use sterna_lab::guest::{GuestSpec, Ram, Vga};
 
 fn at_once(request: MigrateRequest) -> MigrateRequest {
@@ -55,6 +57,19 @@ fn a_shared_memfd() {
 #[test]
 fn a_private_memfd() {
     moves("10.0", |guest| GuestSpec { programs: vec![load(60)], ram: Ram::PrivateMemfd, ..guest });
+}
+
+/// hugetlbfs: a fault is of 2 MiB, and a page of 4 KiB that is stale takes all of them along.
+#[test]
+fn huge_pages_that_are_shared() {
+    let _pool = HugePages::reserve(2 * HUGE_PAGES).unwrap();
+    moves("7.2", |guest| GuestSpec { programs: vec![load(60)], ram: Ram::SharedHuge, ..guest });
+}
+
+#[test]
+fn huge_pages_that_are_private() {
+    let _pool = HugePages::reserve(2 * HUGE_PAGES).unwrap();
+    moves("10.0", |guest| GuestSpec { programs: vec![load(60)], ram: Ram::PrivateHuge, ..guest });
 }
 
 /// A guest that a link of this many bytes a second does not keep up with.
