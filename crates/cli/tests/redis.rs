@@ -51,7 +51,7 @@ fn no_write_is_lost_while_the_memory_comes_after_the_vm() {
         println!("{way:?}: {seen:?}, {:?} ms down, {:?}", said.downtime, said.postcopy);
         assert!(seen.acknowledged > 1000, "{way:?}: {seen:?}");
         assert_eq!(seen.lost_writes, 0, "{way:?}: {seen:?}");
-        assert!(said.blocks_verified.is_some_and(|blocks| blocks > 0), "{way:?}: {:?}", said.notices);
+        assert!(said.blocks_verified.is_some_and(|blocks| blocks > 0), "{way:?}: {said:?}");
         assert!(said.postcopy.is_some_and(|known| known.faults.is_some()), "{way:?}");
     }
     vm.stop(&stage).unwrap();

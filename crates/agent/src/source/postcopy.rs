@@ -38,6 +38,8 @@ pub(super) struct Lazily {
     /// Counts the times that the connections were made anew.
     pub(super) connections: u64,
     serving: Option<Serving>,
+    /// The target has said that it has all pages.
+    filled: bool,
     /// A connection that carries pages is lost, and when that counts.
     fading: Option<(u64, String, Instant)>,
     /// What was not missing at the switch, added up, where RAM is to be proved equal.
@@ -222,7 +224,9 @@ impl Outgoing {
 
     /// Every page has come: what the target says of how it went, and whether what it fetched is what was here.
     pub(super) fn filled(&mut self, filled: &Filled) {
-        if self.lazy.serving.is_none() {
+        // It is told until it is answered, also on connections that came after those that the pages went over.
+        let served = self.lazy.switched || self.lazy.serving.is_some();
+        if !served || std::mem::replace(&mut self.lazy.filled, true) {
             return;
         }
         self.show_postcopy();

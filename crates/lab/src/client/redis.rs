@@ -209,6 +209,8 @@ fn judge(acknowledged: u64, next: u64, reply: &Reply) -> Verdict {
     match reply {
         Reply::Bulk(None) if acknowledged == 0 => Verdict::Good,
         Reply::Bulk(Some(bytes)) => match number_of(bytes) {
+            // What a client before this one has left.
+            Some(_) if acknowledged == 0 => Verdict::Good,
             Some(n) if n >= acknowledged && n < next => Verdict::Good,
             Some(_) => Verdict::Lost,
             None => Verdict::Corrupt,
@@ -248,6 +250,7 @@ mod tests {
         assert_eq!(judge(7, 9, &bulk(value(7))), Verdict::Good);
         assert_eq!(judge(7, 9, &bulk(value(8))), Verdict::Good);
         assert_eq!(judge(0, 9, &Reply::Bulk(None)), Verdict::Good);
+        assert_eq!(judge(0, 9, &bulk(value(5000))), Verdict::Good);
         assert_eq!(judge(7, 9, &bulk(value(6))), Verdict::Lost);
         assert_eq!(judge(7, 9, &bulk(value(9))), Verdict::Lost);
         assert_eq!(judge(7, 9, &Reply::Bulk(None)), Verdict::Lost);
