@@ -465,6 +465,7 @@ impl Outgoing {
         self.streams = self.open(count, Purpose::Rounds)?;
         if demand {
             self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
+            self.look_ahead();
         }
         Ok(())
     }

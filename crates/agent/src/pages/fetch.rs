@@ -3,13 +3,13 @@
 //! One thread hears of faults and asks for their pages on the demand connection; a receiver thread a connection puts in place what comes, whether it was asked for or
 //! not. Connections come and go; the pager, and the file of which pages are there, stay, and with them everything that must be known.
 
-use super::URGENT;
 use super::receive::{Install, Received, Receiver};
+use super::{URGENT, subtract};
 use crate::registry::lock;
 use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{Content, Descriptor, Layout};
@@ -62,6 +62,8 @@ struct Shared {
     over: AtomicBool,
     /// When something came last.
     heard: Mutex<Instant>,
+    /// Pages may be put in place: what comes before waits.
+    begun: OnceLock<()>,
 }
 
 /// How long the guest waited, in microseconds.
@@ -92,7 +94,7 @@ pub(crate) fn summand(page: u64, content: &[u8]) -> u128 {
 }
 
 impl Fetch {
-    /// Begins to hear of faults. `regions` tells the pager's region of each place in the offer.
+    /// Gets everything ready, so that little is left to do while the VM stands still. `regions` tells the pager's region of each place in the offer.
     pub(crate) fn start(
         pager: Pager,
         layout: Layout,
@@ -127,6 +129,7 @@ impl Fetch {
             filled: AtomicBool::new(false),
             over: AtomicBool::new(false),
             heard: Mutex::new(Instant::now()),
+            begun: OnceLock::new(),
         });
         let listening = shared.clone();
         let thread = std::thread::Builder::new().name("pages-faults".into()).spawn(move || {
@@ -135,6 +138,42 @@ impl Fetch {
         });
         let faults = Some(thread.map_err(|why| format!("no thread can be started: {why}"))?);
         Ok(Self { shared, faults, receivers: Vec::new(), demand: None })
+    }
+
+    /// Who touches a missing page waits for it from now on. Of each region what is not `missing` is there.
+    pub(crate) fn begin(&self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+        let pager = &self.shared.pager;
+        let pages: Vec<u64> = pager.bits().pages().collect();
+        for (region, (pages, missing)) in pages.into_iter().zip(missing).enumerate() {
+            for run in subtract(&[PageRun { first: 0, pages }], missing) {
+                pager.bits().set(region, run);
+            }
+        }
+        pager.begin().map_err(|why| crate::control::explain(&why))?;
+        *lock(&self.shared.heard) = Instant::now();
+        let _ = self.shared.begun.set(());
+        Ok(())
+    }
+
+    /// The same where an earlier life of this agent had begun.
+    pub(crate) fn go_on(&self) {
+        *lock(&self.shared.heard) = Instant::now();
+        let _ = self.shared.begun.set(());
+    }
+
+    /// The number of the pager's descriptor in the process.
+    pub(crate) fn remote_fd(&self) -> i32 {
+        self.shared.pager.remote_fd()
+    }
+
+    /// How many pages of a region come together.
+    pub(crate) fn granule(&self, region: usize) -> u64 {
+        self.shared.pager.granule(region)
+    }
+
+    /// Whether there is a connection to ask for pages on.
+    pub(crate) fn can_ask(&self) -> bool {
+        lock(&self.shared.demand).is_some()
     }
 
     /// Pages are asked for on this connection from now on, those first that are waited for.
@@ -234,6 +273,7 @@ impl Fetch {
 
     fn stop(&mut self) {
         self.shared.over.store(true, Ordering::Relaxed);
+        let _ = self.shared.begun.set(());
         self.disconnect(u64::MAX);
         if let Some(thread) = self.faults.take() {
             drop(thread.join());
@@ -249,6 +289,7 @@ impl Drop for Fetch {
 
 impl Shared {
     fn listen(&self) {
+        self.begun.wait();
         let mut faults: Vec<Fault> = Vec::new();
         while !self.over.load(Ordering::Relaxed) {
             faults.clear();
@@ -266,7 +307,8 @@ impl Shared {
 
     /// A connection over which nothing comes may be one whose other end is gone without a word.
     fn look_whether_heard(&self) {
-        let silent = lock(&self.heard).elapsed() > SILENCE_MAX && self.pager.remaining() > 0;
+        let misses = self.begun.get().is_some() && self.pager.remaining() > 0;
+        let silent = misses && lock(&self.heard).elapsed() > SILENCE_MAX;
         if silent && let Some(writer) = lock(&self.demand).take() {
             let of = self.connections.load(Ordering::Relaxed);
             writer.shutdown_handle().shutdown();
@@ -321,7 +363,8 @@ impl Shared {
     }
 
     fn place(&self, region: usize, runs: &[Descriptor], mut payload: &[u8]) -> Result<(), PagerError> {
-        for run in runs {
+        self.begun.wait();
+        for run in runs.iter().filter(|_| !self.over.load(Ordering::Relaxed)) {
             let (first, pages) = (u64::from(run.first), u64::from(run.pages));
             let installed = match run.content {
                 Content::Bytes => {

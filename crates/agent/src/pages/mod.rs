@@ -20,8 +20,7 @@ pub(crate) use fetch::{Fetch, Fetched, summand};
 pub(crate) use receive::{Received, Receiver, Sink, Sinks};
 pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
 pub(crate) use serve::Serving;
-use set::intersect;
-pub(crate) use set::{SendSet, merge, rounded, subtract};
+pub(crate) use set::{SendSet, intersect, merge, rounded, subtract};
 
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
 use sterna_memory::{PAGE, PageRun};

@@ -77,9 +77,9 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
-    /// Begins to answer on the demand connection. `bytes` are those of the offer's blocks, as they travel; `failed` is told once when it cannot go on.
+    /// Begins to answer on the demand connection, and sends before that what is `first`, by place. `bytes` are those of the offer's blocks, as they travel; `failed` is told once when it cannot go on.
     pub(crate) fn start(
-        demand: Connection,
+        (demand, first): (Connection, Vec<(u16, PageRun)>),
         process: &Process,
         blocks: &Arc<Vec<SourceBlock>>,
         bytes: &[u64],
@@ -112,7 +112,7 @@ impl Serving {
         serving.spawn("pages-demand", move || {
             let _ = rustix::process::nice(URGENT);
             let (reader, writer) = demand.split();
-            if let Err(why) = Answering::new(shelf, writer).serve(reader) {
+            if let Err(why) = Answering::new(shelf, writer).serve(reader, first) {
                 failed(why);
             }
         })?;
@@ -340,10 +340,17 @@ impl Answering {
         Self { shelf, writer, pages: Pages::new(ANSWER_PAGES_MAX) }
     }
 
-    fn serve(mut self, mut reader: sterna_transport::Reader) -> Result<(), String> {
+    fn serve(
+        mut self,
+        mut reader: sterna_transport::Reader,
+        first: Vec<(u16, PageRun)>,
+    ) -> Result<(), String> {
         let lost =
             |why: &dyn std::fmt::Display| format!("the demand connection to the target is lost: {why}");
         reader.set_deadline(None);
+        for (place, run) in first {
+            self.send(place, run)?;
+        }
         let mut raw = [0; REQUEST_BYTES];
         loop {
             reader.read_exact(&mut raw).map_err(|why| lost(&why))?;
@@ -367,17 +374,23 @@ impl Answering {
 
     /// Answers what the guest waits for, in batches that a frame has room for.
     fn answer(&mut self, place: u16, asked: PageRun) -> Result<(), String> {
-        let (at, _) = self.shelf.block(place)?;
+        self.shelf.block(place)?;
         if self.is_coming(place, asked) {
             return Ok(());
         }
+        self.send(place, asked)?;
+        self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    fn send(&mut self, place: u16, asked: PageRun) -> Result<(), String> {
+        let (at, _) = self.shelf.block(place)?;
         for first in (asked.first..asked.end()).step_by(ANSWER_PAGES_MAX as usize) {
             let run = PageRun { first, pages: ANSWER_PAGES_MAX.min(asked.end() - first) };
             let there = self.shelf.there(at, run)?;
             self.pages.read(&self.shelf, at, run, &there)?;
             self.write(place)?;
         }
-        self.shelf.figures.requests.fetch_add(1, Ordering::Relaxed);
         Ok(())
     }
 

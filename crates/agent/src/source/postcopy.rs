@@ -4,7 +4,7 @@ use super::{Event, Outgoing};
 use crate::control::{self, CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::fit;
 use crate::offer;
-use crate::pages::{Serving, SourceBlock, merge, rounded, subtract};
+use crate::pages::{Serving, SourceBlock, intersect, merge, rounded, subtract};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
@@ -38,6 +38,8 @@ pub(super) struct Lazily {
     /// Counts the times that the connections were made anew.
     pub(super) connections: u64,
     serving: Option<Serving>,
+    /// What the target's QEMU will read as it loads the devices, block by block: it is sent before it is asked for.
+    first: Vec<Vec<PageRun>>,
     /// The target has said that it has all pages.
     filled: bool,
     /// A connection that carries pages is lost, and when that counts.
@@ -92,7 +94,6 @@ impl Outgoing {
 
     /// The last round of a post-copy: what is missing is told, and only what must be there is sent. From here on the target may ask for pages.
     pub(super) fn finish_postcopy(&mut self, round: u32) -> Result<Pages, String> {
-        self.serve()?;
         let mut missing = vec![Vec::new(); self.blocks.len()];
         let set = self.collector()?.take();
         for (at, block) in self.blocks.iter().enumerate().filter(|(_, block)| !self.is_eager(block)) {
@@ -112,7 +113,10 @@ impl Outgoing {
         }
         self.round = round;
         self.lazy.present.clone_from(&digests);
-        self.finish_state(round, digests, true)
+        self.end_state(round, digests, true)?;
+        // What the target asks for meanwhile waits; what it is sent unasked must not delay the state.
+        self.serve(&missing)?;
+        self.look_again()
     }
 
     /// What of a send-set belongs to blocks that must be complete, in terms of the blocks that are tracked.
@@ -145,15 +149,43 @@ impl Outgoing {
         lazy.map(sum).collect()
     }
 
-    /// Answers the target's requests from now on.
-    fn serve(&mut self) -> Result<(), String> {
+    /// Finds out what the target's QEMU will need first, while the VM runs.
+    pub(super) fn look_ahead(&mut self) {
+        if matches!(self.lazy.when, Postcopy::OnDemand | Postcopy::AtTimeout) {
+            return;
+        }
+        let looked_at = self.qemu(|qemu| Ok(qemu.looked_at())).unwrap_or_default();
+        let of = |block: &SourceBlock| {
+            let inside =
+                looked_at.iter().filter(|run| (block.region.base..block.region.end()).contains(&run.hva));
+            let runs: Vec<PageRun> = inside
+                .map(|run| PageRun { first: (run.hva - block.region.base) / PAGE, pages: run.pages })
+                .collect();
+            intersect(&merge(&runs, &[]), &[PageRun { first: 0, pages: block.region.pages() }])
+        };
+        self.lazy.first = self.blocks.iter().map(of).collect();
+    }
+
+    /// Answers the target's requests from now on, those first that are known of the `missing` pages.
+    fn serve(&mut self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+        let mut first = Vec::new();
+        for ((block, known), missing) in self.blocks.iter().zip(&self.lazy.first).zip(missing) {
+            let runs = rounded(&intersect(known, missing), block.backing.granule());
+            first.extend(runs.into_iter().map(|run| (block.index, run)));
+        }
         let demand =
             self.lazy.demand.take().ok_or("the target cannot ask for pages: there is no connection")?;
         let (tell, of) = (self.tell.clone(), self.lazy.connections);
         let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let how = (self.pacer.clone(), self.counters.clone());
-        self.lazy.serving =
-            Some(Serving::start(demand, &self.process, &self.blocks, &self.lazy.bytes, how, failed)?);
+        self.lazy.serving = Some(Serving::start(
+            (demand, first),
+            &self.process,
+            &self.blocks,
+            &self.lazy.bytes,
+            how,
+            failed,
+        )?);
         Ok(())
     }
 
@@ -193,7 +225,7 @@ impl Outgoing {
         }
         self.attach_control(connection);
         self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
-        self.serve()
+        self.serve(&[])
     }
 
     /// Finds the blocks of a VM that an earlier life of this agent has handed over, in the order in which it offered them.

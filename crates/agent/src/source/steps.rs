@@ -136,16 +136,17 @@ impl Outgoing {
     pub(super) fn finish(&mut self, round: u32) -> Result<Pages, String> {
         let digests = if self.verify { self.digests()? } else { Vec::new() };
         self.send(round, Part::End);
-        self.finish_state(round, digests, false)
+        self.end_state(round, digests, false)?;
+        self.look_again()
     }
 
-    /// Sends the device state and says that it is complete; then looks whether anything changed behind our back.
-    pub(super) fn finish_state(
+    /// Sends the device state and says that it is complete.
+    pub(super) fn end_state(
         &mut self,
         round: u32,
         digests: Vec<BlockDigest>,
         postcopy: bool,
-    ) -> Result<Pages, String> {
+    ) -> Result<(), String> {
         let paused = self.activity == Activity::Paused;
         let end = StateEnd { bytes: self.state.len() as u64, last_round: round, digests, paused, postcopy };
         let Some(control) = &mut self.control else {
@@ -155,6 +156,11 @@ impl Outgoing {
         control.send(&Message::StateEnd(end))?;
         self.view.device_state(self.state.len() as u64);
         self.state = Vec::new();
+        Ok(())
+    }
+
+    /// Whether anything changed behind our back: there is time for that while the target loads.
+    pub(super) fn look_again(&mut self) -> Result<Pages, String> {
         self.is_as_it_was(self.qemu(|qemu| qemu.shape_finish())?)?;
         self.collector()?.peek().map(Pages)
     }

@@ -40,9 +40,10 @@ const TOLD_AFTER: Duration = Duration::from_secs(10);
 pub(super) struct Lazy {
     /// Regions of the QEMU, in the installer's order, with their blocks' places.
     regions: Vec<FetchRegion>,
-    pager: Option<Pager>,
+    /// Got ready for a switch that may come, and not begun.
+    ready: Option<Fetch>,
     pub(super) fetch: Option<Fetch>,
-    /// Came before there was anything to ask for.
+    /// Came before there was anything to ask with.
     demand: Option<Connection>,
     /// Counts the times that the connections were made anew: what is heard of older ones means nothing.
     pub(super) connections: u64,
@@ -112,15 +113,16 @@ impl Arriving<'_> {
             return Err(why);
         }
         if self.offer.postcopy {
-            self.attach_pager()?;
+            let layout = sinks.layout.clone();
+            let pager = self.attach_pager()?;
             // What QEMU has written for itself: to drop it takes an attach, and the VM runs while this is done.
-            let dropped = self.lazy.pager.as_ref().map_or(Ok(()), Pager::drop_ahead);
-            dropped.map_err(|why| explain(&why))?;
+            pager.drop_ahead().map_err(|why| explain(&why))?;
+            self.lazy.ready = Some(self.start_fetch(pager, layout)?);
         }
         Ok(eager)
     }
 
-    fn attach_pager(&mut self) -> Result<(), String> {
+    fn attach_pager(&mut self) -> Result<Pager, String> {
         let (Some(qemu), Some(vm)) = (&mut self.qemu, &self.vm) else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
         let run_dir = self.host.run_dir(&self.offer.vm);
@@ -130,8 +132,7 @@ impl Arriving<'_> {
         let fetch = FetchRecord { remote_fd: pager.remote_fd(), regions: self.lazy.regions.clone() };
         let written = self.host.registry().update(vm, |record| record.fetch = Some(fetch));
         written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
-        self.lazy.pager = Some(pager);
-        Ok(())
+        Ok(pager)
     }
 
     /// A connection of post-copy.
@@ -142,6 +143,9 @@ impl Arriving<'_> {
         };
         if self.lazy.filled {
             return None;
+        }
+        if let Some(ready) = &mut self.lazy.ready {
+            return ready.demand(connection).err().and_then(|why| self.lost(why));
         }
         let Some(fetch) = &mut self.lazy.fetch else {
             self.lazy.demand = Some(connection);
@@ -184,6 +188,8 @@ impl Arriving<'_> {
 
     /// What becomes of the fetch, as its threads tell.
     pub(super) fn fetched(&mut self, fetched: Fetched) -> Option<TargetInput> {
+        // What is only ready loses nothing, and its QEMU is watched by others.
+        self.lazy.fetch.as_ref()?;
         match fetched {
             Fetched::Filled => {
                 self.lazy.filled = true;
@@ -231,25 +237,28 @@ impl Arriving<'_> {
         layout: Layout,
         missing: &[Vec<PageRun>],
     ) -> Result<(), String> {
-        if self.lazy.pager.is_none() {
-            self.attach_pager()?;
-        }
-        let pager = self.lazy.pager.take().ok_or("there is no pager")?;
-        for (at, region) in self.lazy.regions.iter().enumerate() {
-            let all = PageRun { first: 0, pages: region.bytes.div_ceil(PAGE) };
-            let missing = rounded(&missing[usize::from(region.place)], pager.granule(at));
-            for run in subtract(&[all], &missing) {
-                pager.bits().set(at, run);
+        let mut fetch = match self.lazy.ready.take() {
+            Some(ready) => ready,
+            None => {
+                let pager = self.attach_pager()?;
+                self.start_fetch(pager, layout)?
             }
+        };
+        let mut missed = Vec::with_capacity(self.lazy.regions.len());
+        for (at, region) in self.lazy.regions.iter().enumerate() {
+            let missing = rounded(&missing[usize::from(region.place)], fetch.granule(at));
             if !end.digests.is_empty() {
                 self.verify_present(end, region, &missing)?;
             }
+            missed.push(missing);
         }
-        pager.begin().map_err(|why| explain(&why))?;
-        let mut fetch = self.start_fetch(pager, layout)?;
-        let demand =
-            self.lazy.demand.take().ok_or("the source has opened no connection to ask for pages on")?;
-        fetch.demand(demand)?;
+        fetch.begin(&missed)?;
+        if let Some(demand) = self.lazy.demand.take() {
+            fetch.demand(demand)?;
+        }
+        if !fetch.can_ask() {
+            return Err("the source has opened no connection to ask for pages on".into());
+        }
         self.lazy.fetch = Some(fetch);
         Ok(())
     }
@@ -267,7 +276,7 @@ impl Arriving<'_> {
 
     /// The VM is complete: a restarted agent is not to take it for one that is not.
     pub(super) fn need_no_fetch(&self) {
-        if self.lazy.pager.is_some() {
+        if self.lazy.ready.is_some() {
             drop(std::fs::remove_file(bits_of(&self.host.run_dir(&self.offer.vm))));
         }
     }
@@ -340,11 +349,11 @@ impl Arriving<'_> {
     /// Nothing of ours stays in the QEMU, whether pages were fetched or not.
     pub(super) fn end_fetch(&mut self) {
         let Some(vm) = self.vm.clone() else { return };
-        let ended = match (self.lazy.fetch.take(), self.lazy.pager.take()) {
+        let ended = match (self.lazy.fetch.take(), self.lazy.ready.take()) {
             (Some(fetch), _) => fetch.end(),
-            (None, Some(pager)) => {
-                let number = pager.remote_fd();
-                drop(pager);
+            (None, Some(ready)) => {
+                let number = ready.remote_fd();
+                drop(ready);
                 let process = self.host.process_of(&vm);
                 process.and_then(|process| {
                     Pager::close(&process, &self.host.attach(), number).map_err(|why| explain(&why))
@@ -446,7 +455,10 @@ pub(crate) fn resume(
         let mut bytes = vec![0; places];
         arriving.lazy.regions.iter().for_each(|region| bytes[usize::from(region.place)] = region.bytes);
         match arriving.start_fetch(pager, Layout::new(bytes)) {
-            Ok(fetch) => arriving.lazy.fetch = Some(fetch),
+            Ok(fetch) => {
+                fetch.go_on();
+                arriving.lazy.fetch = Some(fetch);
+            }
             Err(why) => tracing::error!(vm = vm.name(), why, "its pages cannot be fetched"),
         }
         arriving.show_fetching(false);

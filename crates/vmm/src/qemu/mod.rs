@@ -15,6 +15,7 @@ mod images;
 mod keyval;
 mod launch;
 mod layout;
+mod looked_at;
 mod options;
 mod policy;
 mod port;
@@ -36,6 +37,7 @@ pub use cmdline::{CommandLine, CommandLineError, huge_pages};
 pub use huge::HugePages;
 pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
+pub use looked_at::LookedAt;
 pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use port::port_socket;
 pub use precheck::{changed_parts, is_upgrade, older_qemu, target_reasons};
@@ -147,6 +149,12 @@ impl Qemu {
         let threads = answer.as_array().into_iter().flatten().filter_map(|cpu| cpu["thread-id"].as_i64());
         let threads: BTreeSet<i32> = threads.filter_map(|thread| i32::try_from(thread).ok()).collect();
         Ok(threads.into_iter().collect())
+    }
+
+    /// Pages of the guest that a QEMU reads while it loads this VM's devices, as far as that is known: see [`LookedAt`]. Takes a question for
+    /// each virtio queue and page.
+    pub fn looked_at(&mut self) -> Vec<LookedAt> {
+        looked_at::looked_at(self)
     }
 
     /// What can be plugged in and out while the VM runs, a line each: to be compared with the same at its start.
