@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -27,6 +28,9 @@ const HUGE_PAGE_BYTES: u64 = 2 << 20;
 
 /// `UFFD_FEATURE_WP_ASYNC` of linux/userfaultfd.h.
 const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
+
+/// How long the agent that a VM has come to may take to let go of its memory.
+const LET_GO_WITHIN: Duration = Duration::from_millis(500);
 
 /// Devices by the beginning of their class, with why they do not move.
 const DEVICES: &[(&str, &str)] = &[
@@ -262,8 +266,22 @@ fn huge_page_reasons(layout: &Layout, reasons: &mut Vec<Reason>) {
     }
 }
 
+/// A VM that came here a moment ago may be being let go of: that is waited for.
 fn tracked_reason(pid: i32, reasons: &mut Vec<Reason>) {
-    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return };
+    let began = Instant::now();
+    while has_foreign_userfaultfd(pid) {
+        if began.elapsed() > LET_GO_WITHIN {
+            let text = "the VM's memory is tracked or served by a userfaultfd already; end the other migration or \
+                        snapshot first";
+            reasons.push(Reason::new(Code::Tracked, text));
+            return;
+        }
+        std::thread::sleep(LET_GO_WITHIN / 20);
+    }
+}
+
+fn has_foreign_userfaultfd(pid: i32) -> bool {
+    let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return false };
     let is_userfaultfd = |entry: &fs::DirEntry| {
         fs::read_link(entry.path()).is_ok_and(|to| to.to_string_lossy().contains("[userfaultfd]"))
     };
@@ -272,11 +290,7 @@ fn tracked_reason(pid: i32, reasons: &mut Vec<Reason>) {
         let info = fs::read_to_string(format!("/proc/{pid}/fdinfo/{}", number.to_string_lossy()));
         !info.is_ok_and(|info| is_async(&info))
     };
-    if descriptors.flatten().any(|entry| is_userfaultfd(&entry) && foreign(&entry)) {
-        let text = "the VM's memory is tracked or served by a userfaultfd already; end the other migration or \
-                    snapshot first";
-        reasons.push(Reason::new(Code::Tracked, text));
-    }
+    descriptors.flatten().any(|entry| is_userfaultfd(&entry) && foreign(&entry))
 }
 
 /// Whether a userfaultfd only tracks, as ours do: what an agent that died left behind is no obstacle, for the next
