@@ -150,8 +150,7 @@ impl Fetch {
             }
         }
         pager.begin().map_err(|why| crate::control::explain(&why))?;
-        *lock(&self.shared.heard) = Instant::now();
-        let _ = self.shared.begun.set(());
+        self.go_on();
         Ok(())
     }
 
@@ -307,8 +306,7 @@ impl Shared {
 
     /// A connection over which nothing comes may be one whose other end is gone without a word.
     fn look_whether_heard(&self) {
-        let misses = self.begun.get().is_some() && self.pager.remaining() > 0;
-        let silent = misses && lock(&self.heard).elapsed() > SILENCE_MAX;
+        let silent = lock(&self.heard).elapsed() > SILENCE_MAX && self.pager.remaining() > 0;
         if silent && let Some(writer) = lock(&self.demand).take() {
             let of = self.connections.load(Ordering::Relaxed);
             writer.shutdown_handle().shutdown();

@@ -69,10 +69,16 @@ pub(super) struct Slowed {
     now: Vec<u64>,
     throttle: Option<Throttle>,
     failed: bool,
-    /// What the guest's own helper was told to take from the processes that write most, in percent, and when.
-    asked: Option<(u32, Instant)>,
-    /// When it was first told.
-    first_asked: Option<Instant>,
+    /// What the guest's own helper was told.
+    asked: Option<Asked>,
+}
+
+/// How much a guest's helper is to take from the processes that write most, in percent, and when it was told that first and last.
+#[derive(Clone, Copy)]
+struct Asked {
+    percent: u32,
+    first: Instant,
+    last: Instant,
 }
 
 impl Slowed {
@@ -151,24 +157,25 @@ impl Outgoing {
         // One that was heard of before: a guest that computes all the time may take long to say so again.
         let there = guest.helper().is_some_and(|helper| helper.can("stun"));
         let asked = there && guest.stun(percent, STUN_MS);
-        self.slowed.asked = asked.then(|| (percent, Instant::now()));
-        self.slowed.first_asked.get_or_insert_with(Instant::now);
+        let last = Instant::now();
+        let first = self.slowed.asked.map_or(last, |asked| asked.first);
+        self.slowed.asked = asked.then_some(Asked { percent, first, last });
         asked
     }
 
     /// It was asked, has not done it yet, and still may.
     fn helper_is_at_it(&self) -> bool {
-        let asked = self.slowed.asked.and(self.slowed.first_asked);
-        asked.is_some_and(|at| at.elapsed() < STUN_WITHIN) && self.vm.guest().stunned().is_none()
+        let lately = self.slowed.asked.is_some_and(|asked| asked.first.elapsed() < STUN_WITHIN);
+        lately && self.vm.guest().stunned().is_none()
     }
 
     /// A guest's helper lets go when it is not told again.
     pub(super) fn keep_stunned(&mut self) {
-        if let Some((percent, at)) = &mut self.slowed.asked
-            && at.elapsed() >= STUN_AGAIN
+        if let Some(asked) = &mut self.slowed.asked
+            && asked.last.elapsed() >= STUN_AGAIN
         {
-            self.vm.guest().stun(*percent, STUN_MS);
-            *at = Instant::now();
+            self.vm.guest().stun(asked.percent, STUN_MS);
+            asked.last = Instant::now();
         }
     }
 

@@ -15,8 +15,9 @@ use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach};
 use sterna_memory::{PAGE, PageRun, populated};
 use sterna_transport::Connection;
 
-/// How long a target that closes its connections may take to say why, on the control connection.
-const LAST_WORDS: Duration = Duration::from_millis(300);
+/// How long a target that closes the connections of pages may take to say on the control connection that it has all of them: it lets go of the
+/// VM's memory first, and writes that down. One that has lost a connection closes the control connection too, which is noticed at once.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// How far this migration is with post-copy.
 #[derive(Default)]

@@ -354,10 +354,7 @@ impl Arriving<'_> {
             (None, Some(ready)) => {
                 let number = ready.remote_fd();
                 drop(ready);
-                let process = self.host.process_of(&vm);
-                process.and_then(|process| {
-                    Pager::close(&process, &self.host.attach(), number).map_err(|why| explain(&why))
-                })
+                close(&self.host, &vm, number)
             }
             (None, None) => return,
         };
@@ -379,6 +376,12 @@ impl Arriving<'_> {
     }
 }
 
+/// Closes the copy of a pager's descriptor that a VM's QEMU has.
+fn close(host: &Host, vm: &Arc<Vm>, number: i32) -> Result<(), String> {
+    let process = host.process_of(vm)?;
+    Pager::close(&process, &host.attach(), number).map_err(|why| explain(&why))
+}
+
 /// Nothing is fetched any more.
 fn forget(host: &Host, vm: &Arc<Vm>) {
     drop(std::fs::remove_file(bits_of(&vm.record().run_dir)));
@@ -388,10 +391,7 @@ fn forget(host: &Host, vm: &Arc<Vm>) {
 /// A VM that runs here like any other, and whose agent died before it had let go of its memory.
 pub(crate) fn let_go(host: &Arc<Host>, vm: &Arc<Vm>) {
     let Some(fetch) = vm.record().fetch else { return };
-    let closed = host.process_of(vm).and_then(|process| {
-        Pager::close(&process, &host.attach(), fetch.remote_fd).map_err(|why| explain(&why))
-    });
-    if let Err(why) = closed {
+    if let Err(why) = close(host, vm, fetch.remote_fd) {
         tracing::warn!(
             vm = vm.name(),
             why,

@@ -1,4 +1,5 @@
-//! Row 7: a guest that writes its memory in order, faster than the link carries it, while it is fetched.
+//! Row 7: a guest that writes its memory in order, faster than the link carries it, while it is fetched. It keeps its rate: one that made up for
+//! each wait would be blocked for as long as the link takes, whoever pages it.
 
 use super::Run;
 use super::fetched::{self, PEERS, Writer};

@@ -33,12 +33,9 @@ impl Pager {
     /// The memory is as before but for what was dropped: end that process.
     pub fn begin(&self) -> Result<(), PagerError> {
         let mut scanner = PageMap::new(self.process.open_proc("pagemap")?);
-        if !(0..self.regions.len()).all(|region| self.is_whole(region)) {
-            return Err(PagerError::Bits);
-        }
         let mut left = Ok(());
         for _ in 0..ATTEMPTS {
-            let clear: Vec<Vec<PageRun>> = (0..self.regions.len()).map(|region| self.clear(region)).collect();
+            let clear = self.clear();
             self.drop_present(&mut scanner, &clear)?;
             let proved = self.register().and_then(|()| self.first_present(&mut scanner, &clear));
             self.check_alive()?;
@@ -63,26 +60,27 @@ impl Pager {
     /// As there.
     pub fn drop_ahead(&self) -> Result<(), PagerError> {
         let mut scanner = PageMap::new(self.process.open_proc("pagemap")?);
-        let clear: Vec<Vec<PageRun>> = (0..self.regions.len()).map(|region| self.clear(region)).collect();
-        self.drop_present(&mut scanner, &clear)?;
+        self.drop_present(&mut scanner, &self.clear())?;
         self.check_alive()
     }
 
-    /// Whether what is missing of a region is whole huge pages, where it consists of such.
-    fn is_whole(&self, region: usize) -> bool {
-        let granule = self.granule(region);
-        self.clear(region).iter().all(|run| (run.first | run.pages).is_multiple_of(granule))
-    }
-
-    fn clear(&self, region: usize) -> Vec<PageRun> {
-        let mut runs = Vec::new();
-        self.bits.clear_runs(region, |run| runs.push(run));
-        runs
+    /// What is missing of each region.
+    fn clear(&self) -> Vec<Vec<PageRun>> {
+        let of = |region| {
+            let mut runs = Vec::new();
+            self.bits.clear_runs(region, |run| runs.push(run));
+            runs
+        };
+        (0..self.regions.len()).map(of).collect()
     }
 
     fn drop_present(&self, scanner: &mut PageMap, clear: &[Vec<PageRun>]) -> Result<(), PagerError> {
         let mut spans = Vec::new();
         for (plan, clear) in self.regions.iter().zip(clear) {
+            // A part of a huge page cannot be dropped, nor put in place.
+            if !clear.iter().all(|run| (run.first | run.pages).is_multiple_of(plan.granule())) {
+                return Err(PagerError::Bits);
+            }
             for part in &plan.parts {
                 let clear = part.within(plan, clear);
                 if part.segment.kind == Kind::Shared {

@@ -4,13 +4,13 @@
 //! ROM (`vapic_post_load`, hw/i386/kvmvapic.c). Each of these is a fault of its own there, one after the other, in the downtime.
 
 use serde_json::json;
+use sterna_memory::PAGE;
 
 use super::{COMMAND_WITHIN, Qemu};
 
 /// Where option ROMs are copied to on a PC, up to the firmware's own.
 const ROMS: u64 = 0xc_0000;
 const ROM_PAGES: u64 = 32;
-const PAGE: u64 = 4096;
 /// Questions, each of which takes QEMU a part of a millisecond: a machine with more queues is served as far as that goes.
 const QUESTIONS_MAX: usize = 64;
 

@@ -86,6 +86,23 @@ fn dies_at(point: &str) {
     scene.move_verified("b");
 }
 
+/// It closes the connections of pages, is slow to write down that it has all of them, and says so only then.
+#[test]
+fn the_targets_last_word_comes_late_and_counts() {
+    let scene = boot(World::new("7.2"));
+    let hold = Hold::arm(&scene.world, &scene.b, "target-record-running");
+    let asked = MigrateRequest { verify: true, max_bandwidth: None, ..slowly("a") };
+    let id = scene.a.migrate(&asked).unwrap();
+    hold.reached();
+    std::thread::sleep(Duration::from_secs(1));
+    drop(hold);
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("completed", "b"), "{view:?}");
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    assert!(view.postcopy.as_ref().is_some_and(|known| known.faults.is_some()), "{view:?}");
+    ends(&scene);
+}
+
 #[test]
 fn the_targets_agent_is_killed_before_the_vm_runs() {
     dies_at("target-resume");
