@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::support::{BOOT, MOVE, World, idle, load, migrate, request};
-use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest};
+use sterna_agent::model::{CompressionMode, MigrateRequest, MigrationView, RunRequest};
 use sterna_agent::{Agent, Config};
 use sterna_lab::guest::{GuestSpec, Program};
 
@@ -254,7 +254,6 @@ fn what_writes_fast_is_slowed_as_asked_and_always_let_go() {
     a.stop("vm").unwrap();
 }
 
-/// The agent goes away without a word: the guest sees its port close.
 /// The helper knows which process it is, and is asked before the guest's processors are limited from outside. Nothing of it is left
 /// when the guest has moved.
 #[test]
@@ -290,6 +289,32 @@ fn a_guest_that_outruns_its_move_is_slowed_from_inside_first() {
     b.stop("vm").unwrap();
 }
 
+/// Its rounds are so short that the guest is to be slowed by all that may be taken before the helper's time is over: the floor is
+/// reached with nothing done. The processors are limited from outside all the same.
+#[test]
+fn a_helper_that_does_nothing_does_not_keep_its_guest_from_being_slowed() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let quick = Program::Load(["--fill=16", "--dirty=16", "--rate=0"].map(str::to_owned).to_vec());
+    boot(&world, &a, vec![quick, Program::Helper]);
+    world.wait_for("vm", "LOAD t=", BOOT);
+    say(&world, "a", "kill -STOP $(ps | grep '[g]uest daemon' | cut -c1-5); echo STOP''PED");
+    world.wait_for("vm", "STOPPED", BOOT);
+    let asked = MigrateRequest {
+        auto_converge: true,
+        max_bandwidth: Some(20_000_000),
+        delta_cache: Some(0),
+        compression: CompressionMode::None,
+        timeout: None,
+        ..request("vm", "b")
+    };
+    let view = migrate(&a, asked);
+    assert_eq!(view.status, "completed", "{view:?}");
+    assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
+    b.stop("vm").unwrap();
+}
+
+/// The agent goes away without a word: the guest sees its port close.
 #[test]
 fn a_guest_whose_agent_ends_is_let_go() {
     let world = World::new("7.2");
