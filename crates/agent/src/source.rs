@@ -411,6 +411,7 @@ impl Outgoing {
             SourceAction::SendRound(round) => self.send_round(round),
             SourceAction::Scan => Some(settle(self.scan(), SourceInput::Scanned)),
             SourceAction::Settle => Some(settle(self.settle(), SourceInput::Settled)),
+            SourceAction::TellStale(round) => self.tell_stale(round).err().map(SourceInput::Failed),
             SourceAction::Stop => Some(settle(self.stop(), SourceInput::Stopped)),
             SourceAction::Finish(round) => Some(settle(self.finish(round), SourceInput::Finished)),
             SourceAction::FinishPostcopy(round) => {

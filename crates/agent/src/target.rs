@@ -278,9 +278,10 @@ impl Arriving<'_> {
             Event::Fetched(fetched) => self.fetched(fetched),
             Event::Lost(of, why) => self.lost_control(of, why),
             Event::Received(Received::Pages) => Some(TargetInput::Received),
-            Event::Received(Received::RoundEnd { stream, round }) => {
-                Some(TargetInput::RoundEnd { stream, round })
-            }
+            Event::Received(Received::RoundEnd { stream, round }) => Some(match self.drop_stale() {
+                Ok(()) => TargetInput::RoundEnd { stream, round },
+                Err(why) => TargetInput::Failed(self.explain_failure(why)),
+            }),
             // Once the last round is in, the streams have done their work.
             Event::Received(Received::Lost(_)) if self.receivers.is_empty() => None,
             Event::Received(Received::Lost(why)) => Some(TargetInput::Disconnected(why)),

@@ -82,6 +82,11 @@ enum State {
     Resting {
         pages: Pages,
     },
+    /// The target drops what it has of pages that will be missing, before the VM stops.
+    Dropping {
+        round: u32,
+        barriers: u64,
+    },
     Stopping,
     Finishing {
         round: u32,
@@ -219,9 +224,11 @@ impl Source {
             State::Recording | State::Negotiating | State::Offered | State::Opening | State::Arming => {
                 Status::Setup
             }
-            State::Sending { .. } | State::Scanning { .. } | State::Settling | State::Resting { .. } => {
-                Status::Active
-            }
+            State::Sending { .. }
+            | State::Scanning { .. }
+            | State::Settling
+            | State::Resting { .. }
+            | State::Dropping { .. } => Status::Active,
             State::Undoing(_) if self.cancelling => Status::Cancelling,
             State::Serving => Status::PostcopyActive,
             State::Reattaching => Status::PostcopyRecover,
@@ -414,8 +421,9 @@ impl Source {
     fn on_barrier(&mut self, got: u32, stream: u32, now: Duration) {
         let all = self.all_barriers();
         let bit = 1u64.checked_shl(stream).unwrap_or(0) & all;
-        let (State::Sending { round, barriers, .. } | State::Finishing { round, barriers, .. }) =
-            &mut self.state
+        let (State::Sending { round, barriers, .. }
+        | State::Dropping { round, barriers }
+        | State::Finishing { round, barriers, .. }) = &mut self.state
         else {
             return self.on_disconnected(format!("the target confirmed round {got} out of turn"), now);
         };
@@ -433,6 +441,7 @@ impl Source {
         self.progress.ram_remaining = Bytes(0);
         match self.state {
             State::Sending { began, sent_before, .. } => self.on_round_over(began, sent_before, now),
+            State::Dropping { .. } => self.switch(now),
             _ => self.wait(now, self.load_wait()),
         }
     }
@@ -446,8 +455,8 @@ impl Source {
     }
 
     fn on_stopped(&mut self, pages: Pages, now: Duration) {
-        let round = self.progress.rounds + 1;
-        self.progress.rounds = round;
+        self.progress.rounds += 1;
+        let round = self.progress.rounds + self.lazy.empty_rounds();
         self.progress.ram_remaining = pages.bytes();
         let state = State::Finishing { round, barriers: 0, quiet: false, loaded: false };
         let finish = match self.lazy.is_switched() {

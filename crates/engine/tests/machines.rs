@@ -207,12 +207,13 @@ impl SourceDriver {
             SourceAction::OpenStreams { .. } => self.honest.push_back(In::Opened),
             SourceAction::Track => self.honest.push_back(In::Tracked(Pages(9))),
             SourceAction::SendRound(round)
+            | SourceAction::TellStale(round)
             | SourceAction::Finish(round)
             | SourceAction::FinishPostcopy(round) => {
                 let barrier = |stream| In::Message(Message::Barrier(Barrier { round, stream }));
                 self.honest.extend((0..STREAMS).map(barrier));
                 // Too early during a round, and then it is out of turn; right after the last one.
-                if !matches!(action, SourceAction::SendRound(_)) {
+                if !matches!(action, SourceAction::SendRound(_) | SourceAction::TellStale(_)) {
                     self.honest.push_back(In::Finished(Pages(0)));
                     self.honest.push_back(In::Message(Message::Loaded(Loaded::default())));
                 }

@@ -143,6 +143,50 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
     seen
 }
 
+/// What is to be dropped at the target is told while the VM runs: a round that sends nothing, then the stop, whose round follows that one and
+/// is counted as if there had been none.
+#[test]
+fn a_switch_tells_before_the_stop_what_is_stale() {
+    let limit = Duration::from_millis(300);
+    let parameters = SourceParameters {
+        postcopy: Postcopy::AfterPrecopy,
+        ..parameters(RateLimits::default(), false, limit)
+    };
+    let mut source = Source::new(parameters, Duration::ZERO);
+    let barrier = |round| SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 }));
+    let welcome = Welcome { version: VERSION_MAX, software: String::new() };
+    let accepted = Accepted { postcopy: true, ..Accepted::default() };
+    let inputs = [
+        SourceInput::Recorded,
+        SourceInput::Message(Message::Welcome(welcome)),
+        SourceInput::Message(Message::Accepted(accepted)),
+        SourceInput::Opened,
+        SourceInput::Tracked(Pages(RAM)),
+        barrier(1),
+        SourceInput::Scanned(Pages(RAM)),
+        barrier(2),
+        SourceInput::Stopped(Pages(RAM)),
+    ];
+    let mut done = Vec::new();
+    for (second, input) in (1..).zip(inputs) {
+        source.handle(input, Duration::from_secs(second));
+        let actions = std::iter::from_fn(|| source.poll());
+        done.extend(actions.filter(|action| {
+            use SourceAction::{FinishPostcopy, Scan, SendRound, Stop, TellStale};
+            matches!(action, SendRound(_) | Scan | TellStale(_) | Stop | FinishPostcopy(_))
+        }));
+    }
+    let told = [
+        SourceAction::SendRound(1),
+        SourceAction::Scan,
+        SourceAction::TellStale(2),
+        SourceAction::Stop,
+        SourceAction::FinishPostcopy(3),
+    ];
+    assert_eq!(done, told);
+    assert_eq!((source.progress().rounds, source.is_postcopy()), (2, true));
+}
+
 fn mbit(rate: u64) -> Rate {
     Rate(rate * 1_000_000 / 8)
 }

@@ -112,7 +112,7 @@ fn who_touches_one_waits_until_all_of_it_has_come() {
         let before = footprint(&place.victim.process).unwrap();
         let pager = place.attach(&[run(4 * HUGE, HUGE)]);
         assert_eq!(pager.granule(0), HUGE);
-        pager.drop_ahead().unwrap();
+        pager.drop_ahead(&[vec![run(0, 4 * HUGE), run(5 * HUGE, (COUNT - 5) * HUGE)]]).unwrap();
         pager.begin().unwrap();
         assert_eq!((pager.remaining(), place.held()), ((COUNT - 1) * HUGE, 1), "{kind}");
         assert_eq!(place.victim.tell(&format!("verify {} {HUGE} 1", 4 * HUGE)), "ok", "{kind}");

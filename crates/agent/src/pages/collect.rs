@@ -169,6 +169,11 @@ impl Collector {
         self.set.page_count()
     }
 
+    /// What is to be sent, as far as it is known.
+    pub(crate) fn set(&self) -> &SendSet {
+        &self.set
+    }
+
     /// Takes the send-set for the senders, and begins an empty one.
     pub(crate) fn take(&mut self) -> Arc<SendSet> {
         self.sending = Arc::new(std::mem::replace(&mut self.set, SendSet::new(self.blocks.len())));

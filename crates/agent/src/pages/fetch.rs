@@ -4,7 +4,7 @@
 //! not. Connections come and go; the pager, and the file of which pages are there, stay, and with them everything that must be known.
 
 use super::receive::{Install, Received, Receiver};
-use super::{URGENT, subtract};
+use super::{URGENT, rounded, subtract};
 use crate::registry::lock;
 use hdrhistogram::Histogram;
 use std::collections::BTreeMap;
@@ -152,6 +152,14 @@ impl Fetch {
         pager.begin().map_err(|why| crate::control::explain(&why))?;
         self.go_on();
         Ok(())
+    }
+
+    /// Drops what is here of pages that will be missing, region by region, ahead of [`Fetch::begin`].
+    pub(crate) fn drop_ahead(&self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+        let pager = &self.shared.pager;
+        let missing: Vec<Vec<PageRun>> =
+            (0..).zip(missing).map(|(region, runs)| rounded(runs, pager.granule(region))).collect();
+        pager.drop_ahead(&missing).map_err(|why| crate::control::explain(&why))
     }
 
     /// The same where an earlier life of this agent had begun.

@@ -142,6 +142,12 @@ impl Senders {
         self.send(&Job { round, set, part: Part::End, haste: Haste::Urgent, missing: Arc::new(missing) });
     }
 
+    /// A round that sends no page, and tells what the target is to drop of so many blocks.
+    pub(crate) fn tell(&self, round: u32, blocks: usize, missing: Vec<(u16, Vec<PageRun>)>) {
+        let (set, missing) = (Arc::new(SendSet::new(blocks)), Arc::new(missing));
+        self.send(&Job { round, set, part: Part::End, haste: Haste::Polite, missing });
+    }
+
     /// Gives every sender its share of a round.
     pub(crate) fn send(&self, job: &Job) {
         // A sender that has failed has told so already.

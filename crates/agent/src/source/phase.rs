@@ -14,6 +14,7 @@ pub(crate) fn phase(action: &SourceAction) -> &'static str {
         SourceAction::SendRound(_) => "round",
         SourceAction::Scan => "scan",
         SourceAction::Settle => "settle",
+        SourceAction::TellStale(_) => "tell stale",
         SourceAction::Stop => "stop",
         SourceAction::Finish(_) => "finish",
         SourceAction::FinishPostcopy(_) => "finish postcopy",

@@ -4,7 +4,7 @@ use super::{Event, Outgoing};
 use crate::control::{self, CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::fit;
 use crate::offer;
-use crate::pages::{Serving, SourceBlock, intersect, merge, rounded, subtract};
+use crate::pages::{SendSet, Serving, SourceBlock, intersect, merge, rounded, subtract};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
@@ -95,18 +95,8 @@ impl Outgoing {
 
     /// The last round of a post-copy: what is missing is told, and only what must be there is sent. From here on the target may ask for pages.
     pub(super) fn finish_postcopy(&mut self, round: u32) -> Result<Pages, String> {
-        let mut missing = vec![Vec::new(); self.blocks.len()];
         let set = self.collector()?.take();
-        for (at, block) in self.blocks.iter().enumerate().filter(|(_, block)| !self.is_eager(block)) {
-            missing[at] = match self.lazy.when {
-                Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
-                // What the target is to drop reads as zero here, and is fetched as that.
-                _ => {
-                    let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
-                    rounded(&stale, block.backing.granule())
-                }
-            };
-        }
+        let missing = self.missing(&set);
         let digests = if self.verify { self.sums_without(&missing)? } else { Vec::new() };
         let eager = self.eager_part(&set);
         if let Some(senders) = &self.senders {
@@ -120,8 +110,33 @@ impl Outgoing {
         self.look_again()
     }
 
+    /// Tells ahead what the target is to drop. Pages that are written until the stop join them.
+    pub(super) fn tell_stale(&mut self, round: u32) -> Result<(), String> {
+        let set = self.collector()?.set().clone();
+        let lists = self.lists(&self.missing(&set));
+        if let Some(senders) = &self.senders {
+            senders.tell(round, self.blocks.len(), lists);
+        }
+        self.round = round;
+        Ok(())
+    }
+
+    /// What the target does not have, or not as it is here, block by block.
+    fn missing(&self, set: &SendSet) -> Vec<Vec<PageRun>> {
+        let of = |(at, block): (usize, &SourceBlock)| match self.lazy.when {
+            _ if self.is_eager(block) => Vec::new(),
+            Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
+            // What the target is to drop reads as zero here, and is fetched as that.
+            _ => {
+                let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
+                rounded(&stale, block.backing.granule())
+            }
+        };
+        self.blocks.iter().enumerate().map(of).collect()
+    }
+
     /// What of a send-set belongs to blocks that must be complete, in terms of the blocks that are tracked.
-    fn eager_part(&self, set: &crate::pages::SendSet) -> Arc<crate::pages::SendSet> {
+    fn eager_part(&self, set: &SendSet) -> Arc<SendSet> {
         match self.lazy.when {
             Postcopy::AtOnce => Arc::new(set.clone()),
             _ => {

@@ -5,9 +5,9 @@ use crate::control::{self, explain};
 use crate::fit;
 use crate::host::Host;
 use crate::incoming::Incoming;
-use crate::pages::{Fetch, Fetched, Sink, rounded, subtract};
+use crate::pages::{Fetch, Fetched, Sink, merge, rounded, subtract};
 use crate::recovery::go_on;
-use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord};
+use crate::registry::{FetchRecord, FetchRegion, Vm, VmRecord, lock};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -43,6 +43,8 @@ pub(super) struct Lazy {
     /// Got ready for a switch that may come, and not begun.
     ready: Option<Fetch>,
     pub(super) fetch: Option<Fetch>,
+    /// What will be missing was dropped ahead.
+    dropped: bool,
     /// Came before there was anything to ask with.
     demand: Option<Connection>,
     /// Counts the times that the connections were made anew: what is heard of older ones means nothing.
@@ -54,6 +56,11 @@ pub(super) struct Lazy {
     told: bool,
     /// Every page is here: connections that come now are of no use.
     filled: bool,
+}
+
+/// All pages of a region.
+fn whole(bytes: u64) -> PageRun {
+    PageRun { first: 0, pages: bytes.div_ceil(PAGE) }
 }
 
 /// Where it is written which pages are here.
@@ -113,13 +120,39 @@ impl Arriving<'_> {
             return Err(why);
         }
         if self.offer.postcopy {
-            let layout = sinks.layout.clone();
-            let pager = self.attach_pager()?;
             // What QEMU has written for itself: to drop it takes an attach, and the VM runs while this is done.
-            pager.drop_ahead().map_err(|why| explain(&why))?;
-            self.lazy.ready = Some(self.start_fetch(pager, layout)?);
+            let all: Vec<Vec<PageRun>> =
+                self.lazy.regions.iter().map(|region| vec![whole(region.bytes)]).collect();
+            self.get_ready(&all)?;
         }
         Ok(eager)
+    }
+
+    /// Makes the pager of a switch that is likely, or near, and drops what is here of these pages, region by region.
+    fn get_ready(&mut self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+        if self.lazy.ready.is_none() {
+            let layout = self.sinks.as_ref().ok_or("nothing is ready")?.layout.clone();
+            let pager = self.attach_pager()?;
+            self.lazy.ready = Some(self.start_fetch(pager, layout)?);
+        }
+        self.lazy.ready.as_ref().map_or(Ok(()), |ready| ready.drop_ahead(missing))
+    }
+
+    /// What the source has told to be missing while its VM runs is dropped before it stops.
+    pub(super) fn drop_stale(&mut self) -> Result<(), String> {
+        let Some(sinks) = self.sinks.as_ref().filter(|_| !self.lazy.dropped) else { return Ok(()) };
+        let told = lock(&sinks.missing).clone();
+        let of = |region: &FetchRegion| {
+            told.get(usize::from(region.place)).map_or_else(Vec::new, |runs| merge(runs, &[]))
+        };
+        let told: Vec<Vec<PageRun>> = self.lazy.regions.iter().map(of).collect();
+        let all = |(region, told): (&FetchRegion, &Vec<PageRun>)| *told == [whole(region.bytes)];
+        if told.iter().all(Vec::is_empty) || self.lazy.regions.iter().zip(&told).all(all) {
+            // Where all is missing nothing has come, and this is the last round.
+            return Ok(());
+        }
+        self.lazy.dropped = true;
+        self.get_ready(&told)
     }
 
     fn attach_pager(&mut self) -> Result<Pager, String> {

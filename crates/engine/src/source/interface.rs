@@ -148,6 +148,8 @@ pub enum SourceAction {
     /// Scan, wait until no disk I/O of the guest is in flight, for which the VM stands still for a moment, and add every
     /// page that such I/O may have changed unseen to the send-set, to be compared with what was sent.
     Settle,
+    /// Post-copy: tell in this round which pages of the send-set the target is to drop, and send none; the send-set stays.
+    TellStale(u32),
     /// Stop the VM, save its device state, scan again, and add what was written to the send-set.
     Stop,
     /// Send the send-set as this last round, the device state and [`Message::StateEnd`]; then peek.

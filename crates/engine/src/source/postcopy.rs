@@ -5,8 +5,8 @@
 //! meanwhile, a connection or either agent, is found again in one way: ask the target, and connect anew.
 
 use super::{
-    ASK_PAUSE_MAX, ASK_PAUSE_MIN, LOCAL_WAIT, Outcome, Postcopy, Source, SourceAction, SourceParameters,
-    State,
+    ASK_PAUSE_MAX, ASK_PAUSE_MIN, LOCAL_WAIT, Outcome, Postcopy, STALL_WAIT, Source, SourceAction,
+    SourceParameters, State,
 };
 use crate::handoff::Step;
 use crate::progress::Status;
@@ -26,6 +26,8 @@ pub(super) struct Lazy {
     requested: bool,
     /// The round that is under way was told to end.
     cut: bool,
+    /// A round has told what will be missing. It is none of those that are counted.
+    told: bool,
     /// The stop was a switch.
     switched: bool,
     /// The target runs the VM and needs pages.
@@ -37,6 +39,11 @@ pub(super) struct Lazy {
 impl Lazy {
     pub(super) fn is_switched(&self) -> bool {
         self.switched
+    }
+
+    /// Rounds on the streams that sent nothing.
+    pub(super) fn empty_rounds(&self) -> u32 {
+        u32::from(self.told)
     }
 
     pub(super) fn is_served(&self) -> bool {
@@ -117,6 +124,19 @@ impl Source {
             Postcopy::AtTimeout => self.parameters.timeout.is_some_and(|timeout| elapsed >= timeout),
         };
         self.lazy.refusal.is_none() && (due || self.lazy.requested)
+    }
+
+    /// Switches, once the target has dropped what it has of the pages that were written again since they were sent: that takes a while
+    /// where they are many, and what is dropped before the stop costs no downtime.
+    pub(super) fn prepare_switch(&mut self, now: Duration) {
+        if self.parameters.postcopy == Postcopy::AtOnce {
+            // Of what will be missing nothing was sent.
+            return self.switch(now);
+        }
+        self.lazy.told = true;
+        let round = self.progress.rounds + 1;
+        let dropping = State::Dropping { round, barriers: 0 };
+        self.enter(dropping, SourceAction::TellStale(round), now, STALL_WAIT);
     }
 
     pub(super) fn switch(&mut self, now: Duration) {

@@ -146,7 +146,7 @@ impl Source {
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
         let fits = bandwidth.time_for(residual) <= self.convergence.downtime_limit();
         if self.switch_is_due(fits, elapsed) {
-            return self.switch(now);
+            return self.prepare_switch(now);
         }
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),

@@ -207,6 +207,7 @@ impl World {
             SourceAction::Pace(_) | SourceAction::Stun(_) => {}
             // Its targets refuse post-copy.
             SourceAction::Abandon
+            | SourceAction::TellStale(_)
             | SourceAction::FinishPostcopy(_)
             | SourceAction::Push
             | SourceAction::Reattach => unreachable!("{action:?}"),

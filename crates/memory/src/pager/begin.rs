@@ -54,13 +54,14 @@ impl Pager {
         left
     }
 
-    /// Drops what is present of pages that were not delivered, ahead of [`Pager::begin`], which then has little to drop.
+    /// Drops what is present of these pages, region by region and granule by granule, ahead of [`Pager::begin`], which then has little to
+    /// drop.
     ///
     /// # Errors
     /// As there.
-    pub fn drop_ahead(&self) -> Result<(), PagerError> {
+    pub fn drop_ahead(&self, missing: &[Vec<PageRun>]) -> Result<(), PagerError> {
         let mut scanner = PageMap::new(self.process.open_proc("pagemap")?);
-        self.drop_present(&mut scanner, &self.clear())?;
+        self.drop_present(&mut scanner, missing)?;
         self.check_alive()
     }
 
