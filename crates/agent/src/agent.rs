@@ -19,7 +19,7 @@ use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
 use sterna_transport::{Limits, Listener, ServerHandle};
 use sterna_vmm::Vmm;
-use sterna_vmm::qemu::{CommandLine, expand};
+use sterna_vmm::qemu::{CommandLine, Qemu, expand};
 use tokio::sync::watch;
 
 /// Ended migrations that are remembered, so that `sterna status` can tell of them.
@@ -118,39 +118,32 @@ impl Agent {
     /// [`AgentError::Invalid`] for a name or command line that cannot be used, [`AgentError::Conflict`] for a name that
     /// is taken, [`AgentError::Failed`] when QEMU does not start, with the end of its log.
     pub fn run(&self, request: RunRequest) -> Result<VmView, AgentError> {
-        let RunRequest { name, argv } = request;
-        if !is_usable(&name) {
+        if !is_usable(&request.name) {
+            let name = &request.name;
             return Err(AgentError::Invalid(format!("the name {name:?} cannot be used: {NAME_RULE}")));
         }
+        let claim = self.host.registry().claim(&request.name);
+        let Some(_claim) = claim else {
+            let (us, name) = (self.name(), &request.name);
+            return Err(AgentError::Conflict(format!("host {us} has a VM named {name} already")));
+        };
+        if let Some(template) = &request.template {
+            return self.run_clone(&request, template);
+        }
+        let RunRequest { name, argv, .. } = request;
         let unusable = |why| AgentError::Invalid(explain(&why));
         // What was in a configuration file travels, the file does not.
         let argv = expand(argv, &self.host.run_dir(&name)).map_err(unusable)?;
         let line = CommandLine::parse(argv.clone()).map_err(unusable)?;
-        let claim = self.host.registry().claim(&name);
-        let Some(_claim) = claim else {
-            return Err(AgentError::Conflict(format!("host {} has a VM named {name} already", self.name())));
-        };
         let ours = line.for_source(&self.host.run_dir(&name));
-        let launched = self.host.launch(&name, ours).map_err(|why| AgentError::Failed(explain(&why)))?;
+        let launched =
+            self.host.launch(&name, ours, None).map_err(|why| AgentError::Failed(explain(&why)))?;
         let mut qemu = launched.qemu;
         // Where RAM is can be told best before firmware has hidden parts of it; the addresses are remembered.
         let layout = qemu.layout();
         let parts = qemu.parts();
-        let record = VmRecord {
-            name: name.clone(),
-            ram_bytes: ram_of(&argv),
-            argv,
-            process: qemu.process_id(),
-            run_dir: self.host.run_dir(&name),
-            log: self.host.log(&name),
-            generation: self.first_generation(&name),
-            since: jiff::Timestamp::now(),
-            incoming: false,
-            leaving: None,
-            parts: parts.ok(),
-            balloon: None,
-            fetch: None,
-        };
+        let mut record = self.fresh_record(&name, argv, &qemu);
+        record.parts = parts.ok();
         if let Err(why) = layout {
             tracing::warn!(
                 vm = name,
@@ -166,8 +159,28 @@ impl Agent {
         Ok(vm.view())
     }
 
+    /// What is written down about a VM that was started just now.
+    pub(crate) fn fresh_record(&self, name: &str, argv: Vec<String>, qemu: &Qemu) -> VmRecord {
+        VmRecord {
+            name: name.to_owned(),
+            ram_bytes: ram_of(&argv),
+            argv,
+            process: qemu.process_id(),
+            run_dir: self.host.run_dir(name),
+            log: self.host.log(name),
+            generation: self.first_generation(name),
+            since: jiff::Timestamp::now(),
+            incoming: false,
+            leaving: None,
+            parts: None,
+            balloon: None,
+            fetch: None,
+            template: None,
+        }
+    }
+
     /// A VM that cannot be written down must not run: no later life of this agent would find it again.
-    fn abandon(&self, vm: &Vm, why: &std::io::Error) -> AgentError {
+    pub(crate) fn abandon(&self, vm: &Vm, why: &std::io::Error) -> AgentError {
         let killed = self.kill(vm).err().map(|why| format!("; and {why}")).unwrap_or_default();
         self.host.registry().remove(vm);
         let (name, folder) = (vm.name(), self.host.config().state_dir.display());
@@ -197,7 +210,7 @@ impl Agent {
         Ok(self.find(name)?.view())
     }
 
-    fn find(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
+    pub(crate) fn find(&self, name: &str) -> Result<Arc<Vm>, AgentError> {
         use sterna_engine::handoff::{Journal as _, Step};
         let found = self.host.registry().find(name);
         found.ok_or_else(|| {

@@ -134,6 +134,22 @@ pub(crate) fn send(connection: &mut Connection, message: &Message) -> Result<(),
     connection.write_all(&frame).and_then(|()| connection.flush()).map_err(|why| why.to_string())
 }
 
+/// Writes a piece of a stream of bytes, not longer than device state may be.
+pub(crate) fn send_piece(connection: &mut Connection, piece: &[u8], within: Duration) -> Result<(), String> {
+    connection.set_write_deadline(Some(Instant::now() + within));
+    let sent = connection.write_all(&state_header(piece)).and_then(|()| connection.write_all(piece));
+    sent.and_then(|()| connection.flush()).map_err(|why| why.to_string())
+}
+
+/// Reads the next piece of a stream of bytes.
+pub(crate) fn receive_piece(connection: &mut Connection, within: Duration) -> Result<Vec<u8>, String> {
+    connection.set_read_deadline(Some(Instant::now() + within));
+    match read_frame(|buffer| connection.read_exact(buffer))? {
+        Arrival::State(piece) => Ok(piece),
+        _ => Err("the peer sent a message where a piece was due".into()),
+    }
+}
+
 /// Asks a peer one question on a connection of its own.
 pub(crate) fn ask(
     endpoint: &Endpoint,

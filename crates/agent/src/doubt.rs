@@ -136,6 +136,7 @@ impl Stray {
             parts: None,
             balloon: None,
             fetch: None,
+            template: None,
         }
     }
 }

@@ -7,14 +7,22 @@ use crate::registry::FetchRegion;
 use std::sync::{Mutex, PoisonError};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
 use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
-use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, populated};
+use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, own, populated};
 use sterna_vmm::Layout;
 
 /// RAM that may be kept aside because QEMU does not yet say where it belongs: video memory.
 const STAGED_BYTES_MAX: u64 = 512 << 20;
 
 /// Where each block of the offer goes in the QEMU that waits.
-pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layout) -> Result<Sinks, String> {
+///
+/// A block of a template is not made zero: what the source never sends is the template's there.
+pub(crate) fn sinks(
+    host: &Host,
+    process: &Process,
+    offer: &Offer,
+    layout: &Layout,
+    template: Option<usize>,
+) -> Result<Sinks, String> {
     let (mut regions, mut blocks, mut staged) = (Vec::new(), Vec::new(), 0u64);
     for offered in &offer.blocks {
         let here = layout.block(&offered.name).filter(|block| block.bytes == offered.bytes);
@@ -38,7 +46,10 @@ pub(crate) fn sinks(host: &Host, process: &Process, offer: &Offer, layout: &Layo
     let plain: Vec<Region> = regions.iter().map(FetchRegion::region).collect();
     let installer = Installer::open(process, plain.clone(), &host.attach()).map_err(|why| explain(&why))?;
     for (at, region) in plain.iter().enumerate() {
-        clear(process, &installer, at, region)?;
+        match template == Some(usize::from(regions[at].place)) {
+            true => uncover(process, &installer, at, region)?,
+            false => clear(process, &installer, at, region)?,
+        }
     }
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
     let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
@@ -67,8 +78,15 @@ fn clear(process: &Process, installer: &Installer, at: usize, region: &Region) -
     Ok(())
 }
 
+/// Drops what a fresh QEMU has written over a template.
+fn uncover(process: &Process, installer: &Installer, at: usize, region: &Region) -> Result<(), String> {
+    let mut written = Vec::new();
+    own(process, region, &mut written).map_err(|why| explain(&why))?;
+    if written.is_empty() { Ok(()) } else { installer.uncover(at, &written).map_err(|why| explain(&why)) }
+}
+
 /// A run in pieces of one batch.
-fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
+pub(crate) fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
     let most = PAGES_PER_STRIPE;
     (run.first..run.end())
         .step_by(most as usize)

@@ -5,13 +5,14 @@ use crate::control::explain;
 use crate::incoming::Incoming;
 use crate::journal::FileJournal;
 use crate::registry::{Registry, Vm, is_usable, lock};
+use crate::templates::Templates;
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
-use sterna_memory::{Attach, Process};
+use sterna_memory::{Attach, Process, SealedMemory};
 use sterna_transport::{Endpoint, Identity};
 use sterna_vmm::qemu::{CommandLine, Launch, Launched, Qemu, TargetPolicy, User};
 use sterna_vmm::{Fingerprint, VmmError};
@@ -31,6 +32,7 @@ pub(crate) struct Host {
     registry: Arc<Registry>,
     user: Option<User>,
     incoming: Incoming,
+    templates: Templates,
     /// Held as long as this agent lives: two would end each other's VMs.
     _alone: [File; 2],
 }
@@ -60,8 +62,9 @@ impl Host {
         let registry = Arc::new(Registry::open(folder("vms")).map_err(cannot)?);
         std::fs::create_dir_all(config.run_dir.join("vms")).map_err(cannot)?;
         std::fs::create_dir_all(config.run_dir.join("log")).map_err(cannot)?;
+        let templates = Templates::open(folder("templates")).map_err(cannot)?;
         let incoming = Incoming::default();
-        Ok(Self { endpoint, journal, registry, user, incoming, config, _alone: alone })
+        Ok(Self { endpoint, journal, registry, user, incoming, templates, config, _alone: alone })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -82,6 +85,10 @@ impl Host {
 
     pub(crate) fn registry(&self) -> &Arc<Registry> {
         &self.registry
+    }
+
+    pub(crate) fn templates(&self) -> &Templates {
+        &self.templates
     }
 
     /// Incoming migrations that go on.
@@ -123,9 +130,15 @@ impl Host {
         self.config.run_dir.join("log").join(format!("{vm}.log"))
     }
 
-    pub(crate) fn launch(&self, vm: &str, argv: Vec<String>) -> Result<Launched, VmmError> {
+    pub(crate) fn launch(
+        &self,
+        vm: &str,
+        argv: Vec<String>,
+        memory: Option<Arc<SealedMemory>>,
+    ) -> Result<Launched, VmmError> {
         let (run_dir, log) = (self.run_dir(vm), self.log(vm));
-        let launch = Launch { argv, name: vm.into(), run_dir, log, user: self.user.clone(), cwd: None };
+        let user = self.user.clone();
+        let launch = Launch { argv, name: vm.into(), run_dir, log, user, cwd: None, memory };
         launch.start(LAUNCH_WITHIN).inspect_err(|_| self.remove_run_dir(vm))
     }
 

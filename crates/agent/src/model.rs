@@ -17,8 +17,70 @@ pub use working_set::{
 pub struct RunRequest {
     /// Name of the VM, unique on this host and on every host it moves to.
     pub name: String,
-    /// The user's own QEMU command line, the binary first.
+    /// The user's own QEMU command line, the binary first; none for a clone, which has its template's.
+    #[serde(default)]
     pub argv: Vec<String>,
+    /// The template that it is started from.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub template: Option<String>,
+}
+
+/// Makes a template of a VM.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TemplateRequest {
+    /// Name of the template, unique on every host.
+    pub name: String,
+    /// The VM that it is made of: it stands still for a moment, and runs on.
+    pub vm: String,
+    /// That VM's command line with `{vm}` in the places where a clone's name belongs; as it was started when absent.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub argv: Option<Vec<String>>,
+}
+
+/// Sends a template to another host.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PushRequest {
+    /// Name of the host.
+    pub host: String,
+    /// Most bytes per second on the wire; no limit when absent.
+    #[serde(rename = "max-bandwidth", skip_serializing_if = "Option::is_none", default)]
+    pub max_bandwidth: Option<u64>,
+}
+
+/// What was sent of a template.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct PushView {
+    /// Name of the template.
+    pub name: String,
+    /// The host that has it now.
+    pub host: String,
+    /// Bytes that were sent: 0 where it was there already.
+    pub bytes: u64,
+}
+
+/// A template of this host.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct TemplateView {
+    /// Its name.
+    pub name: String,
+    /// BLAKE3 of what it is, in hexadecimal: equal on every host that has it.
+    pub digest: String,
+    /// When it was made, or came here.
+    #[schema(value_type = String, format = DateTime)]
+    pub created: jiff::Timestamp,
+    /// Bytes of RAM of a clone.
+    #[serde(rename = "ram-bytes")]
+    pub ram_bytes: u64,
+    /// Bytes that are not zero: as many lie on the disk.
+    pub bytes: u64,
+    /// Version of the QEMU that it was made with.
+    pub qemu: String,
+    /// Resolved machine type.
+    pub machine: String,
+    /// The command line of its clones; `{vm}` in it is the name of a clone.
+    pub argv: Vec<String>,
+    /// Clones of it on this host.
+    pub clones: Vec<String>,
 }
 
 /// A VM as the agent knows it.
@@ -44,6 +106,9 @@ pub struct VmView {
     pub argv: Vec<String>,
     /// Where QEMU's output goes.
     pub log: String,
+    /// The template that it is a clone of.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub template: Option<String>,
     /// The migration that goes on, if one does.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub migration: Option<String>,
@@ -366,6 +431,12 @@ pub struct RamView {
     /// Bytes that this saved.
     #[serde(rename = "delta-saved-bytes", default)]
     pub delta_saved_bytes: u64,
+    /// Pages that did not travel because the target has them in the VM's template.
+    #[serde(rename = "template-pages", default)]
+    pub template_pages: u64,
+    /// Bytes of the template itself that were sent before, since the target did not have it. They are in no other figure.
+    #[serde(rename = "template-bytes", default)]
+    pub template_bytes: u64,
     /// Bytes that compression saved.
     #[serde(rename = "compression-saved-bytes", default)]
     pub compression_saved_bytes: u64,

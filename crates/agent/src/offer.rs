@@ -112,6 +112,7 @@ pub(crate) fn check(
         clear_pages: host.config().tls.page_streams == PageStreams::Clear,
         balloon: 0,
         postcopy: false,
+        template: record.template.map(|template| template.digest).unwrap_or_default(),
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
@@ -149,6 +150,7 @@ pub(crate) fn source_blocks(
     writers: Writers,
 ) -> Result<Vec<SourceBlock>, String> {
     let process = host.process_of(vm)?;
+    let shared = vm.record().template.map(|template| template.block);
     let mut blocks = Vec::new();
     for (index, block) in layout.blocks.iter().enumerate() {
         let Some(base) = block.hva else { continue };
@@ -157,7 +159,10 @@ pub(crate) fn source_blocks(
         blocks.push(SourceBlock {
             index: index as u16,
             region,
-            backing: Backing::of(&process, &region).map_err(|why| explain(&why))?,
+            backing: match shared.as_ref() == Some(&block.name) {
+                true => Backing::Template,
+                false => Backing::of(&process, &region).map_err(|why| explain(&why))?,
+            },
             provable: !block.is_rebuilt(),
             sent: SentPages::new(pages),
             hashes: (writers == Writers::Disks).then(|| SentHashes::new(pages)),

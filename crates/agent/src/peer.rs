@@ -4,6 +4,7 @@ use crate::control::{self, FIRST_MESSAGE_WITHIN};
 use crate::host::Host;
 use crate::registry::is_usable;
 use crate::target;
+use crate::templates;
 use std::sync::Arc;
 use sterna_engine::handoff::{
     Generation, Journal, MigrationId, Ownership, Record, Step, answer, answer_to_target,
@@ -48,6 +49,7 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
             let reasons = target::reasons_against(host, &offer);
             reply(&mut connection, &Message::Refused(Refused { reasons }));
         }
+        Ok(Message::Template(offered)) => templates::receive(host, &peer, &offered, connection),
         Ok(_) => tracing::warn!(peer, "a connection that began with the wrong message was closed"),
         Err(why) => tracing::warn!(peer, why, "a connection that said nothing useful was closed"),
     }

@@ -110,6 +110,16 @@ impl View {
         self.shown.send_modify(|view| view.ram.balloon_bytes = bytes);
     }
 
+    /// So many bytes of its template were sent.
+    pub(crate) fn template_sent(&self, sent: u64, _total: u64) {
+        self.shown.send_modify(|view| view.ram.template_bytes = sent);
+    }
+
+    /// So many pages are at the target already, in its template.
+    pub(crate) fn template_pages(&self, pages: u64) {
+        self.shown.send_modify(|view| view.ram.template_pages = pages);
+    }
+
     /// Something that was asked for cannot be done.
     pub(crate) fn notice(&self, text: &str) {
         self.shown.send_modify(|view| view.notices.push(text.to_owned()));

@@ -64,6 +64,20 @@ pub(crate) struct VmRecord {
     /// What must be known to fetch its pages, while some may be missing.
     #[serde(default)]
     pub(crate) fetch: Option<FetchRecord>,
+    /// The template that it is a clone of.
+    #[serde(default)]
+    pub(crate) template: Option<UsedTemplate>,
+}
+
+/// The template of a clone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct UsedTemplate {
+    /// Its name where the clone was started.
+    pub(crate) name: String,
+    /// BLAKE3 of its manifest, in hexadecimal.
+    pub(crate) digest: String,
+    /// The name of the block that is shared.
+    pub(crate) block: String,
 }
 
 /// How the pages of a VM are fetched that runs here before all of them have come.
@@ -339,6 +353,7 @@ impl Vm {
             generation: record.generation,
             argv: record.argv,
             log: record.log.display().to_string(),
+            template: record.template.map(|template| template.name),
             migration: self.migration(),
             notice: lock(&self.notice).clone(),
             guest_helper: self.guest.helper().map(|helper| helper.view()),

@@ -151,7 +151,7 @@ pub(crate) fn start(
     std::thread::spawn(move || {
         let mut view = view;
         // The VM is free before anybody is told that it is over: who was told may begin the next migration at once.
-        match Outgoing::prepare(&host, &vm, &request, id, tell, &mut view) {
+        match Outgoing::prepare(&host, &vm, &request, id, (tell, &events), &mut view) {
             Err(outcome) => {
                 done();
                 view.finish(&outcome);

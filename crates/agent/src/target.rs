@@ -7,6 +7,7 @@ use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::templates::{StoredBlock, Template};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -14,9 +15,9 @@ use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
-use sterna_engine::wire::message::{Hello, Image, Offer, Purpose, Reason, StateEnd};
+use sterna_engine::wire::message::{Block, Hello, Image, Offer, Purpose, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
-use sterna_memory::Process;
+use sterna_memory::{Process, SealedMemory};
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
@@ -63,6 +64,8 @@ struct Arriving<'a> {
     sinks: Option<Arc<Sinks>>,
     receivers: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
+    /// What the VM is a clone of.
+    template: Option<Arc<Template>>,
     /// Whether the VM stays paused once it is ours.
     paused: bool,
     lazy: Lazy,
@@ -125,6 +128,7 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
         }
     };
     reasons.extend(image_reasons(host, offer));
+    reasons.extend(template_reason(host, offer));
     let wants = if offer.clear_pages { PageStreams::Clear } else { PageStreams::Encrypted };
     if wants != host.config().tls.page_streams {
         let word = |streams| if streams == PageStreams::Clear { "clear" } else { "encrypted" };
@@ -161,6 +165,25 @@ fn command_line(host: &Host, offer: &Offer) -> Result<Vec<String>, Vec<Reason>> 
         })
 }
 
+/// A clone needs its template here, with a block as the VM has it.
+fn template_reason(host: &Host, offer: &Offer) -> Option<Reason> {
+    if offer.template.is_empty() {
+        return None;
+    }
+    let text = match host.templates().entry(&offer.template) {
+        None => format!("host {} does not have its template, {}", host.name(), offer.template),
+        Some(entry) => {
+            let main = entry.manifest.main_block();
+            let same = |block: &Block| block.name == main.name && block.bytes == main.bytes;
+            if offer.blocks.iter().any(same) {
+                return None;
+            }
+            format!("its memory is not as that of template {} on host {}", entry.name, host.name())
+        }
+    };
+    Some(Reason { code: "template".into(), text })
+}
+
 /// Every reason why the images that would be opened here are not the source's.
 fn image_reasons(host: &Host, offer: &Offer) -> Vec<Reason> {
     // A line that cannot be read was refused already.
@@ -193,6 +216,7 @@ impl<'a> Arriving<'a> {
             sinks: None,
             receivers: BTreeMap::new(),
             state: Vec::new(),
+            template: None,
             paused: false,
             lazy: Lazy::default(),
             began: Instant::now(),
@@ -422,7 +446,8 @@ impl Arriving<'_> {
     fn start_qemu(&mut self) -> Result<Qemu, Vec<Reason>> {
         let failed = |text: String| vec![Reason { code: "target-qemu".into(), text }];
         let argv = command_line(&self.host, &self.offer)?;
-        let launched = self.host.launch(&self.offer.vm, argv).map_err(|why| failed(explain(&why)))?;
+        let (argv, memory) = self.on_template(argv).map_err(failed)?;
+        let launched = self.host.launch(&self.offer.vm, argv, memory).map_err(|why| failed(explain(&why)))?;
         let qemu = launched.qemu;
         let vm = Vm::new(
             VmRecord {
@@ -439,6 +464,7 @@ impl Arriving<'_> {
                 parts: None,
                 balloon: Some(self.offer.balloon).filter(|bytes| *bytes > 0),
                 fetch: None,
+                template: self.template.as_ref().map(|template| template.used()),
             },
             None,
         );
@@ -446,6 +472,20 @@ impl Arriving<'_> {
         let listed = self.host.registry().insert(&vm);
         listed.map_err(|why| failed(format!("the VM cannot be written down: {why}")))?;
         Ok(qemu)
+    }
+
+    /// The command line and the memory of a clone, where the VM is one.
+    fn on_template(&mut self, argv: Vec<String>) -> Result<(Vec<String>, Option<Arc<SealedMemory>>), String> {
+        if self.offer.template.is_empty() {
+            return Ok((argv, None));
+        }
+        let template = self.host.templates().load(&self.offer.template)?;
+        let main = template.manifest.main_block();
+        let line = CommandLine::parse_launched(argv).ok_or("its command line cannot be read")?;
+        let argv = line.on_template(&main.name, main.bytes)?.to_argv();
+        let memory = template.memory.clone();
+        self.template = Some(template);
+        Ok((argv, Some(memory)))
     }
 
     /// Compares what was started with what was offered, and gets every block ready to be written.
@@ -475,7 +515,10 @@ impl Arriving<'_> {
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
-        self.sinks = Some(Arc::new(sinks(&self.host, &process, &self.offer, &layout)?));
+        let main = self.template.as_ref().map(|template| template.manifest.main_block());
+        let shared = |main: &StoredBlock| self.offer.blocks.iter().position(|block| block.name == main.name);
+        let shared = main.and_then(shared);
+        self.sinks = Some(Arc::new(sinks(&self.host, &process, &self.offer, &layout, shared)?));
         Ok(Vec::new())
     }
 

@@ -55,8 +55,12 @@ pub(crate) enum Command {
     Pki(Pki),
     /// Start a VM from its own QEMU command line
     #[command(after_help = "Example:\n  sterna run web -- qemu-system-x86_64 -m 1G \
-        -drive file=/srv/web.img,if=virtio,format=raw -nographic")]
+        -drive file=/srv/web.img,if=virtio,format=raw -nographic\n  \
+        sterna run web2 --template web")]
     Run(Run),
+    /// Make VMs that others start from in a moment, and share their memory with
+    #[command(subcommand)]
+    Template(Template),
     /// List the VMs of this host
     #[command(visible_alias = "list", after_help = "Example:\n  sterna ps -o json | jq -r '.[].name'")]
     Ps(Output),
@@ -170,10 +174,89 @@ pub(crate) enum Pki {
 pub(crate) struct Run {
     /// Name of the VM, unique on every host it will move to
     pub(crate) name: String,
+    /// Start it as a clone of this template, whose command line it has
+    #[arg(long, value_name = "TEMPLATE", conflicts_with = "argv")]
+    pub(crate) template: Option<String>,
     #[command(flatten)]
     pub(crate) output: Output,
     /// QEMU and its arguments, after `--`
-    #[arg(last = true, required = true, value_name = "QEMU")]
+    #[arg(last = true, required_unless_present = "template", value_name = "QEMU")]
+    pub(crate) argv: Vec<String>,
+}
+
+#[derive(Subcommand)]
+pub(crate) enum Template {
+    /// Boot a VM, wait until it is ready, and make a template of it
+    ///
+    /// The VM ends when the template is made. Or make one of a VM that runs already (--from), which stands still for a moment and runs on.
+    /// Clones have the VM's command line; `{vm}` in it becomes the name of a clone, so that each has a console or socket of its own. They
+    /// have all that the VM had, its random state, machine id and MAC address included: give QEMU `-device vmgenid` so that guests notice.
+    #[command(after_help = "Examples:\n  \
+        sterna template create web --console /run/web.log --until-line ready -- \\\n    \
+        qemu-system-x86_64 -m 1G -kernel vmlinuz -initrd web.img -serial file:/run/{vm}.log -display none\n  \
+        sterna template create web --until-command 'curl -sf http://192.0.2.9/' -- qemu-system-x86_64 ...\n  \
+        sterna template create web --from vm7")]
+    Create(TemplateCreate),
+    /// List the templates of this host
+    #[command(visible_alias = "ls", after_help = "Example:\n  sterna template list")]
+    List(Output),
+    /// Show all that is known of a template
+    #[command(after_help = "Example:\n  sterna template inspect web -o json | jq .digest")]
+    Inspect {
+        /// Name of the template
+        name: String,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Send a template to another host, where clones may then go without it
+    ///
+    /// A migration does the same by itself before it begins. What was sent before a failure is not sent again.
+    #[command(after_help = "Example:\n  sterna template push web hostb --bandwidth 200Mbit/s")]
+    Push {
+        /// Name of the template
+        name: String,
+        /// Name of the host (see `sterna hosts`)
+        host: String,
+        /// Most bytes per second on the wire, as `64MiB/s` or `1Gbit/s`
+        #[arg(long = "max-bandwidth", visible_alias = "bandwidth", value_name = "RATE", value_parser = bandwidth::parse)]
+        bandwidth: Option<u64>,
+        #[command(flatten)]
+        output: Output,
+    },
+    /// Remove a template that no VM of this host uses
+    #[command(visible_alias = "rm", after_help = "Example:\n  sterna template remove web")]
+    Remove {
+        /// Name of the template
+        name: String,
+    },
+}
+
+#[derive(ClapArgs)]
+pub(crate) struct TemplateCreate {
+    /// Name of the template, unique on every host
+    pub(crate) name: String,
+    /// Make it of this VM, which runs on, instead of booting one
+    #[arg(long, value_name = "VM", conflicts_with_all = ["argv", "until_line", "until_command", "after"])]
+    pub(crate) from: Option<String>,
+    /// Ready once the guest has written this to its console
+    #[arg(long, value_name = "TEXT", requires = "console")]
+    pub(crate) until_line: Option<String>,
+    /// The file that QEMU writes the guest's console to (`-serial file:...`)
+    #[arg(long, value_name = "FILE")]
+    pub(crate) console: Option<PathBuf>,
+    /// Ready once this command succeeds; it is run again and again, by `sh -c`
+    #[arg(long, value_name = "COMMAND")]
+    pub(crate) until_command: Option<String>,
+    /// Ready after so many seconds, counted from when the above are
+    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    pub(crate) after: Option<f64>,
+    /// Seconds after which it is given up
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, default_value = "300")]
+    pub(crate) within: f64,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    /// QEMU and its arguments, after `--`
+    #[arg(last = true, required_unless_present = "from", value_name = "QEMU")]
     pub(crate) argv: Vec<String>,
 }
 

@@ -91,6 +91,16 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ),
         ("Reattach", Message::Reattach(Reattach { id, vm: "db".into(), generation, streams: 2 }), GOLDEN[17]),
         ("Reattached", Message::Reattached(Reattached { pages: 300 }), GOLDEN[18]),
+        (
+            "Template",
+            Message::Template(Template { name: "web".into(), manifest: vec![0x7b, 0x7d] }),
+            GOLDEN[19],
+        ),
+        (
+            "TemplateState",
+            Message::TemplateState(TemplateState { bytes: 300, complete: true, refusal: "no".into() }),
+            GOLDEN[20],
+        ),
     ]
 }
 
@@ -110,6 +120,7 @@ fn offer() -> Offer {
         clear_pages: true,
         balloon: 5,
         postcopy: true,
+        template: "ab".into(),
     }
 }
 
@@ -134,11 +145,11 @@ fn digest() -> BlockDigest {
 }
 
 /// Whole frames, header included, as version 1 has them.
-const GOLDEN: [&str; 19] = [
+const GOLDEN: [&str; 21] = [
     "0d000000010000000a0b080110021a02abab220173",
     "070000000100000012050801120173",
-    "4a000000010000001a480a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
-     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef600168057001",
+    "4e000000010000001a4c0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
+     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162",
     "0f00000001000000220d08ac0210011a026e6f22020104",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
@@ -151,11 +162,13 @@ const GOLDEN: [&str; 19] = [
     "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
     "0a000000010000007a080a02abab10011802",
-    "4b000000010000008201480a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
-     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef600168057001",
+    "4f0000000100000082014c0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
+     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162",
     "1e000000010000008a011b0807120608011202cdcd1a0f08011002180320042805320306ac02",
     "0f0000000100000092010c0a02abab1202646218072002",
     "06000000010000009a010308ac02",
+    "0c00000001000000a201090a0377656212027b7d",
+    "0c00000001000000aa010908ac0210011a026e6f",
 ];
 
 fn hex(bytes: &[u8]) -> String {

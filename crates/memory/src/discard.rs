@@ -49,6 +49,19 @@ impl Installer {
         self.give_back(plan, &uncovered)
     }
 
+    /// Drops a process's own copies of pages of a file that it maps privately: they are the file's again.
+    pub fn uncover(&self, region: usize, runs: &[PageRun]) -> Result<(), InstallError> {
+        let plan = self.checked(region, runs)?;
+        let spans: Vec<Span> = runs.iter().map(|&run| plan.region.span(run)).collect();
+        for chunk in spans.chunks(MAX_RANGES) {
+            if let Some(kept) = self.dontneed(chunk)?.first() {
+                let source = std::io::Error::from(std::io::ErrorKind::PermissionDenied);
+                return Err(InstallError::Fill { pid: self.process.pid(), addr: kept.addr, source });
+            }
+        }
+        Ok(())
+    }
+
     fn punch(&self, plan: &Plan, part: &Part, piece: Span) -> Result<(), InstallError> {
         let offset = part.segment.offset + (piece.addr - part.segment.start);
         let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;

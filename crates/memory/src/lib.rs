@@ -9,6 +9,7 @@
 //! - [`Peeker`] tells a sender which pages were written already again; [`Throttle`] slows threads that write too fast.
 //! - [`populated`] tells which pages can differ from zero, so that holes are never read; [`Reader`] reads the others.
 //! - [`Installer`] writes and discards pages at the target without doubling its memory.
+//! - [`SealedMemory`] is what clones map copy-on-write; [`own`] tells what a clone has written.
 //! - [`Pager`] delivers pages to a process that runs already, when it touches them; [`PageBits`] remembers which.
 //! - [`digest`] and [`footprint`] prove things: equal RAM, and a process left as it was found.
 //!
@@ -36,6 +37,7 @@ mod pager;
 mod populated;
 mod preflight;
 mod process;
+mod sealed;
 mod smaps;
 mod sys;
 mod throttle;
@@ -51,8 +53,9 @@ pub use helper::helper_main;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use pager::{Fault, Installed, Pager, PagerError, Resolved};
-pub use populated::{Backing, PopulatedError, mapped, populated, with_data};
+pub use populated::{Backing, PopulatedError, mapped, own, populated, with_data};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};
+pub use sealed::SealedMemory;
 pub use throttle::{Throttle, first_writes};
 pub use track::{Peeker, TrackError, Tracker, WpAsyncTracker};

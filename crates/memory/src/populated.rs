@@ -8,7 +8,7 @@ use crate::backing::{self, Access, BackingError, Kind};
 use crate::huge;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
 use crate::process::{Process, ProcessError};
-use crate::sys::pagemap::{PRESENT, PageMap, Query, SWAPPED, ZERO};
+use crate::sys::pagemap::{FILE, PRESENT, PageMap, Query, SWAPPED, ZERO};
 
 /// `PM_SWAP` of pagemap.rst: the page is swapped out, or its entry is no swap at all but a marker.
 const ENTRY_SWAP: u64 = 1 << 62;
@@ -80,6 +80,20 @@ pub fn mapped(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Res
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
+/// Finds the pages of a private mapping of a file that are the process's own: written since they were mapped, and copied by that. All others
+/// are the file's. This is what a clone differs in from its template (Eswaran et al., "Template-aware live migration", SEC 2023, which
+/// tracks writes from the clone's start; the page tables know it without).
+///
+/// # Errors
+/// The page tables cannot be read.
+pub fn own(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Result<(), PopulatedError> {
+    out.clear();
+    let mut scanner = PageMap::new(process.open_proc("pagemap")?);
+    let query = Query { none: FILE, any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED, ..Query::default() };
+    entries(&mut scanner, process, region, query, region.base..region.end(), out)?;
+    if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
+}
+
 /// Of these pages those that have data in the file behind them, mapped or not; as runs that ascend and do not touch.
 pub fn with_data(
     process: &Process,
@@ -112,13 +126,16 @@ pub enum Backing {
     Files,
     /// Huge pages of hugetlbfs.
     HugePages,
+    /// A private mapping of a template: a page that is not the process's own is the template's. Nobody but who mapped it knows
+    /// this: [`Backing::of`] says [`Backing::Files`].
+    Template,
 }
 
 impl Backing {
     /// How many pages come and go together where such memory is paged on demand: huge pages are of 2 MiB there.
     pub fn granule(self) -> u64 {
         match self {
-            Backing::Anonymous | Backing::Files => 1,
+            Backing::Anonymous | Backing::Files | Backing::Template => 1,
             Backing::HugePages => crate::pager::HUGE_PAGE / PAGE,
         }
     }

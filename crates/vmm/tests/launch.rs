@@ -111,6 +111,7 @@ fn a_program_that_is_no_qemu_is_killed_in_the_end() {
         log: folder.path().join("log"),
         cwd: None,
         user: None,
+        memory: None,
     };
     let error = launch.start(SHORT).unwrap_err();
     assert!(matches!(error, VmmError::Launch(LaunchError::Silent { .. })), "{error:?}");
@@ -132,6 +133,7 @@ fn a_name_that_could_leave_its_folder_is_refused() {
             log: folder.path().join("log"),
             cwd: None,
             user: None,
+            memory: None,
         };
         let error = launch.start(SHORT).unwrap_err();
         assert!(matches!(error, VmmError::Launch(LaunchError::Name { .. })), "{name:?}: {error:?}");
@@ -151,6 +153,7 @@ fn launcher() {
         log: folder.join("outliving.log"),
         cwd: None,
         user: None,
+        memory: None,
     };
     let started = launch.start(WITHIN).unwrap();
     let id = serde_json::to_string(&started.qemu.process_id()).unwrap();

@@ -1,8 +1,8 @@
 //! What the API needs of an agent. A trait, so that the API and the command can be tested without a host.
 
 use crate::model::{
-    HostView, MigrateRequest, MigrationView, RecoverRequest, RecoverView, RunRequest, SetRequest, VmView,
-    WorkingSetEvent, WorkingSetRequest,
+    HostView, MigrateRequest, MigrationView, PushRequest, PushView, RecoverRequest, RecoverView, RunRequest,
+    SetRequest, TemplateRequest, TemplateView, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::{Agent, AgentError};
 use std::sync::Arc;
@@ -30,6 +30,16 @@ pub trait Control: Send + Sync + 'static {
     ) -> Result<mpsc::Receiver<WorkingSetEvent>, AgentError>;
     /// Hosts.
     fn hosts(&self) -> Vec<HostView>;
+    /// Templates.
+    fn templates(&self) -> Vec<TemplateView>;
+    /// One template.
+    fn template(&self, name: &str) -> Result<TemplateView, AgentError>;
+    /// Makes a template of a VM.
+    fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError>;
+    /// Sends a template to another host.
+    fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError>;
+    /// Removes a template.
+    fn remove_template(&self, name: &str) -> Result<(), AgentError>;
     /// Begins a migration; a repeated `key` returns the first one's.
     fn migrate(
         self: Arc<Self>,
@@ -76,6 +86,21 @@ impl Control for Agent {
     }
     fn hosts(&self) -> Vec<HostView> {
         self.hosts()
+    }
+    fn templates(&self) -> Vec<TemplateView> {
+        self.templates()
+    }
+    fn template(&self, name: &str) -> Result<TemplateView, AgentError> {
+        self.template(name)
+    }
+    fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError> {
+        self.make_template(&request)
+    }
+    fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {
+        self.push_template(name, &request)
+    }
+    fn remove_template(&self, name: &str) -> Result<(), AgentError> {
+        self.remove_template(name)
     }
     fn migrate(
         self: Arc<Self>,

@@ -28,6 +28,7 @@ mod problem;
 mod request;
 mod routes;
 mod socket;
+mod templates;
 mod working_set;
 
 pub use control::Control;

@@ -1,6 +1,6 @@
 //! `/openapi.json`: the routes and shapes, derived from the code that serves them.
 
-use super::{events, metrics, routes, working_set};
+use super::{events, metrics, routes, templates, working_set};
 use axum::Json;
 use utoipa::OpenApi;
 
@@ -18,6 +18,11 @@ use utoipa::OpenApi;
         routes::stop,
         routes::recover,
         working_set::measure,
+        templates::templates,
+        templates::make,
+        templates::template,
+        templates::remove,
+        templates::push,
         routes::hosts,
         routes::migrations,
         routes::migrate,

@@ -2,7 +2,7 @@
 
 use super::problem::Failure;
 use super::request::{JsonBody, idempotency_key};
-use super::{Context, Control, events, metrics, openapi, working_set};
+use super::{Context, Control, events, metrics, openapi, templates, working_set};
 use crate::AgentError;
 use crate::model::{
     HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView, RunRequest, SetRequest,
@@ -24,6 +24,9 @@ pub(crate) fn router(context: Context) -> Router {
         .route("/v1/vms/{name}", get(vm).delete(stop))
         .route("/v1/vms/{name}/recover", post(recover))
         .route("/v1/vms/{name}/working-set", post(working_set::measure))
+        .route("/v1/templates", get(templates::templates).post(templates::make))
+        .route("/v1/templates/{name}", get(templates::template).delete(templates::remove))
+        .route("/v1/templates/{name}/push", post(templates::push))
         .route("/v1/hosts", get(hosts))
         .route("/v1/migrations", get(migrations).post(migrate))
         .route("/v1/migrations/{id}", get(migration).delete(cancel).patch(set))

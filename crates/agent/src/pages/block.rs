@@ -21,6 +21,11 @@ impl SentPages {
         };
     }
 
+    /// The target has content in these pages that we have not sent.
+    pub(super) fn set_runs(&self, runs: &[PageRun]) {
+        runs.iter().flat_map(|run| run.first..run.end()).for_each(|page| self.set(page, true));
+    }
+
     pub(super) fn has(&self, page: u64) -> bool {
         self.0[(page / 64) as usize].load(Ordering::Relaxed) & (1 << (page % 64)) != 0
     }

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
-    populated, with_data,
+    own, populated, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -49,6 +49,10 @@ pub(crate) struct Collector {
     discards: Discards,
     /// One list a block; empty where only processors write.
     at_risk: Vec<Vec<PageRun>>,
+    /// What of a clone was its own at any time, one list a block.
+    touched: Vec<Vec<PageRun>>,
+    /// Pages that are a template's, and travel only once they are written.
+    shared: u64,
 }
 
 impl Collector {
@@ -64,8 +68,9 @@ impl Collector {
             .map_err(|why| format!("the VM's memory cannot be tracked: {}", explain(&why)))?;
         let set = SendSet::new(blocks.len());
         let at_risk = vec![Vec::new(); blocks.len()];
+        let touched = at_risk.clone();
         let (tracker, sending, discards) = (Box::new(tracker), Arc::default(), Discards::Followed);
-        Ok(Self { process, blocks, tracker, writers, set, sending, discards, at_risk })
+        Ok(Self { process, blocks, tracker, writers, set, sending, discards, at_risk, touched, shared: 0 })
     }
 
     /// Leaves pages that the guest gave back at the target: a test sees then that they must not be.
@@ -76,7 +81,15 @@ impl Collector {
     /// Starts with every page that may not be zero. I/O that was in flight when the tracking began must be over by now.
     pub(crate) fn begin(&mut self) -> Result<(), String> {
         for at in 0..self.blocks.len() {
-            let pages = self.populated(at)?;
+            let mut pages = self.populated(at)?;
+            if self.blocks[at].backing == Backing::Template {
+                // The target has all of the template: what became zero here is not zero there.
+                self.blocks[at].sent.set_runs(&pages);
+                let all = pages;
+                pages = self.own(at)?;
+                self.shared += subtract(&all, &pages).iter().map(|run| run.pages).sum::<u64>();
+                self.touched[at].clone_from(&pages);
+            }
             self.set.add(at, &pages, &[]);
         }
         self.set.hot = self.hot_stripes()?;
@@ -117,6 +130,10 @@ impl Collector {
             return Ok((intersect(&pages, &there), subtract(&self.sent(at), &there)));
         }
         tracker.collect_sorted(at, &mut pages, &mut absent).map_err(unscanned)?;
+        if block.backing == Backing::Template {
+            let told = merge(&pages, &absent);
+            return Ok((self.changed_of_clone(at, &told)?, Vec::new()));
+        }
         if block.backing == Backing::Anonymous {
             return Ok((pages, intersect(&absent, &self.sent(at))));
         }
@@ -138,6 +155,22 @@ impl Collector {
         }
         let sending = self.sending.pages.get(block).map_or(&[][..], Vec::as_slice);
         merge(&self.blocks[block].sent.runs(), sending)
+    }
+
+    /// What of a clone is to be sent of the pages that a scan tells: its own, and those that were its own and are the template's again, for
+    /// the target has another content of them.
+    fn changed_of_clone(&mut self, at: usize, told: &[PageRun]) -> Result<Vec<PageRun>, String> {
+        let own = self.own(at)?;
+        let pages = merge(&intersect(told, &own), &intersect(told, &self.touched[at]));
+        self.touched[at] = merge(&self.touched[at], &pages);
+        Ok(pages)
+    }
+
+    /// What a clone has written.
+    fn own(&self, block: usize) -> Result<Vec<PageRun>, String> {
+        let mut pages = Vec::new();
+        own(&self.process, &self.blocks[block].region, &mut pages).map_err(|why| unseen(&why))?;
+        Ok(pages)
     }
 
     fn populated(&self, block: usize) -> Result<Vec<PageRun>, String> {
@@ -162,6 +195,11 @@ impl Collector {
     /// Pages that a stop would have to compare.
     pub(crate) fn unsettled_count(&self) -> u64 {
         (0..self.blocks.len()).flat_map(|at| self.unsettled(at)).map(|run| run.pages).sum()
+    }
+
+    /// Pages that need not travel, since the target has them in a template.
+    pub(crate) fn shared_pages(&self) -> u64 {
+        self.shared
     }
 
     /// Pages to be read and sent.

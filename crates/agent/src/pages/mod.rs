@@ -17,7 +17,7 @@ mod set;
 pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
 pub(crate) use fetch::{Fetch, Fetched, summand};
-pub(crate) use receive::{Received, Receiver, Sink, Sinks};
+pub(crate) use receive::{Install, Received, Receiver, Sink, Sinks};
 pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
 pub(crate) use serve::Serving;
 pub(crate) use set::{SendSet, intersect, merge, rounded, subtract};

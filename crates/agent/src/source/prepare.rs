@@ -1,13 +1,14 @@
 //! What comes before the first action: the pre-check, and the connection.
 
-use super::{Event, Outgoing, pace};
+use super::{Event, Order, Outgoing, pace};
 use crate::balloon;
 use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
 use crate::model::MigrateRequest;
 use crate::offer;
 use crate::progress::View;
-use crate::registry::Vm;
+use crate::registry::{UsedTemplate, Vm};
+use crate::templates;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
@@ -24,6 +25,35 @@ fn postcopy_of(request: &MigrateRequest) -> Postcopy {
     }
 }
 
+/// A clone's template goes first, where the target does not have it.
+fn send_template(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    request: &MigrateRequest,
+    target: (&str, &str),
+    (orders, view): (&mpsc::Receiver<Event>, &mut View),
+) -> Result<(), Outcome> {
+    let Some(used) = vm.record().template else { return Ok(()) };
+    let entry = host.templates().entry(&used.digest).ok_or_else(|| {
+        let (us, UsedTemplate { name, digest, .. }) = (host.name(), used);
+        Outcome::Failed(format!(
+            "host {us} does not have template {name} ({digest}) any more, which VM {} is a clone of",
+            vm.name()
+        ))
+    })?;
+    let mut cancelled = false;
+    let sent = templates::ensure(host, &entry, target, request.max_bandwidth, |sent, total| {
+        view.template_sent(sent, total);
+        cancelled |= orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel)));
+        if cancelled { Err("it was cancelled".into()) } else { Ok(()) }
+    });
+    match sent {
+        Ok(_) => Ok(()),
+        Err(_) if cancelled => Err(Outcome::Cancelled),
+        Err(why) => Err(Outcome::Failed(why)),
+    }
+}
+
 impl Outgoing {
     /// The pre-check and the connection: nothing of the VM is touched, and every failure is a plain refusal.
     pub(super) fn prepare(
@@ -31,7 +61,7 @@ impl Outgoing {
         vm: &Arc<Vm>,
         request: &MigrateRequest,
         id: MigrationId,
-        tell: mpsc::Sender<Event>,
+        (tell, orders): (mpsc::Sender<Event>, &mpsc::Receiver<Event>),
         view: &mut View,
     ) -> Result<(Self, Source), Outcome> {
         let began = Instant::now();
@@ -45,6 +75,7 @@ impl Outgoing {
             std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
         };
         let when = postcopy_of(request);
+        send_template(host, vm, request, (&peer, &address), (orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
         if request.balloon {

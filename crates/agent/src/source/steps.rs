@@ -29,6 +29,7 @@ impl Outgoing {
         }
         collector.begin()?;
         let pages = Pages(collector.page_count());
+        self.view.template_pages(collector.shared_pages());
         self.collector = Some(collector);
         self.scanned = Some(Instant::now());
         self.look_at_writers();

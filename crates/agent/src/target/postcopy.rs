@@ -108,6 +108,11 @@ impl Arriving<'_> {
     }
 
     fn try_lazily(&mut self) -> Result<Vec<u32>, String> {
+        if self.template.is_some() {
+            return Err(
+                "the VM is a clone of a template: what it shares with that cannot be fetched yet".into()
+            );
+        }
         let sinks = self.sinks.as_ref().ok_or("nothing is ready")?;
         let qemu = self.qemu.as_mut().ok_or("no QEMU waits")?;
         let process = process_of(qemu)?;

@@ -32,6 +32,7 @@ pub(crate) struct Fake {
     pub(crate) sets: Mutex<Vec<SetRequest>>,
     pub(crate) measures: Mutex<Vec<WorkingSetRequest>>,
     pub(crate) measuring: Arc<AtomicBool>,
+    pub(crate) templates: Mutex<BTreeMap<String, TemplateView>>,
 }
 
 impl Fake {
@@ -78,6 +79,7 @@ pub(crate) fn vm(name: &str) -> VmView {
         generation: 1,
         argv: vec!["qemu-system-x86_64".to_owned()],
         log: format!("/run/sterna/vms/{name}/qemu.log"),
+        template: None,
         migration: None,
         notice: (name == "lost").then(|| "look at hostb".to_owned()),
         guest_helper: None,
@@ -250,6 +252,12 @@ impl Control for Fake {
     }
     fn run(&self, request: RunRequest) -> Result<VmView, AgentError> {
         let mut vms = self.vms.lock().unwrap();
+        if let Some(name) = request.template {
+            let template = self.template(&name)?;
+            let vm = VmView { argv: template.argv, template: Some(name), ..vm(&request.name) };
+            vms.insert(request.name, vm.clone());
+            return Ok(vm);
+        }
         if request.argv.first().is_none_or(|binary| !binary.contains("qemu")) {
             return Err(AgentError::Invalid("the command line does not begin with a QEMU".to_owned()));
         }
@@ -295,6 +303,42 @@ impl Control for Fake {
         let host =
             |name: &str, local| HostView { name: name.into(), address: "192.0.2.1:7000".into(), local };
         vec![host("hosta", true), host("hostb", false)]
+    }
+    fn templates(&self) -> Vec<TemplateView> {
+        self.templates.lock().unwrap().values().cloned().collect()
+    }
+    fn template(&self, name: &str) -> Result<TemplateView, AgentError> {
+        let found = self.templates.lock().unwrap().get(name).cloned();
+        found.ok_or_else(|| AgentError::NotFound(format!("there is no template {name} here")))
+    }
+    fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError> {
+        let vm = self.vm(&request.vm)?;
+        if request.vm == "stuck" {
+            return Err(AgentError::Failed("VM stuck cannot become a template: it may write a disk".into()));
+        }
+        let template = TemplateView {
+            name: request.name.clone(),
+            digest: "ab".repeat(32),
+            created: jiff::Timestamp::now(),
+            ram_bytes: RAM,
+            bytes: RAM / 4,
+            qemu: "10.0.2".into(),
+            machine: "pc-q35-10.0".into(),
+            argv: request.argv.unwrap_or(vm.argv),
+            clones: Vec::new(),
+        };
+        self.templates.lock().unwrap().insert(request.name, template.clone());
+        Ok(template)
+    }
+    fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {
+        let template = self.template(name)?;
+        let bytes = if request.host == "hostb" { template.bytes } else { 0 };
+        Ok(PushView { name: name.into(), host: request.host, bytes })
+    }
+    fn remove_template(&self, name: &str) -> Result<(), AgentError> {
+        self.template(name)?;
+        self.templates.lock().unwrap().remove(name);
+        Ok(())
     }
     fn migrate(
         self: Arc<Self>,

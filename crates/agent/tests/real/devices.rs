@@ -151,7 +151,7 @@ fn devices_that_do_not_move_are_refused() {
     );
     let mut argv = vec![world.parts.qemu("7.2").display().to_string()];
     argv.extend(options.split_whitespace().map(str::to_owned));
-    let vm = a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+    let vm = a.run(RunRequest { name: "vm".into(), argv, template: None }).unwrap();
     let process = Process::open(vm.pid).unwrap();
     let before = footprint(&process).unwrap();
     let view = migrate(&a, request("vm", "b"));

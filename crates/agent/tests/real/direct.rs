@@ -41,7 +41,7 @@ impl Scene {
         let mut argv = world.argv_with_orders(&guest);
         let drive = format!("if=virtio,format=raw,cache=none,aio={aio},file={}", image.display());
         argv.extend(["-drive".to_owned(), drive]);
-        let vm = a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+        let vm = a.run(RunRequest { name: "vm".into(), argv, template: None }).unwrap();
         world.wait_for("vm", "READY", BOOT);
         let slow = Slow::the_disk_of(&image);
         slow.add(vm.pid);

@@ -31,7 +31,9 @@ fn socket(world: &World) -> PathBuf {
 fn boot(world: &World, agent: &Agent, programs: Vec<Program>) {
     let helper = programs.iter().any(|program| matches!(program, Program::Helper));
     let guest = GuestSpec { programs, ..world.parts.guest("vm") }.with_helper_port(&socket(world));
-    agent.run(RunRequest { name: "vm".into(), argv: world.argv_with_orders(&guest) }).unwrap();
+    agent
+        .run(RunRequest { name: "vm".into(), argv: world.argv_with_orders(&guest), template: None })
+        .unwrap();
     world.wait_for("vm", "READY", BOOT);
     if helper {
         world.wait_until("the helper answers", || agent.guest_is_there("vm"));
@@ -339,7 +341,7 @@ fn a_port_that_somebody_else_has_is_no_harm() {
     let (a, b) = (world.agent("a"), world.agent("b"));
     let guest =
         GuestSpec { programs: vec![load(5)], ..world.parts.guest("vm") }.with_helper_port(&socket(&world));
-    a.run(RunRequest { name: "vm".into(), argv: world.argv(&guest) }).unwrap();
+    a.run(RunRequest { name: "vm".into(), argv: world.argv(&guest), template: None }).unwrap();
     world.wait_for("vm", "READY", BOOT);
     let mut other = UnixStream::connect(socket(&world)).unwrap();
     drop(other.write_all(b"hello 1 theirs\n"));

@@ -129,7 +129,7 @@ fn images_of_every_kind_move_under_use() {
     argv.extend(guest.arguments(&side));
     argv.extend(disks(&world));
     let base = fs::read(world.path("base.qcow2")).unwrap();
-    a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+    a.run(RunRequest { name: "vm".into(), argv, template: None }).unwrap();
     world.wait_for("vm", "READY", BOOT);
     let read = sum(&world, "a");
     say(&world, "a", WRITER);
@@ -155,7 +155,7 @@ fn firmware(world: &World, drives: &[String]) -> RunRequest {
     let mut argv = vec![world.parts.qemu(&world.version).display().to_string()];
     argv.extend(options.split(' ').map(str::to_owned));
     argv.extend(drives.iter().flat_map(|drive| ["-drive".to_owned(), drive.clone()]));
-    RunRequest { name: "vm".into(), argv }
+    RunRequest { name: "vm".into(), argv, template: None }
 }
 
 /// The VM does not move, and runs where it was. Returns the reasons, a line each.

@@ -37,7 +37,7 @@ fn a_microvm_on_the_newer_qemu() {
 fn there_and_back(version: &str, machine: &str) {
     let world = World::new(version);
     let (a, b) = (world.agent("a"), world.agent("b"));
-    a.run(RunRequest { name: "vm".into(), argv: argv(&world, machine) }).unwrap();
+    a.run(RunRequest { name: "vm".into(), argv: argv(&world, machine), template: None }).unwrap();
     world.wait_for("vm", "READY", BOOT);
     let kvm = world.qmp("a", "vm").execute("query-kvm", json!({})).unwrap();
     assert_eq!(kvm["enabled"], Path::new("/dev/kvm").exists(), "{kvm}");

@@ -26,7 +26,7 @@ fn firmware(world: &World, options: &str) -> RunRequest {
     );
     let mut argv = vec![world.parts.qemu(&world.version).display().to_string()];
     argv.extend(line.split_whitespace().map(str::to_owned));
-    RunRequest { name: "vm".into(), argv }
+    RunRequest { name: "vm".into(), argv, template: None }
 }
 
 fn completes(from: &Arc<Agent>, to: &Arc<Agent>) -> MigrationView {

@@ -19,4 +19,5 @@ mod soak;
 mod states;
 mod streams;
 mod support;
+mod templates;
 mod working_set;

@@ -280,7 +280,7 @@ fn follows_discards(version: &str, ram: Ram, giving: Giving) {
         (vec![Program::Load(load.to_vec())], vec!["-device".into(), giving.device().into()]);
     let guest = GuestSpec { ram, programs, extra, memory_mib, ..world.parts.guest("vm") };
     let argv = world.argv_with_orders(&guest);
-    a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+    a.run(RunRequest { name: "vm".into(), argv, template: None }).unwrap();
     world.wait_for("vm", "READY", BOOT);
     let view = move_under_discards(&world, &a, 1, 1, giving);
     let why = view.error_desc.clone().unwrap_or_default();

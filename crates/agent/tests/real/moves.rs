@@ -108,7 +108,7 @@ fn firmware_under_kvm() {
     let options = "-nodefaults -display none -machine q35 -accel kvm -accel tcg -m 64";
     let mut argv = vec![world.parts.qemu("7.2").display().to_string()];
     argv.extend(options.split(' ').map(str::to_owned));
-    a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv }).unwrap();
+    a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv, template: None }).unwrap();
     std::thread::sleep(std::time::Duration::from_secs(1));
     for (from, to) in [(&a, &b), (&b, &a)] {
         let view = migrate(from, request("vm", to.name()));
@@ -166,7 +166,7 @@ fn a_console_that_would_be_emptied_is_refused_and_kept() {
             argv.extend(["-chardev".into(), format!("file,id=c,path={}", console.display())]);
         }
         argv.extend(["-serial".into(), serial]);
-        a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv }).unwrap();
+        a.run(sterna_agent::model::RunRequest { name: "vm".into(), argv, template: None }).unwrap();
         std::fs::write(&console, "what the guest said").unwrap();
         let view = migrate(&a, request("vm", b.name()));
         assert_eq!(view.status, "failed", "{view:?}");
@@ -190,7 +190,11 @@ fn the_lock_of_a_disk_passes_over() {
     move_and_check(&world, &a, &b);
     let mut other = world.parts.guest("other");
     other.disk = guest.disk;
-    let refused = a.run(sterna_agent::model::RunRequest { name: "other".into(), argv: world.argv(&other) });
+    let refused = a.run(sterna_agent::model::RunRequest {
+        name: "other".into(),
+        argv: world.argv(&other),
+        template: None,
+    });
     let why = refused.expect_err("the target's QEMU does not hold the lock").to_string();
     assert!(why.contains("lock"), "{why}");
     move_and_check(&world, &b, &a);

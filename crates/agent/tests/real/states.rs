@@ -30,7 +30,7 @@ impl Scene {
         let guest = GuestSpec { programs: vec![load(20)], disk, ..world.parts.guest("vm") };
         let mut argv = world.argv_with_orders(&guest);
         argv.extend(options.iter().map(|&option| option.to_owned()));
-        a.run(RunRequest { name: "vm".into(), argv }).unwrap();
+        a.run(RunRequest { name: "vm".into(), argv, template: None }).unwrap();
         world.wait_for("vm", "READY", BOOT);
         world.wait_for_more("vm", "LOAD", BOOT);
         Self { world, a, b }
@@ -70,7 +70,8 @@ impl Scene {
     fn assert_locked(&self) {
         let mut other = self.world.parts.guest("other");
         other.disk = Some(Disk { path: self.world.path("disk.raw"), format: "raw".into() });
-        let refused = self.a.run(RunRequest { name: "other".into(), argv: self.world.argv(&other) });
+        let refused =
+            self.a.run(RunRequest { name: "other".into(), argv: self.world.argv(&other), template: None });
         let why = refused.expect_err("the VM does not hold the lock on its image").to_string();
         assert!(why.contains("lock"), "{why}");
     }

@@ -139,6 +139,8 @@ fn savings(view: &MigrationView) -> impl Iterator<Item = (&'static str, String)>
     let throttle = format!("{} %", view.cpu_throttle_percentage);
     [
         ("Saved by postponing", ram.postponed_bytes, bytes(ram.postponed_bytes)),
+        ("Shared with the template", ram.template_pages, bytes(ram.template_pages * ram.page_size)),
+        ("Template sent before", ram.template_bytes, bytes(ram.template_bytes)),
         ("Given to the balloon", ram.balloon_bytes, bytes(ram.balloon_bytes)),
         ("Saved by delta", ram.delta_saved_bytes, delta),
         ("Saved by compression", ram.compression_saved_bytes, bytes(ram.compression_saved_bytes)),

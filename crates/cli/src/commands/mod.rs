@@ -6,6 +6,7 @@ mod migrate;
 mod pki;
 mod recover;
 mod shell;
+mod template;
 mod vms;
 mod wws;
 
@@ -38,6 +39,7 @@ pub(crate) fn run(args: Args) -> Result<Exit, Failure> {
 async fn ask(client: &Client, command: Command) -> Result<Exit, Failure> {
     match command {
         Command::Run(args) => vms::run(client, args).await,
+        Command::Template(command) => template::run(client, command).await,
         Command::Ps(output) => vms::ps(client, output.format).await,
         Command::Hosts(output) => vms::hosts(client, output.format).await,
         Command::Stop(args) => vms::stop(client, &args.name).await,

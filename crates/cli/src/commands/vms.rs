@@ -10,7 +10,7 @@ use sterna_agent::model::{HostView, RunRequest, VmView};
 
 /// `sterna run`
 pub(crate) async fn run(client: &Client, args: Run) -> Result<Exit, Failure> {
-    let request = RunRequest { name: args.name, argv: args.argv };
+    let request = RunRequest { name: args.name, argv: args.argv, template: args.template };
     let vm: VmView = client.send(Method::POST, "/v1/vms", &request, None).await?;
     print_vms(args.output.format, &[vm], One::Only)
 }
@@ -32,14 +32,17 @@ fn print_vms(format: Format, vms: &[VmView], one: One) -> Result<Exit, Failure> 
     let wide = format == Format::Wide;
     let columns: &[&str] = match wide {
         false => &["NAME", "STATE", "PID", "RAM", "AGE", "MIGRATION"],
-        true => &["NAME", "STATE", "PID", "RAM", "AGE", "MIGRATION", "GENERATION", "LOG", "COMMAND"],
+        true => {
+            &["NAME", "STATE", "PID", "RAM", "AGE", "MIGRATION", "GENERATION", "TEMPLATE", "LOG", "COMMAND"]
+        }
     };
     let row = |vm: &VmView| {
         let migration = vm.migration.clone().unwrap_or_else(|| "-".to_owned());
         let (pid, ram) = (vm.pid.to_string(), short_bytes(vm.ram_bytes));
         let mut row = vec![vm.name.clone(), vm.state.clone(), pid, ram, age(vm.since), migration];
         if wide {
-            row.extend([vm.generation.to_string(), vm.log.clone(), vm.argv.join(" ")]);
+            let template = vm.template.clone().unwrap_or_else(|| "-".to_owned());
+            row.extend([vm.generation.to_string(), template, vm.log.clone(), vm.argv.join(" ")]);
         }
         row
     };

@@ -5,7 +5,10 @@
 /// What travels in a frame of kind *message*.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(crate) struct Envelope {
-    #[prost(oneof = "Message", tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19")]
+    #[prost(
+        oneof = "Message",
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21"
+    )]
     pub(crate) body: Option<Message>,
 }
 
@@ -70,6 +73,12 @@ pub enum Message {
     /// Target: the answer to it; streams may be opened.
     #[prost(message, tag = "19")]
     Reattached(Reattached),
+    /// Source, on a connection of its own: a template. Its pages follow where the answer asks for them.
+    #[prost(message, tag = "20")]
+    Template(Template),
+    /// Target: how much of it is there.
+    #[prost(message, tag = "21")]
+    TemplateState(TemplateState),
 }
 
 impl Message {
@@ -95,6 +104,8 @@ impl Message {
             Self::Filled(_) => "that every page has come",
             Self::Reattach(_) => "a reattachment",
             Self::Reattached(_) => "that it goes on",
+            Self::Template(_) => "a template",
+            Self::TemplateState(_) => "what it has of a template",
         }
     }
 }
@@ -186,6 +197,34 @@ pub struct Offer {
     /// Whether a switch to post-copy is likely, so that the target gets ready for it in time.
     #[prost(bool, tag = "14")]
     pub postcopy: bool,
+    /// Digest of the template that the VM is a clone of, in hexadecimal; empty where it is none. Pages that it shares with that do not travel.
+    #[prost(string, tag = "15")]
+    pub template: String,
+}
+
+/// A template that is offered.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Template {
+    /// Its name.
+    #[prost(string, tag = "1")]
+    pub name: String,
+    /// What it is, as JSON; the digest of these bytes names it.
+    #[prost(bytes = "vec", tag = "2")]
+    pub manifest: Vec<u8>,
+}
+
+/// How much of a template a target has.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct TemplateState {
+    /// Bytes of its pages that are there: what follows is sent from here on.
+    #[prost(uint64, tag = "1")]
+    pub bytes: u64,
+    /// All of it is there, and was checked.
+    #[prost(bool, tag = "2")]
+    pub complete: bool,
+    /// Why it cannot be taken.
+    #[prost(string, tag = "3")]
+    pub refusal: String,
 }
 
 /// A disk image, as the source shows it to be the same file at both ends.

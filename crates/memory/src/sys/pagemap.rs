@@ -9,7 +9,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 use linux_raw_sys::general::{
-    PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
+    PAGE_IS_FILE, PAGE_IS_PFNZERO, PAGE_IS_PRESENT, PAGE_IS_SWAPPED, PAGE_IS_WRITTEN, PM_SCAN_CHECK_WPASYNC,
     PM_SCAN_WP_MATCHING, page_region, pm_scan_arg,
 };
 use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, opcode};
@@ -28,6 +28,8 @@ pub(crate) const WRITTEN: u64 = PAGE_IS_WRITTEN as u64;
 pub(crate) const PRESENT: u64 = PAGE_IS_PRESENT as u64;
 /// Page is swapped out, or its entry holds a marker (protected while unpopulated).
 pub(crate) const SWAPPED: u64 = PAGE_IS_SWAPPED as u64;
+/// Page belongs to the file that is mapped, and is no private copy.
+pub(crate) const FILE: u64 = PAGE_IS_FILE as u64;
 /// Page is the shared zero page.
 pub(crate) const ZERO: u64 = PAGE_IS_PFNZERO as u64;
 

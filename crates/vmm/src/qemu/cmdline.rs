@@ -21,6 +21,8 @@ const ARGS_MAX: usize = 4096;
 const BYTES_MAX: usize = 1 << 20;
 /// What QEMU gives a VM that asks for no size (`hw/core/machine.c`).
 const RAM_BYTES_DEFAULT: u64 = 128 << 20;
+/// Where a QEMU finds the memory of the template that it is a clone of.
+const TEMPLATE: &str = "/proc/self/fd/0";
 /// The ids that are ours.
 const OUR_ID: &str = "sterna-qmp";
 
@@ -110,6 +112,11 @@ impl CommandLine {
         Self::read(argv).ok()
     }
 
+    /// Reads one as it is executed ([`CommandLine::for_target`]).
+    pub fn parse_launched(argv: Vec<String>) -> Option<Self> {
+        Self::parse_any(argv)
+    }
+
     /// The command line as it was read.
     pub fn to_argv(&self) -> Vec<String> {
         let mut argv = vec![self.program.clone()];
@@ -154,6 +161,56 @@ impl CommandLine {
         argv.extend(["-incoming", "defer", "-S"].map(str::to_owned));
         argv.extend(qmp_args(run_dir));
         if refusals.is_empty() { Ok(argv) } else { Err(refusals) }
+    }
+
+    /// The same VM with its main memory mapped copy-on-write from the file that QEMU is given as its standard input
+    /// ([`Launch::memory`](super::Launch)): `block` is the name of that memory's block, of so many bytes.
+    ///
+    /// # Errors
+    /// What of the command line cannot be brought together with that.
+    pub fn on_template(&self, block: &str, bytes: u64) -> Result<Self, &'static str> {
+        let mut options = self.options.clone();
+        if options.iter().any(|option| matches!(option.name.as_str(), "mem-path" | "mem-prealloc" | "numa")) {
+            return Err("its memory is of a kind of its own (-mem-path, -mem-prealloc, -numa)");
+        }
+        let mut replaced = None;
+        for option in options.iter_mut().filter(|option| is_machine(&option.name)) {
+            let settings = option.value.as_deref().and_then(|value| Settings::parse(value, "type"));
+            let Some(mut settings) = settings else { continue };
+            if let Some(id) = settings.remove("memory-backend") {
+                replaced = Some(id);
+                option.value = Some(settings.to_text());
+            }
+        }
+        options.retain(|option| {
+            let settings = option.value.as_deref().filter(|_| option.name == "object");
+            let id = settings.and_then(|value| Settings::parse(value, "qom-type")?.value("id"));
+            id.is_none() || id != replaced
+        });
+        // QEMU calls the block after the object's path, unless it shall be called after its name alone.
+        let (id, path) = block.strip_prefix("/objects/").map_or((block, "off"), |id| (id, "on"));
+        if !is_plain_name(id) {
+            return Err("the name of its memory is no name of an object");
+        }
+        let object = format!(
+            "memory-backend-file,id={id},size={bytes},share=off,mem-path={TEMPLATE},x-use-canonical-path-for-ramblock-id={path}"
+        );
+        for (name, value) in [("object", object), ("machine", format!("memory-backend={id}"))] {
+            options.push(Opt { name: name.to_owned(), dashes: "-", value: Some(value) });
+        }
+        Ok(Self { program: self.program.clone(), options })
+    }
+
+    /// What is run to make a clone of a template here: the line of its first VM, with the machine type and the processor that its
+    /// QEMU resolved, waiting for its device state.
+    pub fn for_clone(&self, run_dir: &Path, machine: &str, cpu: Option<&str>) -> Vec<String> {
+        let mut refusals = Vec::new();
+        let options = self.with_resolved(machine, cpu, &mut refusals);
+        let mut argv = vec![self.program.clone()];
+        argv.extend(options.iter().flat_map(Opt::to_args));
+        argv.extend(["-incoming", "defer", "-S"].map(str::to_owned));
+        argv.extend(qmp_args(run_dir));
+        argv
     }
 
     /// How much RAM the VM has, for the check whether the target has it: main memory and DIMMs.

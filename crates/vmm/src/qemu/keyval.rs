@@ -56,6 +56,16 @@ impl Settings {
         }
     }
 
+    /// Takes a key out; its value, if it had one.
+    pub(super) fn remove(&mut self, key: &str) -> Option<String> {
+        let value = self.value(key);
+        match self {
+            Settings::Json(map) => drop(map.remove(key)),
+            Settings::List(pairs) => pairs.retain(|pair| pair.key != key),
+        }
+        value
+    }
+
     /// Sets a key for good: every earlier value of it goes.
     pub(super) fn set(&mut self, key: &str, value: &str) {
         match self {

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sterna_memory::{Process, ProcessError};
+use sterna_memory::{Process, ProcessError, SealedMemory};
 
 use super::qmp::{Qmp, QmpError, reach_within};
 use super::{LOG_TAIL_BYTES, Qemu};
@@ -63,6 +63,8 @@ pub struct Launch {
     pub cwd: Option<PathBuf>,
     /// Whom it runs as; nobody else than we when it is not given.
     pub user: Option<User>,
+    /// The memory of the template that it is a clone of: its standard input, which is nothing otherwise.
+    pub memory: Option<Arc<SealedMemory>>,
 }
 
 /// Why a QEMU did not start.
@@ -215,7 +217,15 @@ impl Launch {
         let (program, args) = chain.split_first().map(|(p, a)| (p.clone(), a)).unwrap_or_default();
         let mut command = Command::new(&program);
         command.args(args).current_dir(self.cwd.as_ref().unwrap_or(&self.run_dir));
-        let spawned = command.stdin(Stdio::null()).stdout(log).stderr(errors).spawn();
+        let stdin = match &self.memory {
+            None => Stdio::null(),
+            Some(memory) => memory
+                .file()
+                .try_clone()
+                .map(Stdio::from)
+                .map_err(|source| LaunchError::Spawn { program: program.clone(), source })?,
+        };
+        let spawned = command.stdin(stdin).stdout(log).stderr(errors).spawn();
         let child = spawned.map_err(|source| LaunchError::Spawn { program, source })?;
         let pid = i32::try_from(child.id()).unwrap_or_default();
         // Held before the reaper can wait for it: until then the pid cannot be used again.

@@ -23,6 +23,7 @@ mod precheck;
 mod qmp;
 mod readconfig;
 mod rules;
+mod template;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::BorrowedFd;

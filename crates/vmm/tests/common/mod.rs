@@ -101,7 +101,7 @@ impl Stage {
     pub(crate) fn launch(&self, name: &str, argv: Vec<String>, user: Option<User>) -> Launch {
         let run_dir = self.folder.path().join(name);
         let log = self.folder.path().join(format!("{name}.log"));
-        Launch { argv, name: name.to_owned(), run_dir, log, cwd: None, user }
+        Launch { argv, name: name.to_owned(), run_dir, log, cwd: None, user, memory: None }
     }
 
     /// Starts a line as it is, with the QMP socket added.

@@ -131,7 +131,7 @@ impl Daemon {
     }
 
     pub(crate) fn run(&self, name: &str, argv: Vec<String>) -> Result<VmView, String> {
-        let request = RunRequest { name: name.into(), argv };
+        let request = RunRequest { name: name.into(), argv, template: None };
         self.call("POST", "/v1/vms", &serde_json::to_string(&request).unwrap())
     }
 

@@ -268,7 +268,7 @@ impl World {
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
-        let request = RunRequest { name: guest.name.clone(), argv: self.argv(guest) };
+        let request = RunRequest { name: guest.name.clone(), argv: self.argv(guest), template: None };
         agent.run(request).unwrap()
     }
 

@@ -1,0 +1,197 @@
+//! A template of a VM: it stands still while its memory and devices are read, and goes on afterwards.
+
+use super::format::{Manifest, Pages, PagesWriter, StoredBlock};
+use super::{Entry, PAGES, Template, Templates, unusable_name};
+use crate::control::explain;
+use crate::host::{Host, fingerprint_lines};
+use crate::pages::PAGES_PER_STRIPE;
+use crate::registry::{Vm, is_usable, lock};
+use std::fs::{self, OpenOptions};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+use std::sync::Arc;
+use sterna_memory::{PAGE, PageRun, Process, Reader, Region, SealedMemory, append_run, is_zero, populated};
+use sterna_vmm::qemu::CommandLine;
+use sterna_vmm::{Layout, Vmm};
+
+/// Makes a template of a VM, which runs on. `argv` is the VM's command line with `{vm}` where a clone's name belongs, where it has such places.
+///
+/// # Errors
+/// What keeps it from that, all reasons at once. The VM is as it was.
+pub(crate) fn make(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    name: &str,
+    argv: Option<Vec<String>>,
+) -> Result<Entry, String> {
+    let templates = host.templates();
+    if !is_usable(name) {
+        return Err(unusable_name(name));
+    }
+    let _alone = lock(&templates.busy);
+    if let Some(known) = templates.find(name) {
+        return Err(format!("host {} has a template {name} already (digest {})", host.name(), known.digest));
+    }
+    let record = vm.record();
+    let argv = argv.unwrap_or_else(|| record.argv.clone());
+    if super::start::named(&argv, &record.name) != record.argv {
+        return Err(format!("VM {} was started with another command line", record.name));
+    }
+    let mut reasons = Vec::new();
+    let looked = host.with_qemu(vm, |qemu| {
+        reasons.extend(qemu.source_reasons()?);
+        reasons.extend(qemu.template_reasons()?);
+        let version = qemu.version().to_string();
+        Ok((qemu.layout()?, qemu.fingerprint()?, qemu.machine_type()?, qemu.cpu_model()?, version))
+    });
+    let (layout, fingerprint, machine, cpu, qemu) = looked?;
+    let mut texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
+    let main = main_block(&layout);
+    let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
+    if let Err(why) = line.on_template(&layout.blocks[main].name, layout.blocks[main].bytes) {
+        texts.push(why.to_owned());
+    }
+    if !texts.is_empty() {
+        return Err(format!("VM {} cannot become a template: {}", record.name, texts.join("; ")));
+    }
+    let manifest = Manifest {
+        argv,
+        machine,
+        cpu,
+        qemu,
+        fingerprint: fingerprint_lines(&fingerprint),
+        blocks: Vec::new(),
+        main,
+        state_bytes: 0,
+        bytes: 0,
+        pages_digest: String::new(),
+    };
+    let folder = templates.unfinished(&format!("new-{name}")).map_err(|why| explain(&why))?;
+    let made = write(host, vm, &layout, &folder, manifest)
+        .and_then(|(manifest, memory)| keep(templates, &folder, name, manifest, memory));
+    if made.is_err() {
+        drop(fs::remove_dir_all(&folder));
+    }
+    made
+}
+
+/// Clones share main memory: the largest block.
+fn main_block(layout: &Layout) -> usize {
+    let blocks = layout.blocks.iter().enumerate().filter(|(_, block)| block.hva.is_some());
+    blocks.max_by_key(|(_, block)| block.bytes).map_or(0, |(at, _)| at)
+}
+
+/// Stops the VM, writes it down, and lets it go on.
+fn write(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    layout: &Layout,
+    folder: &Path,
+    mut manifest: Manifest,
+) -> Result<(Manifest, SealedMemory), String> {
+    let process = host.process_of(vm)?;
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(folder.join(PAGES));
+    let file = file.map_err(|why| explain(&why))?;
+    let mut writer = PagesWriter::new(file);
+    host.with_qemu(vm, |qemu| qemu.prepare_save())?;
+    let state = host.with_qemu(vm, |qemu| {
+        qemu.pause()?;
+        let ticket = qemu.save_begin()?;
+        qemu.save_finish(ticket)
+    });
+    // Whatever comes of it, the VM goes on.
+    let written = state.and_then(|state| {
+        let found = read_blocks(&process, layout, manifest.main, &mut writer)?;
+        writer.write(&state).map_err(|why| explain(&why))?;
+        manifest.state_bytes = state.len() as u64;
+        Ok(found)
+    });
+    let restored = host.with_qemu(vm, |qemu| qemu.restore());
+    let (runs, memory) = written?;
+    restored?;
+    for (block, runs) in layout.blocks.iter().zip(&runs) {
+        manifest.blocks.push(StoredBlock {
+            name: block.name.clone(),
+            bytes: block.bytes,
+            travels: block.hva.is_some(),
+            pages: runs.iter().map(|run| run.pages).sum(),
+            runs: runs.len() as u64,
+        });
+    }
+    (manifest.bytes, manifest.pages_digest) = writer.finish(&runs).map_err(|why| explain(&why))?;
+    Ok((manifest, memory))
+}
+
+/// Writes the pages that are not zero, those of main memory also where clones will share them.
+fn read_blocks(
+    process: &Process,
+    layout: &Layout,
+    main: usize,
+    writer: &mut PagesWriter,
+) -> Result<(Vec<Vec<PageRun>>, SealedMemory), String> {
+    let memory =
+        SealedMemory::new("sterna-template", layout.blocks[main].bytes).map_err(|why| explain(&why))?;
+    let reader = Reader::new(process).map_err(|why| explain(&why))?;
+    let mut buffer = vec![0; (PAGES_PER_STRIPE * PAGE) as usize];
+    let mut all = Vec::with_capacity(layout.blocks.len());
+    for (at, block) in layout.blocks.iter().enumerate() {
+        let (mut there, mut kept) = (Vec::new(), Vec::new());
+        if let Some(base) = block.hva {
+            let region = Region { base, bytes: block.bytes };
+            populated(process, &region, &mut there).map_err(|why| explain(&why))?;
+            for piece in there.iter().flat_map(|run| crate::fit::pieces(*run)) {
+                let bytes = &mut buffer[..piece.bytes() as usize];
+                reader.read(&[region.span(piece)], bytes).map_err(|why| explain(&why))?;
+                for run in not_zero(piece, bytes) {
+                    let from = ((run.first - piece.first) * PAGE) as usize;
+                    let content = &bytes[from..from + run.bytes() as usize];
+                    writer.write(content).map_err(|why| format!("its pages cannot be stored: {why}"))?;
+                    if at == main {
+                        memory.write(content, run.first * PAGE).map_err(|why| explain(&why))?;
+                    }
+                    append_run(&mut kept, run);
+                }
+            }
+        }
+        all.push(kept);
+    }
+    memory.seal().map_err(|why| explain(&why))?;
+    Ok((all, memory))
+}
+
+/// The runs of a piece that have content.
+fn not_zero(piece: PageRun, bytes: &[u8]) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    for (first, content) in (piece.first..).zip(bytes.chunks_exact(PAGE as usize)) {
+        if !is_zero(content) {
+            append_run(&mut runs, PageRun { first, pages: 1 });
+        }
+    }
+    runs
+}
+
+/// Makes it one of this host's, ready for its first clone.
+fn keep(
+    templates: &Templates,
+    folder: &Path,
+    name: &str,
+    manifest: Manifest,
+    memory: SealedMemory,
+) -> Result<Entry, String> {
+    let (encoded, digest) = manifest.encode();
+    let failed = |why: std::io::Error| format!("the template cannot be stored: {}", explain(&why));
+    templates.adopt(folder, name, &encoded, &digest).map_err(failed)?;
+    let entry = templates.entry(&digest).ok_or("the template was stored and cannot be read")?;
+    let file = fs::File::open(templates.dir.join(&digest).join(PAGES)).map_err(failed)?;
+    let pages = Pages::open(file, &manifest).map_err(failed)?;
+    let name = entry.name.clone();
+    let template = Template { name, digest: digest.clone(), manifest, memory: Arc::new(memory), pages };
+    lock(&templates.loaded).insert(digest, Arc::new(template));
+    Ok(entry)
+}

@@ -1,0 +1,111 @@
+//! A clone of a template: a QEMU whose memory is the template's, copy-on-write, loaded with its devices.
+
+use super::Template;
+use crate::control::explain;
+use crate::fit::{install_staged, sinks};
+use crate::host::{Host, fingerprint_of};
+use crate::pages::{Install as _, PAGES_PER_STRIPE, Received, Sinks};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use sterna_engine::wire::batch::{Content, Descriptor};
+use sterna_memory::Process;
+use sterna_vmm::qemu::{CommandLine, Qemu};
+use sterna_vmm::{Vmm, difference};
+
+/// How long a QEMU that could not be made a clone may take to quit before it is killed.
+const QUIT_WITHIN: Duration = Duration::from_secs(10);
+/// What stands for the name of a clone in a template's command line.
+const PLACEHOLDER: &str = "{vm}";
+
+/// A clone that runs.
+pub(crate) struct Started {
+    pub(crate) qemu: Qemu,
+    /// Its command line.
+    pub(crate) argv: Vec<String>,
+    pub(crate) parts: Option<BTreeSet<String>>,
+}
+
+/// A template's command line with the name of a clone in its places.
+pub(super) fn named(argv: &[String], vm: &str) -> Vec<String> {
+    argv.iter().map(|argument| argument.replace(PLACEHOLDER, vm)).collect()
+}
+
+/// Starts a clone.
+///
+/// # Errors
+/// What failed; nothing of it is left.
+pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<Started, String> {
+    let began = Instant::now();
+    let manifest = &template.manifest;
+    let argv = named(&manifest.argv, vm);
+    let main = manifest.main_block();
+    let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
+    let line = line.on_template(&main.name, main.bytes)?;
+    let cpu = Some(manifest.cpu.as_str()).filter(|cpu| !cpu.is_empty());
+    let argv_here = line.for_clone(&host.run_dir(vm), &manifest.machine, cpu);
+    let launched = host.launch(vm, argv_here, Some(template.memory.clone()));
+    let mut qemu = launched.map_err(|why| explain(&why))?.qemu;
+    let launched = began.elapsed();
+    match load(host, template, vm, &mut qemu) {
+        Ok(()) => {
+            tracing::debug!(vm, template = template.name, ?launched, took = ?began.elapsed(), "a clone runs");
+            let parts = qemu.parts().ok();
+            Ok(Started { qemu, argv, parts })
+        }
+        Err(why) => {
+            drop(qemu.quit(QUIT_WITHIN));
+            host.remove_run_dir(vm);
+            Err(why)
+        }
+    }
+}
+
+/// Puts into the QEMU what is not in the shared memory, and lets it run.
+fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Result<(), String> {
+    let manifest = &template.manifest;
+    let failed = |why: sterna_vmm::VmmError| explain(&why);
+    if qemu.version().to_string() != manifest.qemu {
+        let found = qemu.fingerprint().map_err(failed)?;
+        let differences = difference(&fingerprint_of(&manifest.fingerprint), &found);
+        if !differences.is_empty() {
+            return Err(format!(
+                "this host's QEMU is another than that of template {}: {}",
+                template.name,
+                differences.join("; ")
+            ));
+        }
+    }
+    qemu.prepare_load().map_err(failed)?;
+    let layout = qemu.layout().map_err(failed)?;
+    let id = qemu.process_id();
+    let process = Process::open_as(id.pid, id.start_time).map_err(|why| explain(&why))?;
+    let offer = manifest.as_offer(vm);
+    let sinks = sinks(host, &process, &offer, &layout, Some(manifest.main))?;
+    fill(template, &sinks)?;
+    let Sinks { blocks, installer, .. } = sinks;
+    installer.finish().map_err(|why| explain(&why))?;
+    let state = template.pages.state().map_err(|why| explain(&why))?;
+    qemu.load(&state).map_err(failed)?;
+    if blocks.iter().any(|sink| matches!(sink, crate::pages::Sink::Staged(_))) {
+        let layout = qemu.layout().map_err(failed)?;
+        install_staged(host, &process, &offer, &layout, blocks)?;
+    }
+    qemu.resume().map_err(failed)
+}
+
+fn fill(template: &Template, sinks: &Sinks) -> Result<(), String> {
+    let manifest = &template.manifest;
+    let others = (0..manifest.blocks.len()).filter(|at| *at != manifest.main && manifest.blocks[*at].travels);
+    for at in others {
+        template.pages.read(at, PAGES_PER_STRIPE, |run, bytes| {
+            let descriptor =
+                Descriptor { first: run.first as u32, pages: run.pages as u16, content: Content::Bytes };
+            sinks.install(at, &[descriptor], bytes).map_err(|why| match why {
+                Received::Failed(why) | Received::Lost(why) => why,
+                Received::Pages | Received::RoundEnd { .. } => String::new(),
+            })
+        })?;
+    }
+    Ok(())
+}

@@ -1,0 +1,276 @@
+//! Templates, their clones, and migrations of those that move only what they have written.
+
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::support::{BOOT, MOVE, World, idle, load, migrate, request};
+use sterna_agent::Agent;
+use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, TemplateRequest};
+use sterna_lab::guest::{GuestSpec, Program};
+use sterna_memory::{PAGE, PageRun, Process, Region, own};
+
+/// Bytes of a guest's RAM, and pages.
+const RAM: u64 = 192 << 20;
+
+/// Two hosts, and template `web` on the first.
+struct Scene {
+    world: World,
+    a: Arc<Agent>,
+    b: Arc<Agent>,
+}
+
+impl Scene {
+    fn new(version: &str, program: Program) -> Self {
+        let world = World::new(version);
+        let (a, b) = (world.agent("a"), world.agent("b"));
+        let scene = Self { world, a, b };
+        scene.make("web", |guest| GuestSpec { programs: vec![program], ..guest });
+        scene
+    }
+
+    /// Boots a guest and makes a template of it.
+    fn make(&self, name: &str, change: impl FnOnce(GuestSpec) -> GuestSpec) {
+        let guest = change(self.world.parts.guest("golden"));
+        let argv = self.world.argv(&guest);
+        let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
+        self.a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
+        self.world.wait_for("golden", "READY", BOOT);
+        let request = TemplateRequest { name: name.into(), vm: "golden".into(), argv: Some(clones) };
+        let made = self.a.make_template(&request).unwrap();
+        assert_eq!((made.name.as_str(), made.ram_bytes), (name, RAM));
+        // The VM goes on.
+        assert_eq!(self.a.vm("golden").unwrap().state, "running");
+        self.a.stop("golden").unwrap();
+    }
+
+    /// Starts a clone; its console goes on from where the template was.
+    fn clone_of(&self, template: &str, vm: &str) -> Duration {
+        let began = Instant::now();
+        let request = RunRequest { name: vm.into(), argv: Vec::new(), template: Some(template.into()) };
+        let view = self.a.run(request).unwrap();
+        let took = began.elapsed();
+        assert_eq!((view.state.as_str(), view.template.as_deref()), ("running", Some(template)));
+        took
+    }
+
+    fn moves(&self, from: &Arc<Agent>, to: &str, vm: &str) -> MigrationView {
+        let view = migrate(from, MigrateRequest { timeout: Some(30.0), ..request(vm, to) });
+        assert_eq!(view.status, "completed", "{view:?}");
+        assert!(view.blocks_verified.is_some_and(|blocks| blocks >= 2), "{view:?}");
+        view
+    }
+
+    fn lives(&self, vm: &str) {
+        self.world.wait_for_more(vm, "LOAD", BOOT);
+        assert!(!self.world.console(vm).contains("BAD"), "{}", self.world.console(vm));
+    }
+}
+
+/// A clone's QEMU, the memory that it shares, and where it has it.
+fn memory_of(agent: &Agent, vm: &str) -> (Process, Region, std::fs::File) {
+    let pid = agent.vm(vm).unwrap().pid;
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+    let line = maps.lines().find(|line| line.contains("memfd:sterna-template")).expect("it is a clone");
+    assert_eq!(line.split(' ').nth(1), Some("rw-p"), "copy-on-write");
+    let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
+    let number = |text| u64::from_str_radix(text, 16).unwrap();
+    let region = Region { base: number(from), bytes: number(to) - number(from) };
+    let file = std::fs::File::options().read(true).write(true).open(format!("/proc/{pid}/fd/0")).unwrap();
+    (Process::open(pid).unwrap(), region, file)
+}
+
+fn own_pages(agent: &Agent, vm: &str) -> u64 {
+    let (process, region, _) = memory_of(agent, vm);
+    let mut pages = Vec::new();
+    own(&process, &region, &mut pages).unwrap();
+    pages.iter().map(|run| run.pages).sum()
+}
+
+fn digest_of(file: &std::fs::File) -> blake3::Hash {
+    let mut bytes = vec![0; RAM as usize];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    blake3::hash(&bytes)
+}
+
+/// There, with the template sent before; back, where it is; and its sibling never notices.
+fn clones_move_what_they_have_written(version: &str) {
+    let scene = Scene::new(version, load(20));
+    let took = scene.clone_of("web", "c0");
+    scene.clone_of("web", "c1");
+    println!("a clone runs after {took:?}");
+    for vm in ["c0", "c1"] {
+        scene.lives(vm);
+    }
+    let before = digest_of(&memory_of(&scene.a, "c1").2);
+    let own = own_pages(&scene.a, "c0");
+    assert!(own * PAGE < RAM / 2, "{own} pages are its own");
+
+    let there = scene.moves(&scene.a, "b", "c0");
+    println!("there: {:?}", there.ram);
+    assert!(there.ram.template_bytes > 64 << 20, "the template went first: {there:?}");
+    assert!(there.ram.template_pages * PAGE > 30 << 20, "{there:?}");
+    scene.lives("c0");
+    // It is a clone of the template there.
+    let at_b = own_pages(&scene.b, "c0");
+    assert!(at_b < own * 2, "{at_b} pages are its own at the target, {own} were");
+    assert_eq!(scene.b.template("web").unwrap().digest, scene.a.template("web").unwrap().digest);
+    assert_eq!(scene.b.vm("c0").unwrap().template.as_deref(), Some("web"));
+
+    let back = scene.moves(&scene.b, "a", "c0");
+    assert_eq!(back.ram.template_bytes, 0, "it is there: {back:?}");
+    scene.lives("c0");
+    scene.lives("c1");
+    assert_eq!(before, digest_of(&memory_of(&scene.a, "c1").2), "nobody writes a template");
+    for vm in ["c0", "c1"] {
+        scene.a.stop(vm).unwrap();
+    }
+}
+
+#[test]
+fn clones_move_what_they_have_written_on_7_2() {
+    clones_move_what_they_have_written("7.2");
+}
+
+#[test]
+fn clones_move_what_they_have_written_on_10_0() {
+    clones_move_what_they_have_written("10.0");
+}
+
+/// Most of what a clone has is its template's: it does not travel.
+#[test]
+fn a_clone_that_writes_nothing_sends_nearly_nothing() {
+    let scene = Scene::new("7.2", idle());
+    let pushed = scene
+        .a
+        .push_template("web", &sterna_agent::model::PushRequest { host: "b".into(), max_bandwidth: None })
+        .unwrap();
+    assert!(pushed.bytes > 64 << 20, "{pushed:?}");
+    scene.clone_of("web", "c0");
+    let view = scene.moves(&scene.a, "b", "c0");
+    println!("{:?}", view.ram);
+    assert_eq!(view.ram.template_bytes, 0);
+    assert!(view.ram.transferred < 16 << 20, "{view:?}");
+    assert!(view.ram.template_pages * PAGE > 100 << 20, "{view:?}");
+    scene.b.stop("c0").unwrap();
+}
+
+/// What a balloon does: QEMU punches holes into the file behind the memory, which is the template. And a page that the guest has made
+/// zero is not the template's at the target either.
+#[test]
+fn nobody_can_punch_holes_into_a_template() {
+    let scene = Scene::new("7.2", idle());
+    scene.clone_of("web", "c0");
+    let (_, _, file) = memory_of(&scene.a, "c0");
+    let before = digest_of(&file);
+    let hole = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    assert!(rustix::fs::fallocate(&file, hole, 0, RAM).is_err());
+    assert!(file.write_all_at(&[1], 0).is_err() && file.set_len(0).is_err());
+    assert_eq!(before, digest_of(&file));
+    scene.clone_of("web", "c1");
+    scene.lives_idle("c1");
+    for vm in ["c0", "c1"] {
+        scene.a.stop(vm).unwrap();
+    }
+}
+
+impl Scene {
+    /// A guest that writes nothing proves its memory when it is asked.
+    fn lives_idle(&self, vm: &str) {
+        assert_eq!(self.a.vm(vm).unwrap().state, "running");
+        assert!(!self.world.console(vm).contains("BAD"));
+    }
+}
+
+/// Pages that a clone has made zero, over a template that has content there.
+#[test]
+fn what_became_zero_is_zero_at_the_target() {
+    let scene = Scene::new("7.2", idle());
+    scene.clone_of("web", "c0");
+    let (process, region, file) = memory_of(&scene.a, "c0");
+    // In the place of the guest, for it has no reason to write there: the last page of the template's that has content.
+    let mut page = vec![0; PAGE as usize];
+    let last = (0..RAM / PAGE).rev().find(|at| {
+        file.read_exact_at(&mut page, at * PAGE).unwrap();
+        page.iter().any(|byte| *byte != 0)
+    });
+    let last = last.unwrap();
+    let span = region.span(PageRun { first: last, pages: 1 });
+    let memory = std::fs::File::options().write(true).open(format!("/proc/{}/mem", process.pid())).unwrap();
+    memory.write_all_at(&vec![0; PAGE as usize], span.addr).unwrap();
+    scene.moves(&scene.a, "b", "c0");
+    let (process, region, _) = memory_of(&scene.b, "c0");
+    let memory = std::fs::File::open(format!("/proc/{}/mem", process.pid())).unwrap();
+    memory.read_exact_at(&mut page, region.base + last * PAGE).unwrap();
+    assert_eq!(page, vec![0; PAGE as usize]);
+    scene.b.stop("c0").unwrap();
+}
+
+/// A template that is damaged or another one is never used, and one that is used is not removed.
+#[test]
+fn a_template_is_what_its_digest_says() {
+    let scene = Scene::new("7.2", idle());
+    scene.clone_of("web", "c0");
+    let refused = scene.a.remove_template("web").unwrap_err().to_string();
+    assert!(refused.contains("c0"), "{refused}");
+    let digest = scene.a.template("web").unwrap().digest;
+    scene.moves(&scene.a, "b", "c0");
+    scene.b.stop("c0").unwrap();
+
+    // Another template of this name at the target.
+    scene.b.remove_template("web").unwrap();
+    let other = scene.world.path("a/state/templates");
+    let there = scene.world.path("b/state/templates");
+    let copy = |to: &str| {
+        std::fs::create_dir_all(there.join(to)).unwrap();
+        for file in ["manifest.json", "pages", "name"] {
+            std::fs::copy(other.join(&digest).join(file), there.join(to).join(file)).unwrap();
+        }
+    };
+    copy(&digest);
+    let pages =
+        std::fs::File::options().read(true).write(true).open(there.join(&digest).join("pages")).unwrap();
+    pages.write_all_at(b"something else", 4096).unwrap();
+    scene.clone_of("web", "c1");
+    let view = migrate(&scene.a, request("c1", "b"));
+    assert_eq!(view.status, "failed", "{view:?}");
+    let told = format!("{:?} {:?}", view.error_desc, view.reasons);
+    assert!(told.contains("digest"), "{told}");
+    assert_eq!(scene.a.vm("c1").unwrap().state, "running");
+
+    // A truncated one, and none: it is sent again.
+    pages.set_len(4096).unwrap();
+    let view = migrate(&scene.a, request("c1", "b"));
+    assert_eq!(view.status, "failed", "{view:?}");
+    std::fs::remove_dir_all(there.join(&digest)).unwrap();
+    // The beginning came before: it is not sent again.
+    let half = there.join(format!("{digest}.part"));
+    std::fs::create_dir_all(&half).unwrap();
+    let whole = std::fs::read(other.join(&digest).join("pages")).unwrap();
+    std::fs::write(half.join("pages"), &whole[..whole.len() / 2]).unwrap();
+    let view = scene.moves(&scene.a, "b", "c1");
+    assert_eq!(view.ram.template_bytes, (whole.len() - whole.len() / 2) as u64);
+    scene.b.stop("c1").unwrap();
+    scene.a.remove_template("web").unwrap();
+    assert!(scene.a.templates().is_empty());
+}
+
+/// A VM that cannot become a template says why, and runs on.
+#[test]
+fn what_cannot_be_a_template_says_why() {
+    let world = World::new("7.2");
+    let a = world.agent("a");
+    let guest = GuestSpec {
+        programs: vec![load(5)],
+        extra: ["-device", "virtio-balloon-pci"].map(str::to_owned).to_vec(),
+        ..world.parts.guest("vm")
+    };
+    world.boot(&a, &guest);
+    let request = |name: &str| TemplateRequest { name: name.into(), vm: "vm".into(), argv: None };
+    let why = a.make_template(&request("web")).unwrap_err().to_string();
+    assert!(why.contains("balloon"), "{why}");
+    assert!(a.make_template(&request("../web")).is_err());
+    assert_eq!(a.vm("vm").unwrap().state, "running");
+    world.wait_for_more("vm", "LOAD", MOVE);
+    a.stop("vm").unwrap();
+}
