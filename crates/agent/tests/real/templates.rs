@@ -35,7 +35,8 @@ impl Scene {
         let argv = self.world.argv(&guest);
         let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
         self.a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
-        self.world.wait_for("golden", "READY", BOOT);
+        // Not before its load has filled its memory.
+        self.world.wait_for("golden", "LOAD t=", BOOT);
         let request = TemplateRequest { name: name.into(), vm: "golden".into(), argv: Some(clones) };
         let made = self.a.make_template(&request).unwrap();
         assert_eq!((made.name.as_str(), made.ram_bytes), (name, RAM));
