@@ -30,7 +30,8 @@ pub(crate) fn sinks(
         blocks.push(match here.hva {
             _ if !offered.travels => Sink::Rebuilt,
             Some(base) => {
-                regions.push(FetchRegion { place: blocks.len() as u16, base, bytes: here.bytes });
+                let (place, template) = (blocks.len() as u16, template == Some(blocks.len()));
+                regions.push(FetchRegion { place, base, bytes: here.bytes, template });
                 Sink::Region(regions.len() - 1)
             }
             None if here.is_rebuilt() => Sink::Rebuilt,
@@ -46,7 +47,7 @@ pub(crate) fn sinks(
     let plain: Vec<Region> = regions.iter().map(FetchRegion::region).collect();
     let installer = Installer::open(process, plain.clone(), &host.attach()).map_err(|why| explain(&why))?;
     for (at, region) in plain.iter().enumerate() {
-        match template == Some(usize::from(regions[at].place)) {
+        match regions[at].template {
             true => uncover(process, &installer, at, region)?,
             false => clear(process, &installer, at, region)?,
         }

@@ -98,6 +98,9 @@ pub(crate) struct FetchRegion {
     pub(crate) base: u64,
     /// Its length.
     pub(crate) bytes: u64,
+    /// It maps a template, whose pages are not missing.
+    #[serde(default)]
+    pub(crate) template: bool,
 }
 
 impl FetchRegion {

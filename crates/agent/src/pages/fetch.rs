@@ -84,6 +84,8 @@ struct Sums {
 pub(crate) struct Fetch {
     shared: Arc<Shared>,
     faults: Option<JoinHandle<()>>,
+    /// Maps what a clone shares with its template.
+    mapper: Option<JoinHandle<()>>,
     receivers: Vec<Receiver>,
     demand: Option<Shutdown>,
 }
@@ -137,7 +139,7 @@ impl Fetch {
             listening.listen();
         });
         let faults = Some(thread.map_err(|why| format!("no thread can be started: {why}"))?);
-        Ok(Self { shared, faults, receivers: Vec::new(), demand: None })
+        Ok(Self { shared, faults, mapper: None, receivers: Vec::new(), demand: None })
     }
 
     /// Who touches a missing page waits for it from now on. Of each region what is not `missing` is there.
@@ -234,6 +236,18 @@ impl Fetch {
         shared.look_whether_filled();
     }
 
+    /// Begins to map what the VM shares with its template, while it runs.
+    pub(crate) fn map_templates(&mut self) {
+        let shared = self.shared.clone();
+        let named = std::thread::Builder::new().name("template-in".into());
+        let mapper = named.spawn(move || match shared.pager.map_templates() {
+            Ok(pages) => tracing::debug!(pages, "the template's pages are mapped"),
+            Err(why) => tracing::warn!(%why, "the template's pages are mapped as they are touched"),
+        });
+        // Where no thread can be had each is mapped when it is touched.
+        self.mapper = self.mapper.take().or(mapper.ok());
+    }
+
     /// Lets go of the connections; whoever waits for a page waits on. Those that come next are of this generation.
     pub(crate) fn disconnect(&mut self, connections: u64) {
         self.shared.connections.store(connections, Ordering::Relaxed);
@@ -282,7 +296,7 @@ impl Fetch {
         self.shared.over.store(true, Ordering::Relaxed);
         let _ = self.shared.begun.set(());
         self.disconnect(u64::MAX);
-        if let Some(thread) = self.faults.take() {
+        for thread in self.mapper.take().into_iter().chain(self.faults.take()) {
             drop(thread.join());
         }
     }

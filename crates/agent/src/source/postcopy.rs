@@ -12,7 +12,7 @@ use sterna_engine::source::Postcopy;
 use sterna_engine::units::Pages;
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach};
-use sterna_memory::{PAGE, PageRun, populated};
+use sterna_memory::{Backing, PAGE, PageRun, own, populated};
 use sterna_transport::Connection;
 
 /// How long a target that closes the connections of pages may take to say on the control connection that it has all of them: it lets go of the
@@ -96,7 +96,7 @@ impl Outgoing {
     /// The last round of a post-copy: what is missing is told, and only what must be there is sent. From here on the target may ask for pages.
     pub(super) fn finish_postcopy(&mut self, round: u32) -> Result<Pages, String> {
         let set = self.collector()?.take();
-        let missing = self.missing(&set);
+        let missing = self.missing(&set)?;
         let digests = if self.verify { self.sums_without(&missing)? } else { Vec::new() };
         let eager = self.eager_part(&set);
         if let Some(senders) = &self.senders {
@@ -113,7 +113,7 @@ impl Outgoing {
     /// Tells ahead what the target is to drop. Pages that are written until the stop join them.
     pub(super) fn tell_stale(&mut self, round: u32) -> Result<(), String> {
         let set = self.collector()?.set().clone();
-        let lists = self.lists(&self.missing(&set));
+        let lists = self.lists(&self.missing(&set)?);
         if let Some(senders) = &self.senders {
             senders.tell(round, self.blocks.len(), lists);
         }
@@ -122,17 +122,30 @@ impl Outgoing {
     }
 
     /// What the target does not have, or not as it is here, block by block.
-    fn missing(&self, set: &SendSet) -> Vec<Vec<PageRun>> {
-        let of = |(at, block): (usize, &SourceBlock)| match self.lazy.when {
-            _ if self.is_eager(block) => Vec::new(),
-            Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
-            // What the target is to drop reads as zero here, and is fetched as that.
-            _ => {
-                let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
-                rounded(&stale, block.backing.granule())
+    fn missing(&self, set: &SendSet) -> Result<Vec<Vec<PageRun>>, String> {
+        let of = |(at, block): (usize, &SourceBlock)| {
+            if self.is_eager(block) {
+                return Ok(Vec::new());
             }
+            Ok(match self.lazy.when {
+                // What a clone has not written is there.
+                Postcopy::AtOnce if block.backing == Backing::Template => self.own(block)?,
+                Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
+                // What the target is to drop reads as zero here, and is fetched as that.
+                _ => {
+                    let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
+                    rounded(&stale, block.backing.granule())
+                }
+            })
         };
         self.blocks.iter().enumerate().map(of).collect()
+    }
+
+    /// What a clone has written.
+    fn own(&self, block: &SourceBlock) -> Result<Vec<PageRun>, String> {
+        let mut pages = Vec::new();
+        own(&self.process, &block.region, &mut pages).map_err(|why| explain(&why))?;
+        Ok(pages)
     }
 
     /// What of a send-set belongs to blocks that must be complete, in terms of the blocks that are tracked.

@@ -95,7 +95,12 @@ fn attach(
     if let Some(lent) = lent {
         qemu.take_back_fd(lent).map_err(|why| explain(&why))?;
     }
-    pager.map_err(|why| explain(&why))
+    pager.map(|pager| pager.over_templates(&templates_of(regions))).map_err(|why| explain(&why))
+}
+
+/// The regions that map a template.
+fn templates_of(regions: &[FetchRegion]) -> Vec<usize> {
+    (0..regions.len()).filter(|at| regions[*at].template).collect()
 }
 
 impl Arriving<'_> {
@@ -108,11 +113,6 @@ impl Arriving<'_> {
     }
 
     fn try_lazily(&mut self) -> Result<Vec<u32>, String> {
-        if self.template.is_some() {
-            return Err(
-                "the VM is a clone of a template: what it shares with that cannot be fetched yet".into()
-            );
-        }
         let sinks = self.sinks.as_ref().ok_or("nothing is ready")?;
         let qemu = self.qemu.as_mut().ok_or("no QEMU waits")?;
         let process = process_of(qemu)?;
@@ -342,8 +342,9 @@ impl Arriving<'_> {
     pub(super) fn run_lazily(&mut self) {
         self.lazy.runs = true;
         self.show_fetching(true);
-        if let Some(fetch) = &self.lazy.fetch {
+        if let Some(fetch) = &mut self.lazy.fetch {
             fetch.list();
+            fetch.map_templates();
         }
     }
 
@@ -467,7 +468,7 @@ pub(crate) fn resume(
     let bits = PageBits::open(&bits_of(&vm.record().run_dir), &pages).map_err(|why| explain(&why))?;
     let regions: Vec<Region> = fetch.regions.iter().map(FetchRegion::region).collect();
     let pager = Pager::take_over(&process, regions, bits, &host.attach(), fetch.remote_fd);
-    let pager = pager.map_err(|why| explain(&why))?;
+    let pager = pager.map_err(|why| explain(&why))?.over_templates(&templates_of(&fetch.regions));
     let (tell, events) = mpsc::channel();
     if !host.incoming().enter(record.id, &record.peer, tell.clone()) {
         return Err("its migration goes on already".into());

@@ -1,6 +1,6 @@
 //! A clone of a template: a QEMU whose memory is the template's, copy-on-write, loaded with its devices.
 
-use super::Template;
+use super::{StoredBlock, Template};
 use crate::control::explain;
 use crate::fit::{install_staged, sinks};
 use crate::host::{Host, fingerprint_of};
@@ -9,9 +9,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{Content, Descriptor};
-use sterna_memory::Process;
+use sterna_memory::{Process, Region, own};
 use sterna_vmm::qemu::{CommandLine, Qemu};
-use sterna_vmm::{Vmm, difference};
+use sterna_vmm::{Layout, Vmm, difference};
 
 /// How long a QEMU that could not be made a clone may take to quit before it is killed.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
@@ -80,8 +80,11 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
     let layout = qemu.layout().map_err(failed)?;
     let id = qemu.process_id();
     let process = Process::open_as(id.pid, id.start_time).map_err(|why| explain(&why))?;
-    let offer = manifest.as_offer(vm);
-    let sinks = sinks(host, &process, &offer, &layout, Some(manifest.main))?;
+    let mut offer = manifest.as_offer(vm);
+    // Main memory is there as it is mapped, and nothing is written to it: to get ready for that would take an attach.
+    offer.blocks[manifest.main].travels = false;
+    is_untouched(&process, &layout, manifest.main_block())?;
+    let sinks = sinks(host, &process, &offer, &layout, None)?;
     fill(template, &sinks)?;
     let Sinks { blocks, installer, .. } = sinks;
     installer.finish().map_err(|why| explain(&why))?;
@@ -92,6 +95,21 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
         install_staged(host, &process, &offer, &layout, blocks)?;
     }
     qemu.resume().map_err(failed)
+}
+
+/// A QEMU that waits for its device state has written nothing over the template: not even firmware, which comes with the state.
+fn is_untouched(process: &Process, layout: &Layout, main: &StoredBlock) -> Result<(), String> {
+    let base = layout.block(&main.name).filter(|block| block.bytes == main.bytes).and_then(|block| block.hva);
+    let base = base.ok_or_else(|| format!("its memory {} is not there in this size", main.name))?;
+    let mut written = Vec::new();
+    own(process, &Region { base, bytes: main.bytes }, &mut written).map_err(|why| explain(&why))?;
+    match written.first() {
+        None => Ok(()),
+        Some(run) => Err(format!(
+            "its QEMU has written page {} of {} already: this version or device cannot start from a template",
+            run.first, main.name
+        )),
+    }
 }
 
 fn fill(template: &Template, sinks: &Sinks) -> Result<(), String> {

@@ -138,6 +138,47 @@ fn clones_move_what_they_have_written_on_10_0() {
     clones_move_what_they_have_written("10.0");
 }
 
+/// Post-copy of a clone: what it has written is fetched, all else is there.
+fn clones_are_fetched(version: &str) {
+    let scene = Scene::new(version, load(40));
+    scene.clone_of("web", "c0");
+    scene.lives("c0");
+    let ways: [(&str, fn(MigrateRequest) -> MigrateRequest); 2] = [
+        ("at once", |request| MigrateRequest { postcopy: true, ..request }),
+        ("after a round", |request| MigrateRequest {
+            postcopy_after_precopy: true,
+            max_bandwidth: Some(60_000_000),
+            downtime_limit: 1,
+            ..request
+        }),
+    ];
+    for (way, change) in ways {
+        for (from, to) in [(&scene.a, "b"), (&scene.b, "a")] {
+            let own = own_pages(from, "c0");
+            let view = migrate(from, MigrateRequest { timeout: None, ..change(request("c0", to)) });
+            assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("completed", to), "{way}: {view:?}");
+            assert!(view.postcopy.is_some() && view.notices.is_empty(), "{way}: {view:?}");
+            assert!(view.blocks_verified.is_some_and(|blocks| blocks >= 1), "{way}: {view:?}");
+            println!("{way}: {own} pages are its own, {:?} {:?}", view.downtime, view.ram);
+            scene.lives("c0");
+            assert!(view.ram.normal < own * 2, "{way}: {own} pages are its own: {view:?}");
+        }
+    }
+    let own = own_pages(&scene.a, "c0");
+    assert!(own * PAGE < RAM / 2, "it is a clone still: {own} pages are its own");
+    scene.a.stop("c0").unwrap();
+}
+
+#[test]
+fn clones_are_fetched_on_7_2() {
+    clones_are_fetched("7.2");
+}
+
+#[test]
+fn clones_are_fetched_on_10_0() {
+    clones_are_fetched("10.0");
+}
+
 /// Most of what a clone has is its template's: it does not travel.
 #[test]
 fn a_clone_that_writes_nothing_sends_nearly_nothing() {

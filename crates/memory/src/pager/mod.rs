@@ -102,6 +102,8 @@ struct Plan {
     parts: Vec<Part>,
     /// Where its pages come in pieces.
     huge: Option<HugePages>,
+    /// A page that is not missing is the file's, if it has one.
+    template: bool,
 }
 
 /// A part of a region with one mapping behind it.
@@ -211,6 +213,16 @@ impl Pager {
             pager.uffd.wake(span).map_err(failed)?;
         }
         Ok(pager)
+    }
+
+    /// These regions map a template: a page of them that is not missing, and was not given, is the template's. Elsewhere such a page is
+    /// zero.
+    #[must_use]
+    pub fn over_templates(mut self, regions: &[usize]) -> Self {
+        for (at, plan) in self.regions.iter_mut().enumerate() {
+            plan.template = regions.contains(&at);
+        }
+        self
     }
 
     /// The number of the descriptor in the process, which [`Pager::take_over`] needs: write it down before [`Pager::begin`].
@@ -359,7 +371,7 @@ fn plan(process: &Process, region: Region) -> Result<Plan, PagerError> {
         }
         parts.push(Part { segment, file, covers });
     }
-    Ok(Plan { region, parts, huge })
+    Ok(Plan { region, parts, huge, template: false })
 }
 
 /// Locked memory is all present, and stays so.

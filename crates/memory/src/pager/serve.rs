@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Fault, Installed, Pager, PagerError, Plan, Resolved};
-use crate::page::{PAGE, PageRun, Span, intersection};
+use crate::page::{PAGE, PageRun, Span, difference, intersection};
 use crate::sys::uffd::{Event, Progress};
 
 /// Pages put in place while the gate is held: 64 KiB, some 10 us, for so long a fault may have to wait to be read.
@@ -177,11 +177,14 @@ impl Pager {
         Ok(())
     }
 
-    /// Makes a delivered page zero if nothing is there, and lets those go on that wait; false while a discard is going on.
+    /// Makes a delivered page zero if nothing is there, or the template's where it has one, and lets those go on that wait; false while a discard is going on.
     fn zero(&self, region: usize, page: u64) -> Result<bool, PagerError> {
         let plan = &self.regions[region];
         let (addr, len) = (plan.address(page), plan.granule() * PAGE);
         let span = Span { addr, len };
+        if plan.template && self.uffd.map_existing(span).bytes > 0 {
+            return Ok(true);
+        }
         let zeroed = match &plan.huge {
             None => self.uffd.zero(span),
             Some(_) => self.uffd.copy(addr, &vec![0; len as usize]),
@@ -192,6 +195,34 @@ impl Pager {
             Some(e) if e.kind() == io::ErrorKind::AlreadyExists => self.wake(span).map(|()| true),
             Some(e) => Err(self.failed(addr, e)),
         }
+    }
+
+    /// Maps what templates have of pages that are not missing, for whoever touches one later would wait for it, if only a little. How many
+    /// pages were mapped by this.
+    ///
+    /// # Errors
+    /// [`PagerError::Gone`] when the process has ended.
+    pub fn map_templates(&self) -> Result<u64, PagerError> {
+        let mut mapped = 0;
+        for (region, plan) in self.regions.iter().enumerate().filter(|(_, plan)| plan.template) {
+            let mut missing = Vec::new();
+            self.bits.clear_runs(region, |run| missing.push(run));
+            let mut runs = Vec::new();
+            for part in &plan.parts {
+                difference(&part.covers, &missing, &mut runs);
+            }
+            for span in runs.into_iter().map(|run| plan.region.span(run)) {
+                let mut at = span.addr;
+                while at < span.end() {
+                    let progress = self.uffd.map_existing(Span { addr: at, len: span.end() - at });
+                    mapped += progress.bytes / PAGE;
+                    // A page that is mapped already, or that the file does not have, stops it there.
+                    at += if progress.bytes == 0 { PAGE } else { progress.bytes };
+                }
+                self.check_alive()?;
+            }
+        }
+        Ok(mapped)
     }
 
     /// Puts all of a run in place that was not delivered, a few pages at a time.
