@@ -254,6 +254,7 @@ impl View {
                 Outcome::Cancelled => (Status::Cancelled, view.source.clone()),
                 Outcome::Refused(_) | Outcome::Failed(_) => (Status::Failed, view.source.clone()),
                 Outcome::Stranded(_) => (Status::Unresolved, String::new()),
+                Outcome::EndedThere(_) => (Status::Failed, String::new()),
                 Outcome::PagesLost(_) => (Status::Failed, view.target.clone()),
             };
             view.status = status.word().into();
@@ -293,6 +294,12 @@ fn describe(outcome: &Outcome, view: &MigrationView) -> Option<String> {
         Outcome::Refused(_) => format!("VM {vm} cannot move to {target}; it {does} at {source}, untouched"),
         Outcome::Failed(why) => {
             format!("VM {vm} did not move to {target}: {why}; it {does} at {source} as before")
+        }
+        Outcome::EndedThere(why) => {
+            format!(
+                "VM {vm} was handed over to {target} and has ended there before all of its pages had come: {why}; it runs nowhere, and what \
+                 was left of it at {source} was of no use any more: see its log at {target}"
+            )
         }
         Outcome::PagesLost(why) => {
             format!(

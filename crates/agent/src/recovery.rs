@@ -153,7 +153,8 @@ pub(crate) fn go_on_fetching(
     processors: Processors,
 ) -> Result<(), String> {
     if !vm.is_alive() {
-        store(host, record, Step::Running);
+        // The record stays: it tells the source that the VM ran here, and has ended before all of its pages had come.
+        vm.notify(Some("it ran here, and ended before all of its pages had come: see its log".into()));
         return Ok(());
     }
     target::resume(host, vm, record, processors).inspect_err(|why| {

@@ -132,6 +132,8 @@ struct Outgoing {
     lap: Instant,
     /// Why the target's last answer did not come.
     no_answer: String,
+    /// The target has heard that this try is over.
+    told_loss: bool,
     /// The operator who waits for what becomes of a decision.
     operator: Option<mpsc::Sender<Result<(), String>>>,
 }
@@ -217,6 +219,7 @@ impl Outgoing {
             scanned: None,
             lap: Instant::now(),
             no_answer: String::new(),
+            told_loss: false,
             operator: None,
         }
     }
@@ -459,7 +462,9 @@ impl Outgoing {
     fn message(&mut self, message: &Message) -> Option<SourceInput> {
         let control = self.control.as_mut()?;
         let lost = |why| SourceInput::Disconnected(format!("the connection to the target is lost: {why}"));
-        control.send(message).err().map(lost)
+        let sent = control.send(message);
+        self.told_loss |= sent.is_ok() && matches!(message, Message::Abort(_));
+        sent.err().map(lost)
     }
 
     fn open_streams(&mut self, count: u32, demand: bool) -> Result<(), String> {
@@ -571,9 +576,12 @@ impl Outgoing {
 
     fn over(&mut self, outcome: &Outcome) {
         self.release();
-        if matches!(outcome, Outcome::PagesLost(_)) {
+        if let Outcome::PagesLost(why) = outcome {
+            if !self.told_loss {
+                self.tell_loss(why);
+            }
             self.host.registry().remove(&self.vm);
-        } else if !matches!(outcome, Outcome::Completed) {
+        } else if !matches!(outcome, Outcome::Completed | Outcome::EndedThere(_)) {
             self.vm.set_released(false);
             self.vm.notify(None);
             balloon::give_back(&self.host, &self.vm);

@@ -90,8 +90,9 @@ pub(crate) enum Command {
     Abort(Abort),
     /// Switch a VM's migration to post-copy: it runs at the target now, and its missing pages follow
     ///
-    /// Any migration can be switched, until its VM is stopped; no flag of `sterna migrate` has to permit it. It cannot be taken back:
-    /// from then on the VM needs both hosts until all pages have come.
+    /// Any migration can be switched, until its VM is stopped; no flag of `sterna migrate` has to permit it. Like virsh's it returns at once,
+    /// and the switch follows within moments: `sterna status` tells when it was made. It cannot be taken back then: the VM needs both
+    /// hosts until all pages have come.
     #[command(visible_alias = "migrate-postcopy", after_help = "Example:\n  sterna postcopy web")]
     Postcopy(Which),
     /// Change the limits of a migration that goes on
@@ -104,7 +105,8 @@ pub(crate) enum Command {
     ///
     /// The other host is asked once more, and its word goes before yours: what contradicts it is refused. Where it has
     /// none, --here lets the VM run at the host whose agent is asked, and what the other host knows of that migration
-    /// counts no more; --there ends what is left of it here. A VM that runs twice destroys its disks: be sure.
+    /// counts no more; --there ends what is left of it here. Where a post-copy's target is lost for good, --there ends what was kept
+    /// for it here; should that host come back, the pages that its VM still missed are gone. A VM that runs twice destroys its disks: be sure.
     #[command(after_help = "Example:\n  sterna recover web --here")]
     Recover(Recover),
     /// Measure what a running VM writes, and predict how it would move

@@ -268,6 +268,9 @@ pub enum Ownership {
     Target,
     /// The target owns the VM and runs it, and needs pages that only the source has: the source keeps them. Never taken back.
     Fetching,
+    /// The target owned the VM and ran it, and its QEMU has ended there before all of its pages had come: what is left of it at the source is
+    /// from before, and of no use. Never taken back.
+    Ended,
     /// The target's QEMU is dead and this migration never commits: the VM is the source's. Never taken back.
     Source,
     /// The target is still at it: ask again.
@@ -299,8 +302,7 @@ pub fn answer(
     match record.step {
         Step::Running => Ownership::Target,
         Step::Fetching if qemu_lives => Ownership::Fetching,
-        // It ran there and has died there: what is left of it at the source is from before, and of no use.
-        Step::Fetching => Ownership::Target,
+        Step::Fetching => Ownership::Ended,
         // The start can still fail, which gives the VM back: a source that ended its own by then would have lost it.
         Step::Committed if qemu_lives => Ownership::Undecided,
         Step::Committed => Ownership::Unknown,
@@ -349,7 +351,9 @@ pub enum Continuation {
 /// A source without any record of the try has not taken the VM back either: that leaves a record.
 pub fn may_continue(answer: Option<Ownership>) -> Continuation {
     match answer {
-        Some(Ownership::Target | Ownership::Fetching | Ownership::Unknown) => Continuation::Run,
+        Some(Ownership::Target | Ownership::Fetching | Ownership::Ended | Ownership::Unknown) => {
+            Continuation::Run
+        }
         Some(Ownership::Source) => Continuation::Kill,
         Some(Ownership::Undecided) | None => Continuation::Ask,
     }

@@ -119,6 +119,8 @@ pub struct Source {
     actions: VecDeque<SourceAction>,
     progress: Progress,
     stopped_at: Option<Duration>,
+    /// An earlier life of this agent has stopped the VM, nobody knows when.
+    recovered: bool,
     released_at: Option<Duration>,
     touched: bool,
     connected: bool,
@@ -159,6 +161,7 @@ impl Source {
         let mut source = Self::in_state(parameters, State::Over, now);
         source.released_at = Some(now);
         source.stopped_at = Some(now);
+        source.recovered = true;
         if record.step == Step::Serving {
             source.lazy.serves();
         }
@@ -180,6 +183,7 @@ impl Source {
             actions: VecDeque::new(),
             progress: Progress { ram_total, ..Progress::default() },
             stopped_at: None,
+            recovered: false,
             released_at: None,
             touched: false,
             connected: false,
@@ -284,8 +288,12 @@ impl Source {
             SourceInput::Ended if self.state == State::Ending => {
                 self.state = State::Over;
                 self.reply(Ok(()));
+                let outcome = self.lazy.ended_there().map_or(Outcome::Completed, Outcome::EndedThere);
+                if outcome != Outcome::Completed {
+                    self.ended = Status::Failed;
+                }
                 self.actions.push_back(SourceAction::Release);
-                self.actions.push_back(SourceAction::Over(Outcome::Completed));
+                self.actions.push_back(SourceAction::Over(outcome));
             }
             SourceInput::Failed(_) if self.state == State::Ending => self.wait(now, END_PAUSE),
             SourceInput::Failed(_) if self.lazy.is_served() => self.lose(now),
@@ -501,11 +509,21 @@ impl Source {
                     Choice::Here,
                     format!("host {peer} answers that it runs the VM: it is ended here"),
                 );
-                let downtime = self.stopped_at.map(|at| now.saturating_sub(at));
-                self.progress.downtime = self.progress.downtime.or(downtime);
+                self.note_downtime(now);
                 self.end();
             }
-            Ownership::Fetching => self.reattach(now),
+            Ownership::Ended => {
+                let text = format!("host {peer} answers that the VM ran there and has ended");
+                self.contradict(Choice::Here, text.clone());
+                self.end_there(text);
+            }
+            Ownership::Fetching => {
+                let text = format!(
+                    "host {peer} answers that it runs the VM, and needs pages of it: they are sent now"
+                );
+                self.reply(Err(text));
+                self.reattach(now);
+            }
             Ownership::Source => {
                 self.given_back("the target's QEMU died before it owned the VM".into());
             }
@@ -514,6 +532,14 @@ impl Source {
                 self.reply(Err(format!("host {peer} answers, and is still at work on the VM: wait for it")));
                 self.ask_later(now);
             }
+        }
+    }
+
+    /// For how long the VM was stopped. Who came to it later, after a restart, does not know.
+    fn note_downtime(&mut self, now: Duration) {
+        if !self.recovered {
+            let downtime = self.stopped_at.map(|at| now.saturating_sub(at));
+            self.progress.downtime = self.progress.downtime.or(downtime);
         }
     }
 

@@ -456,10 +456,12 @@ impl Target {
     /// Every page has come, or the QEMU that they were for has died. It is written down before the source hears of it.
     fn on_filled(&mut self, result: Result<Filled, String>) {
         match self.state {
-            State::Fetching => {
+            State::Fetching if result.is_ok() => {
                 self.record(Step::Running);
                 self.state = State::Completing(result);
             }
+            // The record stays as it is: a dead QEMU beside it tells the source that the VM has ended here.
+            State::Fetching => self.complete(result),
             // Sooner than the start was written down.
             State::Starting { .. } | State::Confirming(_) => self.filled = Some(result),
             // Before the release it is a failure like any other.

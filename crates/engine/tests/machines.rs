@@ -64,6 +64,7 @@ fn any_source_input() -> impl Strategy<Value = SourceInput> {
         Just(Ownership::Source),
         Just(Ownership::Undecided),
         Just(Ownership::Fetching),
+        Just(Ownership::Ended),
         Just(Ownership::Unknown)
     ];
     prop_oneof![
@@ -250,7 +251,7 @@ impl SourceDriver {
             SourceAction::Over(outcome) => {
                 self.overs += 1;
                 assert_eq!(self.keep, 100, "the guest was left stunned");
-                let lost = matches!(outcome, Outcome::PagesLost(_));
+                let lost = matches!(outcome, Outcome::PagesLost(_) | Outcome::EndedThere(_));
                 assert!(!lost || self.owned_by_target, "pages that nobody needs");
                 let kept = outcome != Outcome::Completed && !lost;
                 assert!(!kept || !self.released || self.proof, "gave up a released VM: {outcome:?}");
@@ -489,7 +490,7 @@ fn a_commit_is_no_answer_until_the_vm_was_seen_running() {
     assert_eq!(ask(Step::Committed, false), Ownership::Unknown);
     assert_eq!(ask(Step::Running, true), Ownership::Target);
     assert_eq!(ask(Step::Fetching, true), Ownership::Fetching);
-    assert_eq!(ask(Step::Fetching, false), Ownership::Target);
+    assert_eq!(ask(Step::Fetching, false), Ownership::Ended, "it must not be taken for one that has moved");
     assert_eq!(ask(Step::Incoming, true), Ownership::Undecided);
     assert_eq!(ask(Step::Dead, false), Ownership::Source);
 }

@@ -361,9 +361,9 @@ fn the_kinds_are_the_code() {
     });
     assert_eq!(kinds("content").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     let coded =
-        (1..=5).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
+        (1..=6).map(|owner| (owner, format!("{:?}", Ownership::from(Answer { owner: owner.into() }))));
     assert_eq!(kinds("owner in an Answer").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
-    assert_eq!(Ownership::from(Answer { owner: 6 }), Ownership::Unknown);
+    assert_eq!(Ownership::from(Answer { owner: 7 }), Ownership::Unknown);
     let coded = (0..3).map(|number| (number as u8, format!("{:?}", Purpose::from_number(number).unwrap())));
     assert_eq!(kinds("purpose of a Stream").collect::<Vec<_>>(), coded.collect::<Vec<_>>());
     assert_eq!(Purpose::from_number(3), None);

@@ -235,6 +235,13 @@ impl Outgoing {
             let max = request.max_bandwidth.map_or(self.rate.max, |max| rate(Some(max)));
             let min = request.min_bandwidth.map_or(self.rate.min, |min| rate(Some(min)));
             self.rate = RateLimits { max, min, ..self.rate };
+            // An agent that is restarted keeps to it.
+            let kept = self.host.registry().update(&self.vm, |record| {
+                record.leaving.iter_mut().for_each(|leaving| leaving.max_bandwidth = max.map(|rate| rate.0));
+            });
+            if let Err(why) = kept {
+                tracing::warn!(vm = self.vm.name(), %why, "the new limit is not written down");
+            }
             machine.handle(SourceInput::RateLimits(self.rate), now);
         }
     }

@@ -11,7 +11,7 @@ use sterna_engine::Source;
 use sterna_engine::source::Postcopy;
 use sterna_engine::units::Pages;
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach};
+use sterna_engine::wire::message::{BlockDigest, Filled, Purpose, Reattach, Text};
 use sterna_memory::{Backing, PAGE, PageRun, own, populated};
 use sterna_transport::Connection;
 
@@ -255,6 +255,28 @@ impl Outgoing {
         self.attach_control(connection);
         self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
         self.serve(&[])
+    }
+
+    /// Tells a target that was not connected that the pages which it misses are gone: else it would wait for them, and so would its people.
+    pub(super) fn tell_loss(&self, why: &str) {
+        let record = self.vm.record();
+        let (id, generation) = (self.id.0.to_vec(), record.generation);
+        let reattach = Reattach { id, vm: record.name, generation, streams: 0 };
+        let told = (|| {
+            let connection = self.host.endpoint().connect(&self.address, &self.peer, CONNECT_WITHIN);
+            let mut connection = connection.map_err(|why| explain(&why))?;
+            control::send(&mut connection, &Message::Reattach(reattach))?;
+            control::receive(&mut connection, FIRST_MESSAGE_WITHIN)?;
+            control::send(&mut connection, &Message::Abort(Text { text: why.to_owned() }))
+        })();
+        if let Err(why) = told {
+            tracing::warn!(
+                vm = self.vm.name(),
+                peer = self.peer,
+                why,
+                "the target cannot be told that pages are lost"
+            );
+        }
     }
 
     /// Finds the blocks of a VM that an earlier life of this agent has handed over, in the order in which it offered them.

@@ -54,6 +54,13 @@ pub(crate) fn resolve(
             process,
         );
         outgoing.activity = record.activity;
+        if record.step == Step::Serving {
+            let host = outgoing.host.name();
+            outgoing.view.notice(&format!(
+                "the agent of {host} was restarted in the middle: its figures are of what came after, its downtime is not known, and RAM is \
+                 not proved equal, also if that was asked for"
+            ));
+        }
         let outcome = outgoing.drive(machine, &events);
         done();
         outgoing.view.finish(&outcome);

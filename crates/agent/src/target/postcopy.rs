@@ -216,6 +216,13 @@ impl Arriving<'_> {
     /// Lets go of all connections: the source makes them anew.
     fn lost(&mut self, why: String) -> Option<TargetInput> {
         self.lazy.connections += 1;
+        if self.lazy.runs && !why.is_empty() {
+            tracing::warn!(
+                vm = self.offer.vm,
+                why,
+                "the host that has missing pages is not connected any more"
+            );
+        }
         if let Some(fetch) = &mut self.lazy.fetch {
             fetch.disconnect(self.lazy.connections);
         }
@@ -265,6 +272,7 @@ impl Arriving<'_> {
         self.attach_control(connection);
         self.show_fetching(true);
         let missing = self.lazy.fetch.as_ref().map_or(0, Fetch::remaining);
+        tracing::info!(vm = self.offer.vm, missing, "the host that has missing pages is connected again");
         Some(TargetInput::Reattached(missing))
     }
 
@@ -341,6 +349,12 @@ impl Arriving<'_> {
     /// The VM runs: what is missing may be pushed.
     pub(super) fn run_lazily(&mut self) {
         self.lazy.runs = true;
+        let missing = self.lazy.fetch.as_ref().map_or(0, Fetch::remaining);
+        tracing::info!(
+            vm = self.offer.vm,
+            missing,
+            "the VM runs here now, and fetches the pages that are missing"
+        );
         self.show_fetching(true);
         if let Some(fetch) = &mut self.lazy.fetch {
             fetch.list();

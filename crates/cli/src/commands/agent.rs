@@ -13,6 +13,9 @@ use tracing_subscriber::EnvFilter;
 /// What is logged when `STERNA_LOG` says nothing.
 const LOG_DEFAULT: &str = "info";
 
+/// How long what the agent is at may take to end: less than a service manager waits before it kills.
+const END_WITHIN: Duration = Duration::from_secs(3);
+
 /// `sterna agent`
 pub(crate) fn run(args: &AgentArgs, socket: Option<PathBuf>) -> Result<Exit, Failure> {
     start_log()?;
@@ -47,6 +50,7 @@ async fn serve(config: Config) -> Result<Exit, Failure> {
         agent = start(config) => agent?,
         () = interrupts.next() => return Ok(Exit::Done),
     };
+    let held = agent.clone();
     let server = api::serve(agent, &socket, async move { interrupts.next().await });
     tokio::pin!(server);
     // The first poll binds the socket and only then waits: from here on clients are answered.
@@ -60,6 +64,11 @@ async fn serve(config: Config) -> Result<Exit, Failure> {
     };
     ended.map_err(|why| Failure::new(Exit::Failed, format!("the API's socket: {why}")))?;
     tell_manager(NotifyState::Stopping);
+    // Migrations that can end do. One that waits for the pages of a host that is away never would: the next agent goes on with it.
+    let ending = tokio::task::spawn_blocking(move || drop(held));
+    if tokio::time::timeout(END_WITHIN, ending).await.is_err() {
+        tracing::info!("a migration goes on when the agent is started again");
+    }
     tracing::info!("ended; VMs go on running");
     Ok(Exit::Done)
 }

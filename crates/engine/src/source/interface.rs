@@ -188,6 +188,8 @@ pub enum Outcome {
     Cancelled,
     /// It failed, and the VM could not be resumed here either.
     Stranded(String),
+    /// The target ran the VM, which has ended there before all of its pages had come, or an operator says so: it runs nowhere.
+    EndedThere(String),
     /// The target runs the VM, and pages that it still needed are gone: it waits for good where it touches one.
     PagesLost(String),
 }

@@ -32,6 +32,8 @@ pub(super) struct Lazy {
     switched: bool,
     /// The target runs the VM and needs pages.
     served: bool,
+    /// It ran there and has ended there, for this reason.
+    ended: Option<String>,
     /// The pause before the next try to connect.
     pause: Duration,
 }
@@ -39,6 +41,16 @@ pub(super) struct Lazy {
 impl Lazy {
     pub(super) fn is_switched(&self) -> bool {
         self.switched
+    }
+
+    /// Why the VM has ended at the target before all of its pages had come, if it has.
+    pub(super) fn ended_there(&mut self) -> Option<String> {
+        self.ended.take()
+    }
+
+    /// The round that is over was not sent to its end: what is left of it tells nothing of how fast the guest writes.
+    pub(super) fn is_cut(&self) -> bool {
+        self.cut
     }
 
     /// Rounds on the streams that sent nothing.
@@ -146,8 +158,7 @@ impl Source {
 
     /// The target runs the VM: it has pages to fetch.
     pub(super) fn serve(&mut self, now: Duration) {
-        let downtime = self.stopped_at.map(|at| now.saturating_sub(at));
-        self.progress.downtime = self.progress.downtime.or(downtime);
+        self.note_downtime(now);
         self.lazy.serves();
         self.record(Step::Serving);
         self.state = State::Serving;
@@ -183,6 +194,12 @@ impl Source {
         self.deadline = None;
         self.actions.push_back(SourceAction::Release);
         self.actions.push_back(SourceAction::Over(Outcome::PagesLost(why)));
+    }
+
+    /// The VM ran at the target and runs nowhere any more; what is left of it here is from before.
+    pub(super) fn end_there(&mut self, why: String) {
+        self.lazy.ended = Some(why);
+        self.end();
     }
 
     pub(super) fn reattach(&mut self, now: Duration) {

@@ -11,11 +11,13 @@ use std::time::Duration;
 impl Source {
     /// The operator's word counts only where the target has none: it is asked once more.
     pub(super) fn on_recover(&mut self, choice: Choice, now: Duration) {
-        if self.lazy.is_served() {
+        let waits = matches!(self.state, State::Asking { .. }) && self.choice.is_none();
+        if self.lazy.is_served() && (choice == Choice::Here || !waits) {
             let peer = &self.parameters.peer;
             let text = format!(
                 "the VM runs at host {peer}, which still needs pages of it from here: it is kept for that, and goes on by itself once \
-                 host {peer} is reached"
+                 host {peer} is reached. If that host is lost for good the VM is too: --there ends what is left of it here, while \
+                 the host cannot be reached"
             );
             return self.actions.push_back(SourceAction::Reply(Err(text)));
         }
@@ -39,6 +41,10 @@ impl Source {
                 self.deadline = None;
                 self.parameters.offer.generation += 1;
                 self.record(Step::Fenced);
+            }
+            Some(Choice::There) if self.lazy.is_served() => {
+                let peer = &self.parameters.peer;
+                self.end_there(format!("an operator has decided that host {peer} is lost, with the VM"));
             }
             Some(Choice::There) => self.end(),
             None => {}

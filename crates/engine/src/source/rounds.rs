@@ -135,10 +135,12 @@ impl Source {
             self.rounds.throughput = Rate::measured(handled, round_time).map(|rate| (handled, rate));
         }
         let bandwidth = self.bandwidth_at_stop(residual);
-        if round_time >= RATE_SAMPLE_MIN {
+        if round_time >= RATE_SAMPLE_MIN && !self.lazy.is_cut() {
             self.progress.dirty_pages_rate = writes.0 / PAGE_BYTES;
         }
-        self.progress.expected_downtime = Some(bandwidth.time_for(residual));
+        if !self.lazy.is_cut() {
+            self.progress.expected_downtime = Some(bandwidth.time_for(residual));
+        }
         self.progress.ram_remaining = residual;
         let elapsed = now.saturating_sub(self.began);
         let unsettled = self.unsettled.bytes();

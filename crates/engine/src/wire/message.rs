@@ -501,6 +501,7 @@ impl From<crate::handoff::Ownership> for Answer {
             Undecided => 3,
             Unknown => 4,
             Fetching => 5,
+            Ended => 6,
         };
         Self { owner }
     }
@@ -513,6 +514,7 @@ impl From<Answer> for crate::handoff::Ownership {
             2 => Self::Source,
             3 => Self::Undecided,
             5 => Self::Fetching,
+            6 => Self::Ended,
             _ => Self::Unknown,
         }
     }

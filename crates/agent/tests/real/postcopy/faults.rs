@@ -236,11 +236,67 @@ fn the_pages_are_lost_with_the_qemu_that_has_them() {
 #[test]
 fn the_vm_dies_at_the_target_with_its_qemu() {
     let scene = boot(World::new("7.2"));
-    begin(&scene);
+    let id = begin(&scene);
     scene.kill_qemu("b");
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", ""), "{view:?}");
+    assert!(view.error_desc.as_ref().is_some_and(|why| why.contains("has ended there")), "{view:?}");
     until("the source lets go", MOVE, || scene.a.vms().unwrap().is_empty().then_some(()));
     until("it is stopped there", MOVE, || (scene.b.vm("vm").unwrap().state == "stopped").then_some(()));
     assert!(scene.qemus("a").is_empty() && scene.qemus("b").is_empty());
     scene.b.stop("vm").unwrap();
     assert!(scene.left_at("b").is_empty() && scene.left_at("a").is_empty());
+}
+
+/// The same where the target's agent learns it only when it is started again.
+#[test]
+fn the_vm_dies_at_the_target_while_its_agent_is_dead() {
+    let mut scene = boot(World::new("7.2"));
+    let id = begin(&scene);
+    scene.b.kill();
+    scene.kill_qemu("b");
+    scene.b.launch();
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", ""), "{view:?}");
+    until("the source lets go", MOVE, || scene.a.vms().unwrap().is_empty().then_some(()));
+    scene.b.stop("vm").unwrap();
+    assert!(scene.left_at("b").is_empty() && scene.left_at("a").is_empty());
+}
+
+/// A service manager restarts agents: one that waits for pages ends all the same, soon, and the next goes on.
+#[test]
+fn an_agent_that_is_asked_to_end_does() {
+    let mut scene = boot(World::new("10.0"));
+    let watcher = Watcher::start(&scene.world);
+    begin(&scene);
+    for host in ["b", "a", "b"] {
+        scene.host_mut(host).terminate();
+        scene.host_mut(host).launch();
+        becomes(&scene, "b", "postcopy-active");
+    }
+    ends(&scene);
+    watcher.finish();
+}
+
+/// A target host that is lost for good has taken the VM along; what was kept for it is freed when an operator says so, and not before.
+#[test]
+fn what_is_kept_for_a_host_that_is_lost_is_freed_by_an_operator() {
+    let mut scene = boot(World::new("7.2"));
+    let id = begin(&scene);
+    let recover = |scene: &Scene, side: &str| scene.a.command(&["recover", "vm", side]);
+    let (code, _, told) = recover(&scene, "--there");
+    assert_eq!(code, 1, "the target is there: {told}");
+    scene.b.kill();
+    scene.kill_qemu("b");
+    let waits = || (scene.a.migration(&id).unwrap().status == "postcopy-paused").then_some(());
+    until("the source waits", MOVE, waits);
+    let (code, _, told) = recover(&scene, "--here");
+    assert!(code == 1 && told.contains("--there"), "{told}");
+    let (code, _, told) = recover(&scene, "--there");
+    assert_eq!(code, 0, "{told}");
+    let view = scene.a.wait(&id);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", ""), "{view:?}");
+    assert!(scene.a.vms().unwrap().is_empty() && scene.qemus("a").is_empty());
+    scene.b.launch();
+    scene.b.stop("vm").unwrap();
 }

@@ -93,6 +93,24 @@ impl Daemon {
     }
 
     /// What it logged so far.
+    /// Asks it to end, as a service manager does, which kills it when it takes too long.
+    pub(crate) fn terminate(&mut self) {
+        /// `TimeoutStopSec` of the unit that we ship.
+        const WITHIN: Duration = Duration::from_secs(10);
+        let mut child = self.child.take().expect("it runs");
+        let pid = rustix::process::Pid::from_raw(child.id().cast_signed()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let end = Instant::now() + WITHIN;
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() >= end {
+                child.kill().unwrap();
+                child.wait().unwrap();
+                panic!("the agent of {} does not end: {}", self.name, tail(&self.log()));
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     pub(crate) fn log(&self) -> String {
         String::from_utf8_lossy(&std::fs::read(&self.log).unwrap_or_default()).into_owned()
     }
