@@ -17,6 +17,7 @@ mod sequential;
 mod served;
 mod servers;
 mod sparse;
+mod templates;
 mod tracking;
 mod writing;
 
@@ -52,6 +53,8 @@ pub enum Row {
     Sequential,
     /// For how long post-copy stops guests of several sizes.
     Postcopy,
+    /// 14: clones of a template leave together.
+    Templates,
     /// 17: how fast pages move where no link limits.
     Plane,
     /// 18: what tracking costs a guest that writes.
@@ -70,7 +73,7 @@ pub enum Row {
 
 impl Row {
     /// All of them, in the order in which they run.
-    pub const ALL: [Row; 17] = [
+    pub const ALL: [Row; 18] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -81,6 +84,7 @@ impl Row {
         Row::Faults,
         Row::Sequential,
         Row::Postcopy,
+        Row::Templates,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
@@ -91,7 +95,7 @@ impl Row {
     ];
 
     /// Those that run when none is named: the others take long, or measure nothing.
-    pub const DEFAULT: [Row; 13] = [
+    pub const DEFAULT: [Row; 14] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -102,6 +106,7 @@ impl Row {
         Row::Faults,
         Row::Sequential,
         Row::Postcopy,
+        Row::Templates,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
@@ -121,6 +126,7 @@ impl Row {
             Row::Faults => "faults",
             Row::Sequential => "sequential",
             Row::Postcopy => "postcopy",
+            Row::Templates => "templates",
             Row::Plane => "plane",
             Row::Tracking => "tracking",
             Row::Growth => "growth",
@@ -150,6 +156,7 @@ impl Row {
             Row::Sparse => Some(5),
             Row::Faults => Some(6),
             Row::Sequential => Some(7),
+            Row::Templates => Some(14),
             Row::Plane => Some(17),
             Row::Tracking => Some(18),
         }
@@ -157,7 +164,11 @@ impl Row {
 
     /// Other words for it: the parts that it has in the list, and what they are about. All parts run.
     fn aliases(self) -> &'static [&'static str] {
-        if self == Row::Muncher { &["4a", "hybrid", "4b", "stun"] } else { &[] }
+        match self {
+            Row::Muncher => &["4a", "hybrid", "4b", "stun"],
+            Row::Templates => &["eswaran"],
+            _ => &[],
+        }
     }
 
     /// What it measures.
@@ -186,6 +197,9 @@ impl Row {
                 "For how long a guest that writes its memory in order is blocked while post-copy brings it"
             }
             Row::Postcopy => "How long post-copy stops idle guests of 512 MiB to 4 GiB",
+            Row::Templates => {
+                "Four clones of a template leave together, and only what they have written moves"
+            }
             Row::Plane => "How fast the pages of a guest of 1 GiB move where no link limits",
             Row::Tracking => "What tracking costs a guest that writes",
             Row::Growth => {
@@ -293,6 +307,7 @@ fn one(row: Row, run: &Run<'_>) -> Result<RowResult, BenchError> {
         Row::Faults => faults::run(run),
         Row::Sequential => sequential::run(run),
         Row::Postcopy => postcopy::run(run),
+        Row::Templates => templates::run(run),
         Row::Plane => plane::run(run),
         Row::Tracking => tracking::run(run),
         Row::Growth => growth::run(run),
