@@ -20,6 +20,7 @@ pub(crate) const FIRST_MESSAGE_WITHIN: Duration = Duration::from_secs(5);
 pub(crate) const CONNECT_WITHIN: Duration = Duration::from_secs(5);
 
 /// What arrives on a control connection.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and it is taken apart at once")]
 #[derive(Debug)]
 pub(crate) enum Arrival {
     Message(Message),

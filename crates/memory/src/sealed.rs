@@ -70,7 +70,7 @@ mod tests {
             .write(true)
             .open(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(memory.file())));
         let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-        assert!(fallocate(&own.unwrap(), hole, PAGE, PAGE).is_err());
+        assert!(fallocate(own.unwrap(), hole, PAGE, PAGE).is_err());
         let mut page = [0; PAGE as usize];
         memory.file().read_exact_at(&mut page, PAGE).unwrap();
         assert_eq!(page, [7; PAGE as usize]);

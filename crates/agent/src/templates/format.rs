@@ -333,7 +333,11 @@ mod tests {
         assert_eq!(firsts, [2, 3, 0, 0, 0, 4, 0, 0]);
         assert_eq!(pages.state().unwrap(), b"state");
         let mut seen = Vec::new();
-        pages.read(1, 1, |run, bytes| Ok(seen.push((run.first, bytes[0])))).unwrap();
+        let read = pages.read(1, 1, |run, bytes| {
+            seen.push((run.first, bytes[0]));
+            Ok(())
+        });
+        read.unwrap();
         assert_eq!(seen, [(0, 2), (1, 3), (5, 4)]);
     }
 

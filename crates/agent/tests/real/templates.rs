@@ -143,7 +143,8 @@ fn clones_are_fetched(version: &str) {
     let scene = Scene::new(version, load(40));
     scene.clone_of("web", "c0");
     scene.lives("c0");
-    let ways: [(&str, fn(MigrateRequest) -> MigrateRequest); 2] = [
+    type Change = fn(MigrateRequest) -> MigrateRequest;
+    let ways: [(&str, Change); 2] = [
         ("at once", |request| MigrateRequest { postcopy: true, ..request }),
         ("after a round", |request| MigrateRequest {
             postcopy_after_precopy: true,

@@ -4,6 +4,7 @@
 #[path = "../../../agent/tests/fake/mod.rs"]
 mod fake;
 mod postcopy;
+mod template;
 
 use assert_cmd::Command;
 use fake::{Server, wait_until};

@@ -45,6 +45,7 @@ pub enum Postcopy {
 }
 
 /// What happens to the source.
+#[expect(clippy::large_enum_variant, reason = "there is one at a time, and it is taken apart at once")]
 #[derive(Clone, Debug)]
 pub enum SourceInput {
     /// A message of the target.
