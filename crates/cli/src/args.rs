@@ -278,7 +278,7 @@ pub(crate) struct Migrate {
     pub(crate) timeout_suspend: bool,
     /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow (virsh's --postcopy only permits
     /// a switch, which needs no permission here)
-    #[arg(long, conflicts_with_all = ["auto_converge", "min_bandwidth", "bandwidth_step", "delta_cache", "max_downtime", "timeout_postcopy"])]
+    #[arg(long, conflicts_with_all = ["auto_converge", "min_bandwidth", "bandwidth_step", "delta_cache", "max_downtime"])]
     pub(crate) postcopy: bool,
     /// Post-copy after one round: the VM runs at the target then, and what it has written meanwhile follows, unless that fits
     /// --max-downtime

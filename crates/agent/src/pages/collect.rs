@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
-    own, populated, with_data,
+    own, own_within, populated, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -160,8 +160,9 @@ impl Collector {
     /// What of a clone is to be sent of the pages that a scan tells: its own, and those that were its own and are the template's again, for
     /// the target has another content of them.
     fn changed_of_clone(&mut self, at: usize, told: &[PageRun]) -> Result<Vec<PageRun>, String> {
-        let own = self.own(at)?;
-        let pages = merge(&intersect(told, &own), &intersect(told, &self.touched[at]));
+        let mut own = Vec::new();
+        own_within(&self.process, &self.blocks[at].region, told, &mut own).map_err(|why| unseen(&why))?;
+        let pages = merge(&own, &intersect(told, &self.touched[at]));
         self.touched[at] = merge(&self.touched[at], &pages);
         Ok(pages)
     }
