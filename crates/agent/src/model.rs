@@ -54,8 +54,10 @@ pub struct PushView {
     pub name: String,
     /// The host that has it now.
     pub host: String,
-    /// Bytes that were sent: 0 where it was there already.
+    /// Bytes that were sent now: 0 where it was there already.
     pub bytes: u64,
+    /// Whether all of it is there. One request sends for a minute at most: repeat it, and it goes on.
+    pub complete: bool,
 }
 
 /// A template of this host.

@@ -111,7 +111,7 @@ impl View {
     }
 
     /// So many bytes of its template were sent.
-    pub(crate) fn template_sent(&self, sent: u64, _total: u64) {
+    pub(crate) fn template_sent(&self, sent: u64) {
         self.shown.send_modify(|view| view.ram.template_bytes = sent);
     }
 

@@ -42,8 +42,8 @@ fn send_template(
         ))
     })?;
     let mut cancelled = false;
-    let sent = templates::ensure(host, &entry, target, request.max_bandwidth, |sent, total| {
-        view.template_sent(sent, total);
+    let sent = templates::ensure(host, &entry, target, request.max_bandwidth, |sent| {
+        view.template_sent(sent);
         cancelled |= orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel)));
         if cancelled { Err("it was cancelled".into()) } else { Ok(()) }
     });

@@ -76,7 +76,11 @@ impl Manifest {
         let (mut pages, mut runs) = (0u64, 0u64);
         for block in &self.blocks {
             let whole = block.bytes.div_ceil(PAGE);
-            if block.pages > whole || block.runs > block.pages || (!block.travels && block.pages > 0) {
+            if whole > u32::MAX.into()
+                || block.pages > whole
+                || block.runs > block.pages
+                || (!block.travels && block.pages > 0)
+            {
                 return None;
             }
             pages = pages.checked_add(block.pages)?;

@@ -1,7 +1,7 @@
 //! A template of a VM: it stands still while its memory and devices are read, and goes on afterwards.
 
 use super::format::{Manifest, Pages, PagesWriter, StoredBlock};
-use super::{Entry, PAGES, Template, Templates, unusable_name};
+use super::{Entry, NEW, PAGES, Template, Templates, unusable_name};
 use crate::control::explain;
 use crate::host::{Host, fingerprint_lines};
 use crate::pages::PAGES_PER_STRIPE;
@@ -66,7 +66,7 @@ pub(crate) fn make(
         bytes: 0,
         pages_digest: String::new(),
     };
-    let folder = templates.unfinished(&format!("new-{name}")).map_err(|why| explain(&why))?;
+    let folder = templates.unfinished(&format!("{NEW}{name}")).map_err(|why| explain(&why))?;
     let made = write(host, vm, &layout, &folder, manifest)
         .and_then(|(manifest, memory)| keep(templates, &folder, name, manifest, memory));
     if made.is_err() {
@@ -186,12 +186,13 @@ fn keep(
 ) -> Result<Entry, String> {
     let (encoded, digest) = manifest.encode();
     let failed = |why: std::io::Error| format!("the template cannot be stored: {}", explain(&why));
-    templates.adopt(folder, name, &encoded, &digest).map_err(failed)?;
+    templates.adopt(folder, name, &encoded, &digest, None).map_err(failed)?;
     let entry = templates.entry(&digest).ok_or("the template was stored and cannot be read")?;
     let file = fs::File::open(templates.dir.join(&digest).join(PAGES)).map_err(failed)?;
     let pages = Pages::open(file, &manifest).map_err(failed)?;
     let name = entry.name.clone();
-    let template = Template { name, digest: digest.clone(), manifest, memory: Arc::new(memory), pages };
+    let template =
+        Template { name, digest: digest.clone(), manifest, memory: Arc::new(memory), origin: None, pages };
     lock(&templates.loaded).insert(digest, Arc::new(template));
     Ok(entry)
 }

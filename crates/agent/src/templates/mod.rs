@@ -35,6 +35,10 @@ pub(crate) use start::{Started, start};
 const MANIFEST: &str = "manifest.json";
 const PAGES: &str = "pages";
 const NAME: &str = "name";
+/// The host that a template came from. One that was made here has none.
+const ORIGIN: &str = "origin";
+/// How the folder of a template begins that is being made.
+const NEW: &str = "new-";
 /// How the folder of a template ends that is being made or received.
 const UNFINISHED: &str = ".part";
 
@@ -55,6 +59,8 @@ pub(crate) struct Template {
     pub(crate) digest: String,
     pub(crate) manifest: Manifest,
     pub(crate) memory: Arc<SealedMemory>,
+    /// The host that it came from: what that wrote into its command line is not trusted.
+    origin: Option<String>,
     pages: Pages,
 }
 
@@ -82,6 +88,14 @@ impl Templates {
     /// Those in this folder, which is made if it is not there.
     pub(crate) fn open(dir: PathBuf) -> io::Result<Self> {
         DirBuilder::new().recursive(true).mode(0o700).create(&dir)?;
+        // An earlier life of this agent ended while it made these. What came of a peer's is kept: the rest may follow.
+        let folders = fs::read_dir(&dir)?.flatten().filter(|folder| {
+            folder
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(NEW) && name.ends_with(UNFINISHED))
+        });
+        folders.for_each(|folder| drop(fs::remove_dir_all(folder.path())));
         Ok(Self { dir, loaded: Mutex::default(), busy: Mutex::default(), sending: Mutex::default() })
     }
 
@@ -124,13 +138,19 @@ impl Templates {
             return Ok(template.clone());
         }
         let entry = self.entry(digest).ok_or_else(|| format!("there is no template {digest} here"))?;
-        let failed = |why: io::Error| format!("template {} cannot be used: {}", entry.name, explain(&why));
+        let shown = entry.name.clone();
+        let failed = |why: io::Error| format!("template {shown} cannot be used: {}", explain(&why));
         let pages = File::open(self.dir.join(digest).join(PAGES))
             .and_then(|file| Pages::open(file, &entry.manifest))
             .map_err(failed)?;
         let memory = Arc::new(pages.load(&entry.manifest).map_err(failed)?);
+        let origin = match fs::read_to_string(self.dir.join(digest).join(ORIGIN)) {
+            Err(why) if why.kind() == io::ErrorKind::NotFound => None,
+            read => Some(read.map_err(failed)?),
+        };
         let Entry { name, manifest, .. } = entry;
-        let template = Arc::new(Template { name, digest: digest.to_owned(), manifest, memory, pages });
+        let template = Template { name, digest: digest.to_owned(), manifest, memory, origin, pages };
+        let template = Arc::new(template);
         loaded.insert(digest.to_owned(), template.clone());
         Ok(template)
     }
@@ -154,16 +174,28 @@ impl Templates {
                 users.join(", ")
             ));
         }
-        lock(&self.loaded).remove(&entry.digest);
+        let mut loaded = lock(&self.loaded);
+        if loaded.get(&entry.digest).is_some_and(|template| Arc::strong_count(template) > 1) {
+            return Err(format!("template {} is used by a VM that is being started", entry.name));
+        }
+        loaded.remove(&entry.digest);
+        drop(loaded);
         fs::remove_dir_all(self.dir.join(&entry.digest))
             .map_err(|why| format!("template {} cannot be removed: {why}", entry.name))
     }
 
     /// Makes an unfinished template one of this host's, under its digest.
-    fn adopt(&self, folder: &Path, name: &str, manifest: &[u8], digest: &str) -> io::Result<()> {
-        fs::write(folder.join(MANIFEST), manifest)?;
-        fs::write(folder.join(NAME), name)?;
-        for file in [MANIFEST, NAME] {
+    fn adopt(
+        &self,
+        folder: &Path,
+        name: &str,
+        manifest: &[u8],
+        digest: &str,
+        origin: Option<&str>,
+    ) -> io::Result<()> {
+        let files = [(MANIFEST, manifest), (NAME, name.as_bytes())];
+        for (file, content) in files.into_iter().chain(origin.map(|origin| (ORIGIN, origin.as_bytes()))) {
+            fs::write(folder.join(file), content)?;
             File::open(folder.join(file))?.sync_all()?;
         }
         match fs::rename(folder, self.dir.join(digest)) {

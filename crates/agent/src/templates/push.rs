@@ -20,7 +20,7 @@ const PIECE_WITHIN: Duration = Duration::from_secs(30);
 /// How long it may take to check all of it: it reads it once.
 const CHECK_WITHIN: Duration = Duration::from_secs(300);
 
-/// Sees to it that another host has a template; how many bytes of it went over the link for that. `told` hears how many bytes were sent of how many, and may end it.
+/// Sees to it that another host has a template; how many bytes of it went over the link for that. `told` hears how many were sent, and may end it.
 ///
 /// # Errors
 /// Why it is not there; what was sent stays there for the next time.
@@ -29,7 +29,7 @@ pub(crate) fn ensure(
     entry: &Entry,
     (peer, address): (&str, &str),
     limit: Option<u64>,
-    mut told: impl FnMut(u64, u64) -> Result<(), String>,
+    mut told: impl FnMut(u64) -> Result<(), String>,
 ) -> Result<u64, String> {
     // One at a time: who comes second finds it there.
     let _alone = lock(&host.templates().sending);
@@ -51,7 +51,7 @@ pub(crate) fn ensure(
     let mut piece = vec![0; STATE_PIECE_BYTES_MAX];
     let mut sent = 0;
     while at < total {
-        told(sent, total)?;
+        told(sent)?;
         let most = STATE_PIECE_BYTES_MAX.min(pacer.batch_limit().max(1));
         let piece = &mut piece[..most.min((total - at) as usize)];
         file.read_exact_at(piece, at).map_err(|why| failed(explain(&why)))?;
@@ -60,7 +60,7 @@ pub(crate) fn ensure(
         at += piece.len() as u64;
         sent += piece.len() as u64;
     }
-    told(sent, total)?;
+    told(sent)?;
     let there = state(&mut connection, CHECK_WITHIN).map_err(failed)?;
     if !there.complete {
         return Err(failed("it was sent, and is not complete there".into()));
@@ -147,11 +147,17 @@ fn take(host: &Arc<Host>, peer: &str, offered: &Offered, connection: &mut Connec
         drop(fs::remove_dir_all(&folder));
         format!("what came of it is not what it says: {}", explain(&why))
     })?;
-    let stored = templates.adopt(&folder, &offered.name, &offered.manifest, &digest);
+    let stored = templates.adopt(&folder, &offered.name, &offered.manifest, &digest, Some(peer));
     stored.map_err(|why| format!("it cannot be stored: {}", explain(&why)))?;
     let name = offered.name.clone();
-    let template =
-        super::Template { name, digest: digest.clone(), manifest, memory: Arc::new(memory), pages };
+    let template = super::Template {
+        name,
+        digest: digest.clone(),
+        manifest,
+        memory: Arc::new(memory),
+        origin: Some(peer.to_owned()),
+        pages,
+    };
     lock(&templates.loaded).insert(digest, Arc::new(template));
     Ok(have - from)
 }

@@ -39,11 +39,7 @@ pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<S
     let began = Instant::now();
     let manifest = &template.manifest;
     let argv = named(&manifest.argv, vm);
-    let main = manifest.main_block();
-    let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
-    let line = line.on_template(&main.name, main.bytes)?;
-    let cpu = Some(manifest.cpu.as_str()).filter(|cpu| !cpu.is_empty());
-    let argv_here = line.for_clone(&host.run_dir(vm), &manifest.machine, cpu);
+    let argv_here = command_line(host, template, vm, &argv)?;
     let launched = host.launch(vm, argv_here, Some(template.memory.clone()));
     let mut qemu = launched.map_err(|why| explain(&why))?.qemu;
     let launched = began.elapsed();
@@ -61,6 +57,30 @@ pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<S
     }
 }
 
+/// The command line of a clone on this host. That of a template of a peer's is put into this host's words first, as that of a VM which comes
+/// from there is, or refused: nothing that a peer writes runs a program or opens a file that this host does not allow.
+fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> Result<Vec<String>, String> {
+    let manifest = &template.manifest;
+    let (main, run_dir) = (manifest.main_block(), host.run_dir(vm));
+    let line = CommandLine::parse(argv.to_vec()).map_err(|why| explain(&why))?;
+    let cpu = Some(manifest.cpu.as_str()).filter(|cpu| !cpu.is_empty());
+    let Some(origin) = &template.origin else {
+        let line = line.on_template(&main.name, main.bytes)?;
+        return Ok(line.for_clone(&run_dir, &manifest.machine, cpu));
+    };
+    let ours = line.for_target(&run_dir, &manifest.machine, cpu, &host.config().map, &host.policy());
+    let ours = ours.map_err(|refusals| {
+        let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
+        format!(
+            "template {} came from host {origin}, and this host does not allow: {}",
+            template.name,
+            texts.join("; ")
+        )
+    })?;
+    let ours = CommandLine::parse_launched(ours).ok_or("its command line cannot be read")?;
+    Ok(ours.on_template(&main.name, main.bytes)?.to_argv())
+}
+
 /// Puts into the QEMU what is not in the shared memory, and lets it run.
 fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Result<(), String> {
     let manifest = &template.manifest;
@@ -74,6 +94,13 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
                 template.name,
                 differences.join("; ")
             ));
+        }
+    }
+    if template.origin.is_some() {
+        // What is made here was looked at when it was made.
+        let reasons = qemu.template_reasons().map_err(failed)?;
+        if let Some(reason) = reasons.first() {
+            return Err(format!("template {} cannot be used: {}", template.name, reason.text));
         }
     }
     qemu.prepare_load().map_err(failed)?;

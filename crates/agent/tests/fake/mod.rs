@@ -333,7 +333,7 @@ impl Control for Fake {
     fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {
         let template = self.template(name)?;
         let bytes = if request.host == "hostb" { template.bytes } else { 0 };
-        Ok(PushView { name: name.into(), host: request.host, bytes })
+        Ok(PushView { name: name.into(), host: request.host, bytes, complete: true })
     }
     fn remove_template(&self, name: &str) -> Result<(), AgentError> {
         self.template(name)?;

@@ -298,6 +298,36 @@ fn a_template_is_what_its_digest_says() {
     assert!(scene.a.templates().is_empty());
 }
 
+/// A template of a peer's starts here in this host's words, and not at all with a program or a file that this host does not allow.
+#[test]
+fn what_a_peer_writes_into_a_template_is_not_trusted() {
+    let scene = Scene::new("7.2", load(5));
+    let push = sterna_agent::model::PushRequest { host: "b".into(), max_bandwidth: None };
+    scene.a.push_template("web", &push).unwrap();
+    let request =
+        |template: &str| RunRequest { name: "c0".into(), argv: Vec::new(), template: Some(template.into()) };
+    scene.b.run(request("web")).unwrap();
+    scene.lives("c0");
+    scene.b.stop("c0").unwrap();
+
+    let there = scene.world.path("b/state/templates");
+    let web = there.join(scene.b.template("web").unwrap().digest);
+    assert_eq!(std::fs::read_to_string(web.join("origin")).unwrap(), "a");
+    let manifest = std::fs::read_to_string(web.join("manifest.json")).unwrap();
+    let qemu = scene.world.parts.qemu("7.2").display().to_string();
+    let evil = manifest.replace(&qemu, "/bin/sh");
+    assert_ne!(manifest, evil);
+    let folder = there.join(blake3::hash(evil.as_bytes()).to_hex().as_str());
+    std::fs::create_dir(&folder).unwrap();
+    std::fs::write(folder.join("manifest.json"), &evil).unwrap();
+    for (file, content) in [("name", "evil"), ("origin", "a")] {
+        std::fs::write(folder.join(file), content).unwrap();
+    }
+    std::fs::copy(web.join("pages"), folder.join("pages")).unwrap();
+    let why = scene.b.run(request("evil")).unwrap_err().to_string();
+    assert!(why.contains("came from host a") && why.contains("/bin/sh"), "{why}");
+}
+
 /// A VM that cannot become a template says why, and runs on.
 #[test]
 fn what_cannot_be_a_template_says_why() {

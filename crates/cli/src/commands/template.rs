@@ -31,7 +31,12 @@ pub(crate) async fn run(client: &Client, command: Template) -> Result<Exit, Fail
         Template::Push { name, host, bandwidth, output } => {
             let request = PushRequest { host, max_bandwidth: bandwidth.filter(|rate| *rate > 0) };
             let path = format!("/v1/templates/{}/push", segment(&name));
-            let view: PushView = client.send(Method::POST, &path, &request, None).await?;
+            let mut view: PushView = client.send(Method::POST, &path, &request, None).await?;
+            while !view.complete {
+                tell(&format!("{name}: {} were sent, and more follows", bytes(view.bytes)));
+                let more: PushView = client.send(Method::POST, &path, &request, None).await?;
+                view = PushView { bytes: view.bytes + more.bytes, ..more };
+            }
             match (output.format, view.bytes) {
                 (Format::Json, _) => show::json(&view)?,
                 (_, 0) => println!("host {} has template {} already", view.host, view.name),
