@@ -5,7 +5,7 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use procfs::process::MMPermissions;
+use procfs::process::{MMPermissions, MMapPath, MemoryMap};
 use rustix::fs::{SeekFrom, seek};
 
 use crate::page::{PAGE, Region, Span};
@@ -70,6 +70,9 @@ pub(crate) enum Kind {
     Shared,
     /// A private mapping of a file or memfd: `share=off`.
     Private,
+    /// A private mapping of pages that several VMs have in common ([`crate::shared`]): what it shows where the process has no page of its own
+    /// never changes.
+    Common,
 }
 
 /// A part of a region behind which there is one mapping.
@@ -92,38 +95,70 @@ pub(crate) enum Access {
     ReadWrite,
 }
 
+/// The mappings of a process at one moment: with many of them, reading the list takes milliseconds, and it is read once for many regions.
+pub(crate) struct Mappings {
+    pid: i32,
+    maps: Vec<MemoryMap>,
+}
+
+impl Mappings {
+    pub(crate) fn of(process: &Process) -> Result<Self, BackingError> {
+        let pid = process.pid();
+        let maps = procfs::process::Process::new(pid).and_then(|p| p.maps());
+        let alive = process.is_alive();
+        let maps = maps.map_err(|source| BackingError::Maps { pid, source });
+        let maps = if alive { maps?.0 } else { return Err(process.gone().into()) };
+        Ok(Self { pid, maps })
+    }
+
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.maps.len()
+    }
+
+    /// The segments of a region, ascending, without a gap.
+    pub(crate) fn segments(&self, region: &Region) -> Result<Vec<Segment>, BackingError> {
+        if !region.is_valid() {
+            return Err(BackingError::Malformed { base: region.base, bytes: region.bytes });
+        }
+        let mut segments = Vec::new();
+        let mut at = region.base;
+        let first = self.maps.partition_point(|map| map.address.1 <= at);
+        for map in &self.maps[first..] {
+            let (from, to) = map.address;
+            if from > at || at >= region.end() {
+                break;
+            }
+            let (start, end) = (at, to.min(region.end()));
+            let kind = match (map.inode, map.perms.contains(MMPermissions::SHARED)) {
+                (0, false) => Kind::Anonymous,
+                (_, true) => Kind::Shared,
+                (_, false) if is_common(map) => Kind::Common,
+                (_, false) => Kind::Private,
+            };
+            let dev = rustix::fs::makedev(map.dev.0 as u32, map.dev.1 as u32);
+            let offset = map.offset + (start - from);
+            segments.push(Segment { start, end, kind, offset, map: map.address, dev, inode: map.inode });
+            at = end;
+        }
+        match at < region.end() {
+            true => Err(BackingError::Unmapped { pid: self.pid, addr: at }),
+            false => Ok(segments),
+        }
+    }
+}
+
+/// Whether a mapping is of what several VMs have in common: a memfd has no name but the one that it was made with.
+fn is_common(map: &MemoryMap) -> bool {
+    let MMapPath::Path(path) = &map.pathname else { return false };
+    path.to_str().and_then(|path| path.strip_prefix("/memfd:")).is_some_and(|name| {
+        name.strip_prefix(crate::shared::NAME).is_some_and(|rest| rest.is_empty() || rest == " (deleted)")
+    })
+}
+
 /// The segments of a region, ascending, without a gap.
 pub(crate) fn segments(process: &Process, region: &Region) -> Result<Vec<Segment>, BackingError> {
-    if !region.is_valid() {
-        return Err(BackingError::Malformed { base: region.base, bytes: region.bytes });
-    }
-    let pid = process.pid();
-    let maps = procfs::process::Process::new(pid).and_then(|p| p.maps());
-    let alive = process.is_alive();
-    let maps = maps.map_err(|source| BackingError::Maps { pid, source });
-    let maps = if alive { maps? } else { return Err(process.gone().into()) };
-    let mut segments = Vec::new();
-    let mut at = region.base;
-    for map in &maps {
-        let (from, to) = map.address;
-        if to <= at || from >= region.end() {
-            continue;
-        }
-        if from > at {
-            break;
-        }
-        let (start, end) = (at, to.min(region.end()));
-        let kind = match (map.inode, map.perms.contains(MMPermissions::SHARED)) {
-            (0, false) => Kind::Anonymous,
-            (_, true) => Kind::Shared,
-            (_, false) => Kind::Private,
-        };
-        let dev = rustix::fs::makedev(map.dev.0 as u32, map.dev.1 as u32);
-        let offset = map.offset + (start - from);
-        segments.push(Segment { start, end, kind, offset, map: map.address, dev, inode: map.inode });
-        at = end;
-    }
-    if at < region.end() { Err(BackingError::Unmapped { pid, addr: at }) } else { Ok(segments) }
+    Mappings::of(process)?.segments(region)
 }
 
 impl Segment {

@@ -71,6 +71,18 @@ impl Reader {
     }
 }
 
+/// Looks at the spans, whatever they hold.
+pub(crate) fn touch(process: &Process, spans: &[Span]) -> Result<(), CopyError> {
+    let reader = Process::try_clone(process).map(|process| Reader { process });
+    let reader = reader.map_err(|_| CopyError::Gone { pid: process.pid() })?;
+    let mut seen = vec![0; SPANS_PER_CALL];
+    spans.chunks(SPANS_PER_CALL).try_for_each(|spans| {
+        let bytes: u64 = spans.iter().map(|span| span.len).sum();
+        seen.resize(bytes as usize, 0);
+        reader.read(spans, &mut seen)
+    })
+}
+
 /// Writes the bytes to the spans, one after the other.
 pub(crate) fn write(process: &Process, spans: &[Span], bytes: &[u8]) -> Result<(), CopyError> {
     let pid = Pid::from_raw(process.pid());

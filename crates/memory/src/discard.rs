@@ -7,6 +7,7 @@
 //! | shared file or memfd | a hole is punched into the file, through our own descriptor |
 //! | anonymous | long runs are given back by an injected `madvise(MADV_DONTNEED)`, one attach for all; short ones become zeros |
 //! | private, nothing in the file | the same: nothing lies under the page |
+//! | in common with other VMs | zeros, for the same reason |
 //! | private, the file has data there | zeros, for giving the page back would uncover the file's bytes |
 //! | huge pages of hugetlbfs | zeros, and whole ones that hold nothing any more are given back ([`crate::huge_target`]) |
 
@@ -41,6 +42,7 @@ impl Installer {
                 match part.segment.kind {
                     _ if let Some(huge) = &part.huge => self.discard_huge(plan, part, huge, piece)?,
                     Kind::Anonymous => uncovered.push(run),
+                    Kind::Common => self.overwrite(piece)?,
                     Kind::Shared => self.punch(plan, part, piece)?,
                     Kind::Private => self.discard_private(plan, part, run, &mut uncovered)?,
                 }

@@ -30,7 +30,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(1);
 /// Whether any part of a region is in huge pages of hugetlbfs.
 pub(crate) fn is_huge(process: &Process, region: &Region) -> bool {
     let Ok(segments) = backing::segments(process, region) else { return false };
-    let files = segments.iter().filter(|segment| segment.kind != Kind::Anonymous);
+    let files = segments.iter().filter(|segment| !matches!(segment.kind, Kind::Anonymous | Kind::Common));
     let mut sizes =
         files.filter_map(|segment| segment.huge_page_bytes(&segment.open(process, Access::Read).ok()?));
     sizes.next().is_some()

@@ -8,16 +8,18 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::RawFd;
 use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
 use crate::attach::{Attach, AttachError};
-use crate::backing::{self, Access, BackingError, Kind, Segment};
+use crate::backing::{Access, BackingError, Kind, Mappings, Segment};
 use crate::copy::{self, CopyError};
 use crate::huge_target::HugePages;
 use crate::page::{PAGE, PageRun, Region, Span};
 use crate::populated::{PopulatedError, present};
 use crate::process::{Process, ProcessError};
+use crate::shared::{CommonRun, SharedError, map_common};
 use crate::sys::pagemap::PageMap;
 use crate::sys::uffd::{INSTALL_FEATURES, Uffd};
 
@@ -39,6 +41,9 @@ pub enum InstallError {
     /// The page tables could not be read.
     #[error(transparent)]
     Populated(#[from] PopulatedError),
+    /// Pages in common with others could not be mapped.
+    #[error(transparent)]
+    Shared(#[from] SharedError),
     /// Bytes could not be written.
     #[error(transparent)]
     Copy(#[from] CopyError),
@@ -146,7 +151,9 @@ pub(crate) enum Way {
 impl Installer {
     /// Looks at what is behind the regions and gets ready. Attaches to the process only if a part must be filled.
     pub fn open(process: &Process, regions: Vec<Region>, attach: &Attach) -> Result<Installer, InstallError> {
-        let plans: Result<Vec<Plan>, _> = regions.into_iter().map(|region| plan(process, region)).collect();
+        let mappings = Mappings::of(process)?;
+        let plans: Result<Vec<Plan>, _> =
+            regions.into_iter().map(|region| plan(process, &mappings, region)).collect();
         let regions = plans?;
         let uffd = register(process, &regions, attach)?;
         let (process, attach) = (process.try_clone()?, attach.clone());
@@ -191,6 +198,22 @@ impl Installer {
             spans.push(Span { addr: plan.region.base + offset, len: end - offset });
         }
         self.write(&spans, bytes)
+    }
+
+    /// Maps pages that are in common with others over what is there, `fd` being the number of their store in the process; what is installed
+    /// later covers them. How many of the runs were mapped, region by region in order ([`map_common`]).
+    pub fn map_common(&mut self, fd: RawFd, runs: &[(usize, Vec<CommonRun>)]) -> Result<usize, InstallError> {
+        let mut regions = Vec::with_capacity(runs.len());
+        for (region, runs) in runs {
+            let plain: Vec<PageRun> = runs.iter().map(|common| common.run).collect();
+            regions.push((self.checked(*region, &plain)?.region, runs.clone()));
+        }
+        let mapped = map_common(&self.process, &self.attach, fd, &regions)?;
+        let mappings = Mappings::of(&self.process)?;
+        for (region, _) in runs {
+            self.regions[*region] = plan(&self.process, &mappings, self.regions[*region].region)?;
+        }
+        Ok(mapped)
     }
 
     /// Ends it: the process keeps its pages, and nothing of ours. Dropping does the same, without telling whether it worked.
@@ -340,15 +363,14 @@ impl Plan {
     }
 }
 
-fn plan(process: &Process, region: Region) -> Result<Plan, InstallError> {
-    let parts =
-        backing::segments(process, &region)?.into_iter().map(|segment| part(process, &region, segment));
+fn plan(process: &Process, mappings: &Mappings, region: Region) -> Result<Plan, InstallError> {
+    let parts = mappings.segments(&region)?.into_iter().map(|segment| part(process, &region, segment));
     Ok(Plan { region, parts: parts.collect::<Result<_, _>>()? })
 }
 
 fn part(process: &Process, region: &Region, segment: Segment) -> Result<Part, InstallError> {
     let file = match segment.kind {
-        Kind::Anonymous => None,
+        Kind::Anonymous | Kind::Common => None,
         Kind::Private => Some((segment.open(process, Access::Read)?, Access::Read)),
         // Sealed or read-only for us: all is done through the mapping.
         Kind::Shared => Some(match segment.open(process, Access::ReadWrite) {

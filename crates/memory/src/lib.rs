@@ -38,6 +38,7 @@ mod populated;
 mod preflight;
 mod process;
 mod sealed;
+mod shared;
 mod smaps;
 mod sys;
 mod throttle;
@@ -57,5 +58,8 @@ pub use populated::{Backing, PopulatedError, mapped, own, own_within, populated,
 pub use preflight::preflight;
 pub use process::{Process, ProcessError};
 pub use sealed::SealedMemory;
+pub use shared::{
+    CommonRun, SharedError, common, common_room, common_store, frames, map_common, touch,
+};
 pub use throttle::{Throttle, first_writes};
 pub use track::{Peeker, TrackError, Tracker, WpAsyncTracker};

@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 
-use crate::backing::{self, Access, BackingError, Kind};
+use crate::backing::{self, Access, BackingError, Kind, Segment};
 use crate::huge;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
 use crate::process::{Process, ProcessError};
@@ -51,6 +51,11 @@ pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> 
     let mut files = false;
     let mut scanner = PageMap::new(process.open_proc("pagemap")?);
     for segment in backing::segments(process, region)? {
+        if segment.kind == Kind::Common {
+            files = true;
+            out.push(region.run(segment.start, segment.end));
+            continue;
+        }
         if segment.kind != Kind::Anonymous {
             files = true;
             let file = segment.open(process, Access::Read)?;
@@ -120,7 +125,8 @@ pub fn with_data(
     if runs.is_empty() {
         return Ok(found);
     }
-    for segment in backing::segments(process, region)?.iter().filter(|s| s.kind != Kind::Anonymous) {
+    let of_file = |segment: &&Segment| !matches!(segment.kind, Kind::Anonymous | Kind::Common);
+    for segment in backing::segments(process, region)?.iter().filter(of_file) {
         let file = segment.open(process, Access::Read)?;
         for span in runs.iter().map(|run| region.span(*run)) {
             let within = span.addr.max(segment.start)..span.end().min(segment.end);
@@ -136,7 +142,8 @@ pub fn with_data(
 /// What is behind a region, as far as looking for changes goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Backing {
-    /// All of it is private memory without a file: plain `-m` RAM. One scan tells all about it.
+    /// All of it is private memory without a file: plain `-m` RAM. One scan tells all about it; but for what it has in common with others
+    /// ([`crate::shared`]).
     Anonymous,
     /// Files or memfds: a page that is not mapped may have content.
     Files,
@@ -163,7 +170,7 @@ impl Backing {
     /// The mappings cannot be read.
     pub fn of(process: &Process, region: &Region) -> Result<Backing, PopulatedError> {
         let segments = backing::segments(process, region)?;
-        Ok(match segments.iter().all(|segment| segment.kind == Kind::Anonymous) {
+        Ok(match segments.iter().all(|segment| matches!(segment.kind, Kind::Anonymous | Kind::Common)) {
             true => Backing::Anonymous,
             false if huge::is_huge(process, region) => Backing::HugePages,
             false => Backing::Files,

@@ -153,6 +153,11 @@ impl Attach {
         Ok(self.run(process, Op::MadviseDontneed { ranges })?.0)
     }
 
+    /// Does what answers with figures alone.
+    pub(crate) fn perform(&self, process: &Process, op: Op) -> Result<Done, AttachError> {
+        Ok(self.run(process, op)?.0)
+    }
+
     /// Begins what lasts as long as the connection that is returned.
     pub(crate) fn begin(&self, process: &Process, op: Op) -> Result<UnixStream, AttachError> {
         let (child, stream, answer) = self.ask(process, op)?;

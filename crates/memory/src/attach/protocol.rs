@@ -41,6 +41,9 @@ pub(crate) enum Op {
     Close { fds: Vec<i32> },
     /// Give ranges (address, length) of private memory back.
     MadviseDontneed { ranges: Vec<(u64, u64)> },
+    /// Map ranges (address, length, offset) of a file that is open in the target privately, over what is there, and give each such advice
+    /// (madvise(2)).
+    MapPrivate { fd: i32, ranges: Vec<(u64, u64, u64)>, reserve: bool, advice: Vec<i32> },
     /// Give threads a control group of their own. The conversation goes on then, and the group ends with it.
     Throttle { threads: Vec<i32> },
 }
@@ -60,7 +63,7 @@ pub(crate) enum Answer {
 pub(crate) struct Done {
     /// Number that the descriptor has in the target, where the target keeps it.
     pub(crate) remote_fd: Option<i32>,
-    /// How many ranges were given back; the first that was refused ends the work.
+    /// How many ranges were given back or mapped; the first that was refused ends the work.
     pub(crate) ranges: usize,
     /// How long the thread was held, in microseconds.
     pub(crate) held_us: u64,

@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use linux_raw_sys::general::{
     __NR_close, __NR_ioctl, __NR_madvise, __NR_mmap, __NR_munmap, __NR_process_madvise, __NR_userfaultfd,
-    MAP_ANONYMOUS, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_READ, PROT_WRITE, UFFD_USER_MODE_ONLY,
+    MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_READ, PROT_WRITE, UFFD_USER_MODE_ONLY,
 };
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -153,6 +153,9 @@ fn check(request: &Request) -> Result<(), Failure> {
         Op::MadviseDontneed { ranges } if ranges.len() > MAX_RANGES => {
             refuse("too many ranges in one request")
         }
+        Op::MapPrivate { ranges, .. } if ranges.len() > MAX_RANGES => {
+            refuse("too many ranges in one request")
+        }
         _ => Ok(()),
     }
 }
@@ -191,6 +194,9 @@ fn perform(held: &mut Held, request: &Request) -> Result<(Done, Option<OwnedFd>)
             Ok((Done::default(), None))
         }
         Op::MadviseDontneed { ranges } => Ok((dontneed(held, request, ranges)?, None)),
+        Op::MapPrivate { fd, ranges, reserve, advice } => {
+            Ok((map_private(held, *fd, ranges, *reserve, advice)?, None))
+        }
         Op::Throttle { .. } => Ok((Done::default(), None)),
     }
 }
@@ -226,6 +232,33 @@ fn dontneed(held: &mut Held, request: &Request, ranges: &[(u64, u64)]) -> Result
             break; // locked memory, for one: the caller writes zeros instead
         }
         done.ranges += 1;
+    }
+    Ok(done)
+}
+
+/// Maps ranges of a file. Between the first and the last address that were mapped, all is given the advice: the rest of it has it already.
+fn map_private(
+    held: &mut Held,
+    fd: i32,
+    ranges: &[(u64, u64, u64)],
+    reserve: bool,
+    advice: &[i32],
+) -> Result<Done, Failure> {
+    let mut done = Done::default();
+    let rights = u64::from(PROT_READ | PROT_WRITE);
+    let kind = u64::from(MAP_PRIVATE | MAP_FIXED | if reserve { 0 } else { MAP_NORESERVE });
+    for &(addr, len, offset) in ranges {
+        let mapped = held.call_long(__NR_mmap, [addr, len, rights, kind, i64::from(fd) as u64, offset])?;
+        match succeeded("mmap", mapped) {
+            Ok(_) => done.ranges += 1,
+            Err(failure) if done.ranges == 0 => return Err(failure),
+            Err(_) => break, // no room for more mappings: what is left stays as it is
+        }
+    }
+    let (Some(first), Some(last)) = (ranges.first(), ranges[..done.ranges].last()) else { return Ok(done) };
+    for advice in advice {
+        let args = [first.0, last.0 + last.1 - first.0, i64::from(*advice) as u64];
+        succeeded("madvise", held.call(__NR_madvise, args)?)?;
     }
     Ok(done)
 }

@@ -5,6 +5,7 @@
 //! | anonymous | pages, by an injected `madvise(MADV_DONTNEED)`, one attach for all | missing pages |
 //! | shared file or memfd | the file's pages, by punching holes through our own descriptor | pages that the file misses |
 //! | private, of a memfd or tmpfs | the process's own pages, as if anonymous | missing pages, and those that only the file has |
+//! | in common with other VMs | the process's own pages, as if anonymous | missing pages, and those that only the store has |
 //! | huge pages of hugetlbfs | as of others, in whole ones | missing pages |
 //!
 //! The file below a private mapping is left alone, for it may be a template of others: what it has faults as well (`MINOR`), and is
@@ -120,6 +121,7 @@ impl Pager {
         for (plan, part) in self.regions.iter().flat_map(|plan| plan.parts.iter().map(move |p| (plan, p))) {
             let span = part.segment.span();
             let registered = match part.segment.kind {
+                Kind::Common => self.uffd.register_missing_above_file(span),
                 Kind::Private if plan.huge.is_none() => self.uffd.register_missing_above_file(span),
                 _ => self.uffd.register_missing(span),
             };

@@ -33,7 +33,7 @@ use rustix::process::{ForeignRawFd, PidfdGetfdFlags, pidfd_getfd};
 pub use error::PagerError;
 
 use crate::attach::Attach;
-use crate::backing::{self, Access, Kind, Segment};
+use crate::backing::{self, Access, Kind, Mappings, Segment};
 use crate::bits::PageBits;
 use crate::page::{PageRun, Region, Span, append_run};
 use crate::process::Process;
@@ -102,8 +102,6 @@ struct Plan {
     parts: Vec<Part>,
     /// Where its pages come in pieces.
     huge: Option<HugePages>,
-    /// A page that is not missing is the file's, if it has one.
-    template: bool,
 }
 
 /// A part of a region with one mapping behind it.
@@ -113,6 +111,8 @@ struct Part {
     file: Option<File>,
     /// Where the file of a private mapping has data: a page that is zero must cover it.
     covers: Vec<PageRun>,
+    /// A page that is not missing is the file's, if it has one; else it is zero.
+    below: bool,
 }
 
 /// Who waits. A lock of its own, held for a look.
@@ -133,7 +133,7 @@ impl Pager {
         for region in regions {
             for segment in backing::segments(process, region)? {
                 let at = segment.start;
-                if segment.kind == Kind::Anonymous {
+                if matches!(segment.kind, Kind::Anonymous | Kind::Common) {
                     continue;
                 }
                 let file = segment.open(process, Access::Read)?;
@@ -220,7 +220,8 @@ impl Pager {
     #[must_use]
     pub fn over_templates(mut self, regions: &[usize]) -> Self {
         for (at, plan) in self.regions.iter_mut().enumerate() {
-            plan.template = regions.contains(&at);
+            let template = regions.contains(&at);
+            plan.parts.iter_mut().for_each(|part| part.below = template || part.segment.kind == Kind::Common);
         }
         self
     }
@@ -336,7 +337,8 @@ fn plans(process: &Process, regions: &[Region], bits: &PageBits) -> Result<Vec<P
     if !bits.pages().eq(regions.iter().map(Region::pages)) {
         return Err(PagerError::Bits);
     }
-    regions.iter().map(|region| plan(process, *region)).collect()
+    let mappings = Mappings::of(process)?;
+    regions.iter().map(|region| plan(process, &mappings, *region)).collect()
 }
 
 impl Plan {
@@ -345,12 +347,16 @@ impl Plan {
     }
 }
 
-fn plan(process: &Process, region: Region) -> Result<Plan, PagerError> {
+fn plan(process: &Process, mappings: &Mappings, region: Region) -> Result<Plan, PagerError> {
     let (mut parts, mut huge) = (Vec::new(), None);
-    for segment in backing::segments(process, &region)? {
+    for segment in mappings.segments(&region)? {
         let mut covers = Vec::new();
         let file = match segment.kind {
             Kind::Anonymous => None,
+            Kind::Common => {
+                covers.push(region.run(segment.start, segment.end));
+                None
+            }
             // Nothing can be dropped from a file that cannot be written, which matters only if something is there.
             Kind::Shared => match segment.open(process, Access::ReadWrite) {
                 Ok(file) => Some(file),
@@ -369,9 +375,10 @@ fn plan(process: &Process, region: Region) -> Result<Plan, PagerError> {
         if file.as_ref().is_some_and(|file| segment.huge_page_bytes(file).is_some()) {
             huge = Some(HugePages::default());
         }
-        parts.push(Part { segment, file, covers });
+        let below = segment.kind == Kind::Common;
+        parts.push(Part { segment, file, covers, below });
     }
-    Ok(Plan { region, parts, huge, template: false })
+    Ok(Plan { region, parts, huge })
 }
 
 /// Locked memory is all present, and stays so.

@@ -95,7 +95,7 @@ impl Pager {
             return Ok(done);
         }
         // When the pager ends, the file's page would be seen.
-        plan.parts.iter().for_each(|part| intersection(&part.covers, &[run], &mut covered));
+        plan.parts_of(run).iter().for_each(|part| intersection(&part.covers, &[run], &mut covered));
         for run in covered {
             self.fill(region, run, Content::Zeros, &mut done)?;
         }
@@ -182,7 +182,8 @@ impl Pager {
         let plan = &self.regions[region];
         let (addr, len) = (plan.address(page), plan.granule() * PAGE);
         let span = Span { addr, len };
-        if plan.template && self.uffd.map_existing(span).bytes > 0 {
+        let below = plan.parts_of(PageRun { first: page, pages: 1 }).first().is_some_and(|part| part.below);
+        if below && self.uffd.map_existing(span).bytes > 0 {
             return Ok(true);
         }
         let zeroed = match &plan.huge {
@@ -204,13 +205,12 @@ impl Pager {
     /// [`PagerError::Gone`] when the process has ended.
     pub fn map_templates(&self) -> Result<u64, PagerError> {
         let mut mapped = 0;
-        for (region, plan) in self.regions.iter().enumerate().filter(|(_, plan)| plan.template) {
+        for (region, plan) in self.regions.iter().enumerate() {
             let mut missing = Vec::new();
             self.bits.clear_runs(region, |run| missing.push(run));
-            let mut runs = Vec::new();
-            for part in &plan.parts {
-                difference(&part.covers, &missing, &mut runs);
-            }
+            let covered = plan.parts.iter().filter(|part| part.below).flat_map(|part| &part.covers);
+            let (covered, mut runs): (Vec<PageRun>, _) = (covered.copied().collect(), Vec::new());
+            difference(&covered, &missing, &mut runs);
             for span in runs.into_iter().map(|run| plan.region.span(run)) {
                 let mut at = span.addr;
                 while at < span.end() {
@@ -385,6 +385,14 @@ impl Content<'_> {
 }
 
 impl Plan {
+    /// The parts that a run touches.
+    fn parts_of(&self, run: PageRun) -> &[super::Part] {
+        let span = self.region.span(run);
+        let first = self.parts.partition_point(|part| part.segment.end <= span.addr);
+        let end = self.parts.partition_point(|part| part.segment.start < span.end());
+        &self.parts[first..end]
+    }
+
     fn address(&self, page: u64) -> u64 {
         self.region.span(PageRun { first: page, pages: 1 }).addr
     }

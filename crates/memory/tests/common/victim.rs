@@ -7,6 +7,7 @@
 //! - `kernel FIRST PAGES SEED`: as `verify`, but the kernel reads the pages; `lock`: all of it into memory
 //! - `churn HOW THREADS FIRST PAGES SEED`: threads discard page after page, look, and write every third; then how many were not zero.
 //!   `churned FIRST PAGES SEED`: how many pages are not as that has left them
+//! - `open PATH`: the number of a descriptor for it
 //! - `sit KIND` -> sits in a system call over and over until the next line; then how often, and what was wrong.
 
 use std::arch::asm;
@@ -97,6 +98,7 @@ fn serve() {
             "churn" => memory.churn(words[1], number(2), number(3), number(4), number(5)),
             "churned" => memory.churned(number(1), number(2), number(3)),
             "blocks" => memory.file.as_ref().map_or(0, |f| f.metadata().unwrap().blocks()).to_string(),
+            "open" => open(words[1]),
             "sit" => sit(words[1]),
             "vfork" => vfork(number(1)),
             "park" => park(),
@@ -106,6 +108,12 @@ fn serve() {
         };
         reply(&answer);
     }
+}
+
+/// Opens a file for good; its number.
+fn open(path: &str) -> String {
+    let file = File::options().read(true).open(path).unwrap();
+    std::os::fd::IntoRawFd::into_raw_fd(file).to_string()
 }
 
 fn map(kind: &str, pages: usize, path: &str) -> Memory {

@@ -1,0 +1,189 @@
+//! Pages that several VMs, or one VM in several places, have in common: found at a source by their frames, mapped copy-on-write at a target.
+//!
+//! Where KSM, fork(2) or a file that is mapped privately has left two pages on one frame, the page tables say so, and nothing has to be
+//! hashed for it (after Eswaran et al., "Sharing-aware live migration", CCGRID 2024, which changes QEMU and the kernel for it). At the target
+//! the content lies once, in a sealed memfd, and each of these pages is a private mapping of its place there: the first write makes a
+//! page of the process's own, as it does with KSM.
+//!
+//! A frame number is a hint: a frame is freed and used again between two looks. So compare bytes.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use crate::attach::protocol::{MAX_RANGES, Op};
+use crate::attach::{Attach, AttachError};
+use crate::backing::{BackingError, Kind, Mappings};
+use crate::copy;
+use crate::page::{PAGE, PageRun, Region, Span, append_run};
+use crate::populated::PopulatedError;
+use crate::process::{Process, ProcessError};
+use crate::sealed::SealedMemory;
+use crate::smaps;
+use crate::sys::pagemap::PageMap;
+
+/// The name of a memfd that holds such pages, by which its mappings are known again.
+pub(crate) const NAME: &str = "sterna-common";
+
+/// `PM_PRESENT`, `PM_MMAP_EXCLUSIVE` and the frame number's bits of an entry of pagemap.rst.
+const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_EXCLUSIVE: u64 = 1 << 56;
+const ENTRY_FRAME: u64 = (1 << 55) - 1;
+
+/// Pagemap entries looked at in one read: 512 kB.
+const ENTRIES_PER_READ: u64 = 1 << 16;
+
+/// How many pages one fault maps where the file has them (`fault_around_bytes`, mm/memory.c).
+const PAGES_PER_FAULT: u64 = 16;
+
+/// Mappings that a process is left for its own needs: a thread takes two, a library five.
+const ROOM_KEPT: u64 = 4096;
+
+/// Flags of a mapping (two letters of `VmFlags`, proc(5)) that an madvise(2) has set, and with which advice: a new mapping is to have them too.
+const ADVICE: [(&str, i32); 5] = [("dc", 10), ("mg", 12), ("hg", 14), ("nh", 15), ("dd", 16)];
+
+/// Why pages could not be mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum SharedError {
+    /// The process could not be asked.
+    #[error(transparent)]
+    Process(#[from] ProcessError),
+    /// No system call could be run in the process.
+    #[error(transparent)]
+    Attach(#[from] AttachError),
+    /// The mappings behind a region could not be read.
+    #[error(transparent)]
+    Backing(#[from] BackingError),
+    /// A page could not be read through its new mapping.
+    #[error(transparent)]
+    Copy(#[from] crate::CopyError),
+}
+
+/// Pages that are a part of a store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CommonRun {
+    /// The pages.
+    pub run: PageRun,
+    /// Page of the store that the first of them is.
+    pub at: u64,
+}
+
+/// A store of so many pages, empty.
+///
+/// # Errors
+/// What the kernel says.
+pub fn common_store(pages: u64) -> io::Result<SealedMemory> {
+    SealedMemory::new(NAME, pages.saturating_mul(PAGE))
+}
+
+/// Which pages of each region map a store. They have content whether they are present or not.
+///
+/// # Errors
+/// The mappings cannot be read.
+pub fn common(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>, BackingError> {
+    let mappings = Mappings::of(process)?;
+    let of = |region: &Region| {
+        let mut runs = Vec::new();
+        for segment in mappings.segments(region)?.iter().filter(|segment| segment.kind == Kind::Common) {
+            append_run(&mut runs, region.run(segment.start, segment.end));
+        }
+        Ok(runs)
+    };
+    regions.iter().map(of).collect()
+}
+
+/// How many runs can be mapped in a process, which each take two mappings where nothing joins them: what `vm.max_map_count` leaves.
+///
+/// # Errors
+/// The mappings cannot be read.
+pub fn common_room(process: &Process) -> Result<u64, BackingError> {
+    let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    let most: u64 = most.and_then(|most| most.trim().parse().ok()).unwrap_or(0);
+    let taken = Mappings::of(process)?.count() as u64;
+    Ok((most.saturating_sub(taken + ROOM_KEPT) / 2).min(MAX_RANGES as u64))
+}
+
+/// Calls `found(page, frame)` with those of these pages that somebody else may map too, or the process in another place.
+///
+/// # Errors
+/// The page tables cannot be read. Without CAP_SYS_ADMIN all frames read as 0: no page is found then.
+pub fn frames(
+    process: &Process,
+    region: &Region,
+    runs: &[PageRun],
+    mut found: impl FnMut(u64, u64),
+) -> Result<(), PopulatedError> {
+    let scanner = PageMap::new(process.open_proc("pagemap")?);
+    let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
+    let mut entries = Vec::new();
+    for run in runs {
+        let mut at = run.first;
+        while at < run.end() {
+            let pages = (run.end() - at).min(ENTRIES_PER_READ);
+            entries.resize(pages as usize, 0);
+            scanner.entries(region.span(PageRun { first: at, pages }).addr, &mut entries).map_err(failed)?;
+            for (page, entry) in (at..).zip(&entries) {
+                let frame = entry & ENTRY_FRAME;
+                if entry & ENTRY_PRESENT != 0 && entry & ENTRY_EXCLUSIVE == 0 && frame != 0 {
+                    found(page, frame);
+                }
+            }
+            at += pages;
+        }
+    }
+    if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
+}
+
+/// Has the kernel map what the file of these pages has in memory already, by a look at each: present pages have frames.
+///
+/// # Errors
+/// The process has ended, or its layout has changed.
+pub fn touch(process: &Process, region: &Region, runs: &[PageRun]) -> Result<(), crate::CopyError> {
+    let mut spans = Vec::new();
+    for run in runs {
+        let mut at = run.first;
+        while at < run.end() {
+            spans.push(Span { addr: region.span(PageRun { first: at, pages: 1 }).addr, len: 1 });
+            // The kernel maps what lies in the same aligned block of addresses.
+            let page = region.base / PAGE + at;
+            at += PAGES_PER_FAULT - page % PAGES_PER_FAULT;
+        }
+    }
+    copy::touch(process, &spans)
+}
+
+/// Maps pages of a store over pages of a process whose guest does not run yet: `fd` is the number that the store has in the process. Whatever was
+/// there is dropped. How many of the runs were mapped, region by region in order: the kernel may have no room for more.
+///
+/// # Errors
+/// Nothing could be mapped at all.
+pub fn map_common(
+    process: &Process,
+    attach: &Attach,
+    fd: RawFd,
+    regions: &[(Region, Vec<CommonRun>)],
+) -> Result<usize, SharedError> {
+    let mut done = 0;
+    for (region, runs) in regions.iter().filter(|(_, runs)| !runs.is_empty()) {
+        let flags = smaps::details(process, region)?;
+        let has = |flag: &str| flags.first().is_some_and(|first| first.has(flag));
+        let advice: Vec<i32> = ADVICE.iter().filter(|(flag, _)| has(flag)).map(|(_, advice)| *advice).collect();
+        for chunk in runs.chunks(MAX_RANGES) {
+            let ranges: Vec<(u64, u64, u64)> = chunk
+                .iter()
+                .map(|common| {
+                    let span = region.span(common.run);
+                    (span.addr, span.len, common.at * PAGE)
+                })
+                .collect();
+            let op = Op::MapPrivate { fd, ranges, reserve: !has("nr"), advice: advice.clone() };
+            let mapped = attach.perform(process, op)?.ranges.min(chunk.len());
+            done += mapped;
+            let pages: Vec<PageRun> = chunk[..mapped].iter().map(|common| common.run).collect();
+            touch(process, region, &pages)?;
+            if mapped < chunk.len() {
+                return Ok(done);
+            }
+        }
+    }
+    Ok(done)
+}
