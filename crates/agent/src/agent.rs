@@ -5,13 +5,14 @@ use crate::control::explain;
 use crate::guest::Guests;
 use crate::host::{Host, ram_of};
 use crate::model::{
-    HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
+    GangRefusal, GangRequest, GangView,    HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
     Side, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::sharing::{Gang, Seat};
 use crate::source::{self, Handle, Order};
 use crate::{peer, postcopy, recovery, working_set};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read as _;
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
@@ -56,6 +57,19 @@ pub enum AgentError {
     /// Something on this host failed.
     #[error("{0}")]
     Failed(String),
+}
+
+impl AgentError {
+    /// A word for scripts.
+    pub(crate) fn code(&self) -> &'static str {
+        match self {
+            Self::Invalid(_) => "invalid",
+            Self::NotFound(_) => "not-found",
+            Self::Conflict(_) => "conflict",
+            Self::Refused { .. } => "refused",
+            Self::Failed(_) => "failed",
+        }
+    }
 }
 
 /// One per host. All methods block; the API calls them on threads of their own.
@@ -303,6 +317,71 @@ impl Agent {
             return Ok(known);
         }
         self.check(&request)?;
+        let seat = self.seats(&request.host, request.max_bandwidth, 1)?.pop();
+        self.begin(&mut jobs, &request, key, seat)
+    }
+
+    /// Begins several migrations. Those to the same host leave together: what they have in common travels once.
+    ///
+    /// # Errors
+    /// None for one VM: what keeps it from moving is told beside those that move.
+    pub fn migrate_together(
+        self: &Arc<Self>,
+        request: GangRequest,
+        key: Option<String>,
+    ) -> Result<GangView, AgentError> {
+        let mut jobs = lock(&self.jobs);
+        let (mut migrations, mut refused) = (Vec::new(), Vec::new());
+        let mut begun: Vec<(MigrateRequest, Option<String>)> = Vec::new();
+        let mut refuse = |request: &MigrateRequest, why: &AgentError| {
+            let (vm, code, text) = (request.vm.clone(), why.code().to_owned(), why.to_string());
+            refused.push(GangRefusal { vm, code, text });
+        };
+        for request in request.migrations {
+            let key = key.as_ref().map(|key| format!("{key}/{}", request.vm));
+            if let Some(known) = key.as_ref().and_then(|key| jobs.by_key(key)) {
+                migrations.push(known);
+                continue;
+            }
+            match self.check(&request) {
+                Ok(()) => begun.push((request, key)),
+                Err(why) => refuse(&request, &why),
+            }
+        }
+        let mut seats: BTreeMap<String, Vec<Seat>> = BTreeMap::new();
+        for (request, _) in &begun {
+            if !seats.contains_key(&request.host) {
+                let of_host = begun.iter().filter(|(other, _)| other.host == request.host);
+                // Each has its limit; what they have in common is sent while none of them sends.
+                let limits: Vec<Option<u64>> = of_host.map(|(other, _)| other.max_bandwidth).collect();
+                let limit = limits.iter().try_fold(0u64, |sum, limit| Some(sum.saturating_add((*limit)?)));
+                seats.insert(request.host.clone(), self.seats(&request.host, limit, limits.len())?);
+            }
+        }
+        for (request, key) in begun {
+            let seat = seats.get_mut(&request.host).and_then(Vec::pop);
+            match self.begin(&mut jobs, &request, key, seat) {
+                Ok(view) => migrations.push(view),
+                Err(why) => refuse(&request, &why),
+            }
+        }
+        Ok(GangView { migrations, refused })
+    }
+
+    /// Places for VMs that leave for a host together.
+    fn seats(&self, host: &str, limit: Option<u64>, count: usize) -> Result<Vec<Seat>, AgentError> {
+        let address = self.host.address_of(host).map_err(AgentError::NotFound)?;
+        Ok(Gang::seats(&self.host, (host, &address), limit, count))
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        jobs: &mut Jobs,
+        request: &MigrateRequest,
+        key: Option<String>,
+        seat: Option<Seat>,
+    ) -> Result<MigrationView, AgentError> {
+        let Some(seat) = seat else { return Err(AgentError::Failed("it has no place among the others".into())) };
         let vm = self.find(&request.vm)?;
         if let Some(word) = vm.fetching() {
             return Err(AgentError::Conflict(format!(
@@ -331,7 +410,7 @@ impl Agent {
                  disk full, or read-only?) and try again"
             )));
         }
-        let handle = source::start(&self.host, &vm, &request, id, ending(&self.host, &vm));
+        let handle = source::start(&self.host, &vm, request, (id, seat), ending(&self.host, &vm));
         let view = handle.view.borrow().clone();
         tracing::info!(vm = request.vm, to = request.host, migration = %id, "a migration begins");
         jobs.add(id.to_string(), key, handle);

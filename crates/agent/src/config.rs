@@ -39,6 +39,9 @@ pub struct Config {
     /// What guests may ask for.
     #[serde(default)]
     pub guests: Guests,
+    /// How memory that VMs have in common is shared.
+    #[serde(default)]
+    pub sharing: SharingConfig,
     /// What is switched off; no file can say so.
     #[serde(skip)]
     pub(crate) without: Vec<Mechanism>,
@@ -104,6 +107,29 @@ pub struct QemuConfig {
     /// Folders below which every file that a peer names must lie.
     #[serde(default)]
     pub path_roots: Vec<PathBuf>,
+}
+
+/// Memory that VMs have in common, and that they share here when they have come.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+pub struct SharingConfig {
+    /// Most runs of pages that a VM may have in common with others: each takes up to two mappings of its process (`vm.max_map_count` of the
+    /// kernel counts them). What is above travels as bytes. 0: nothing is shared here.
+    #[serde(default = "default_max_runs")]
+    pub max_runs: u32,
+    /// What the agent raises the kernel's `vm.max_map_count` to when it starts, if it is lower.
+    #[serde(default)]
+    pub max_map_count: Option<u64>,
+}
+
+impl Default for SharingConfig {
+    fn default() -> Self {
+        Self { max_runs: default_max_runs(), max_map_count: None }
+    }
+}
+
+fn default_max_runs() -> u32 {
+    u32::MAX
 }
 
 /// What guests may ask for, through their port. A guest is trusted by nobody: what is not written here, it may not.

@@ -4,7 +4,7 @@ use crate::control::explain;
 use crate::host::Host;
 use crate::pages::{PAGES_PER_STRIPE, Sink, Sinks, summand};
 use crate::registry::FetchRegion;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
 use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
 use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, own, populated};
@@ -54,6 +54,7 @@ pub(crate) fn sinks(
     }
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
     let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
+    let installer = RwLock::new(installer);
     Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, regions, missing })
 }
 

@@ -5,6 +5,7 @@ use crate::control::explain;
 use crate::incoming::Incoming;
 use crate::journal::FileJournal;
 use crate::registry::{Registry, Vm, is_usable, lock};
+use crate::sharing::Stores;
 use crate::templates::Templates;
 use std::collections::BTreeSet;
 use std::fs::{File, TryLockError};
@@ -33,6 +34,7 @@ pub(crate) struct Host {
     user: Option<User>,
     incoming: Incoming,
     templates: Templates,
+    stores: Stores,
     /// Held as long as this agent lives: two would end each other's VMs.
     _alone: [File; 2],
 }
@@ -64,7 +66,8 @@ impl Host {
         std::fs::create_dir_all(config.run_dir.join("log")).map_err(cannot)?;
         let templates = Templates::open(folder("templates")).map_err(cannot)?;
         let incoming = Incoming::default();
-        Ok(Self { endpoint, journal, registry, user, incoming, templates, config, _alone: alone })
+        let stores = Stores::default();
+        Ok(Self { endpoint, journal, registry, user, incoming, templates, stores, config, _alone: alone })
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -89,6 +92,11 @@ impl Host {
 
     pub(crate) fn templates(&self) -> &Templates {
         &self.templates
+    }
+
+    /// What VMs that come here together have in common.
+    pub(crate) fn stores(&self) -> &Stores {
+        &self.stores
     }
 
     /// Incoming migrations that go on.

@@ -5,6 +5,7 @@
 //! peer         TLS port: who calls, and why    source/target   one thread owns one migration and performs what
 //! journal      records of the hand-off                          the engine's state machine wants done
 //! registry     VMs, found again after a restart   pages        the bulk path: send-sets, senders, receivers
+//! sharing      what VMs that leave together have in common, sent once
 //! templates    VMs that others start from and share their memory with
 //! guest        the helper inside of a guest: asks for its own migration, slows what writes too much
 //! ```
@@ -36,6 +37,7 @@ mod recovery;
 mod registry;
 mod source;
 mod target;
+mod sharing;
 mod templates;
 mod working_set;
 

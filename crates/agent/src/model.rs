@@ -204,6 +204,9 @@ pub struct MigrateRequest {
     /// Longest time the VM may be stopped, in milliseconds (QEMU's `downtime-limit`).
     #[serde(rename = "downtime-limit", default = "default_downtime_limit")]
     pub downtime_limit: u64,
+    /// What travels once, where the VM has it in several places or in common with others that leave with it.
+    #[serde(default)]
+    pub dedup: Dedup,
     /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow. Excludes the other two ways of
     /// post-copy, and what only rounds heed; `downtime-limit` has no meaning then.
     #[serde(default)]
@@ -239,6 +242,7 @@ impl MigrateRequest {
             compression: CompressionMode::Auto,
             delta_cache: None,
             downtime_limit: default_downtime_limit(),
+            dedup: Dedup::default(),
             postcopy: false,
             postcopy_after_precopy: false,
             timeout_postcopy: false,
@@ -262,6 +266,47 @@ pub enum CompressionMode {
     Lz4,
     /// Zstandard.
     Zstd,
+}
+
+/// Which pages travel once, and are shared at the target.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Dedup {
+    /// None.
+    None,
+    /// Those that share a frame of memory at the source (KSM, a file that is mapped privately, an earlier migration).
+    #[default]
+    Frames,
+    /// Those that have the same content, wherever it is: all memory is read and hashed for that. VMs share then what they did not share
+    /// before, which tells each of them whether another has the same page (by how long a write takes, CVE-2015-2877).
+    Hash,
+}
+
+/// Moves several VMs together: what those of one host have in common travels once.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GangRequest {
+    /// Their moves.
+    pub migrations: Vec<MigrateRequest>,
+}
+
+/// What became of that.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GangView {
+    /// The migrations that have begun, in the order of the request.
+    pub migrations: Vec<MigrationView>,
+    /// Those that could not be.
+    pub refused: Vec<GangRefusal>,
+}
+
+/// A move that could not begin.
+#[derive(Clone, Debug, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct GangRefusal {
+    /// Name of the VM.
+    pub vm: String,
+    /// A word for scripts.
+    pub code: String,
+    /// Why, and what to do.
+    pub text: String,
 }
 
 /// QEMU's default `downtime-limit`, in milliseconds.
@@ -439,6 +484,15 @@ pub struct RamView {
     /// Bytes of the template itself that were sent before, since the target did not have it. They are in no other figure.
     #[serde(rename = "template-bytes", default)]
     pub template_bytes: u64,
+    /// Pages that the VM has in common with others that left with it, or in several places, and that did not travel with it.
+    #[serde(rename = "common-pages", default)]
+    pub common_pages: u64,
+    /// Bytes that were sent so that it and others can share them. They are in no other figure.
+    #[serde(rename = "common-bytes", default)]
+    pub common_bytes: u64,
+    /// Pages in common that travelled as bytes all the same, since the target had no room for more mappings.
+    #[serde(rename = "common-fallback-pages", default)]
+    pub common_fallback_pages: u64,
     /// Bytes that compression saved.
     #[serde(rename = "compression-saved-bytes", default)]
     pub compression_saved_bytes: u64,

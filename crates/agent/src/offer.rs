@@ -113,6 +113,7 @@ pub(crate) fn check(
         balloon: 0,
         postcopy: false,
         template: record.template.map(|template| template.digest).unwrap_or_default(),
+        common: false,
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
@@ -151,10 +152,13 @@ pub(crate) fn source_blocks(
 ) -> Result<Vec<SourceBlock>, String> {
     let process = host.process_of(vm)?;
     let shared = vm.record().template.map(|template| template.block);
+    let placed = layout.blocks.iter().enumerate().filter_map(|(index, block)| Some((index, block, block.hva?)));
+    let placed: Vec<_> =
+        placed.map(|(index, block, base)| (index, block, Region { base, bytes: block.bytes })).collect();
+    let regions: Vec<Region> = placed.iter().map(|(_, _, region)| *region).collect();
+    let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
     let mut blocks = Vec::new();
-    for (index, block) in layout.blocks.iter().enumerate() {
-        let Some(base) = block.hva else { continue };
-        let region = Region { base, bytes: block.bytes };
+    for ((index, block, region), common) in placed.into_iter().zip(common) {
         let pages = block.bytes.div_ceil(PAGE);
         blocks.push(SourceBlock {
             index: index as u16,
@@ -163,6 +167,7 @@ pub(crate) fn source_blocks(
                 true => Backing::Template,
                 false => Backing::of(&process, &region).map_err(|why| explain(&why))?,
             },
+            common,
             provable: !block.is_rebuilt(),
             sent: SentPages::new(pages),
             hashes: (writers == Writers::Disks).then(|| SentHashes::new(pages)),

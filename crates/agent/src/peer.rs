@@ -3,6 +3,7 @@
 use crate::control::{self, FIRST_MESSAGE_WITHIN};
 use crate::host::Host;
 use crate::registry::is_usable;
+use crate::sharing;
 use crate::target;
 use crate::templates;
 use std::sync::Arc;
@@ -50,6 +51,7 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
             reply(&mut connection, &Message::Refused(Refused { reasons }));
         }
         Ok(Message::Template(offered)) => templates::receive(host, &peer, &offered, connection),
+        Ok(Message::Store(offered)) => sharing::receive(host, &peer, &offered, connection),
         Ok(_) => tracing::warn!(peer, "a connection that began with the wrong message was closed"),
         Err(why) => tracing::warn!(peer, why, "a connection that said nothing useful was closed"),
     }

@@ -120,6 +120,22 @@ impl View {
         self.shown.send_modify(|view| view.ram.template_pages = pages);
     }
 
+    /// So many pages are in common with others and not sent; so many could not be mapped at the target.
+    pub(crate) fn common(&self, pages: u64, unmapped: u64) {
+        self.shown.send_modify(|view| {
+            view.ram.common_pages = pages;
+            view.ram.common_fallback_pages += unmapped;
+        });
+    }
+
+    /// So many pages are in common with others, and would take more mappings than there are; for those that do not, so many bytes were sent.
+    pub(crate) fn fallbacks(&self, pages: u64, bytes: u64) {
+        self.shown.send_modify(|view| {
+            view.ram.common_fallback_pages = pages;
+            view.ram.common_bytes = bytes;
+        });
+    }
+
     /// Something that was asked for cannot be done.
     pub(crate) fn notice(&self, text: &str) {
         self.shown.send_modify(|view| view.notices.push(text.to_owned()));

@@ -12,6 +12,7 @@ use crate::pages::{Collector, SendCounters, SendOptions, Senders, SourceBlock, W
 use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;
+use crate::sharing::{Found, Seat};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -32,11 +33,13 @@ mod pace;
 mod phase;
 mod postcopy;
 mod prepare;
+mod share;
 mod steps;
 mod unresolved;
 
 use pace::Slowed;
 use postcopy::Lazily;
+use share::Sharing;
 
 pub(crate) use phase::phase;
 pub(crate) use unresolved::resolve;
@@ -69,6 +72,8 @@ enum Event {
     Order(Order),
     /// A sender of pages failed.
     Broken(String),
+    /// What the VM has in common with others.
+    Shared(Result<Found, String>),
     /// A connection is lost; which generation of connections it was of.
     Lost(u64, String),
     /// The same of one that carries pages of a post-copy: the target closes those first when all have come, and says so then.
@@ -110,6 +115,7 @@ struct Outgoing {
     wire: Vec<Counters>,
     senders: Option<Senders>,
     lazy: Lazily,
+    sharing: Sharing,
     collector: Option<Collector>,
     writers: Writers,
     activity: Activity,
@@ -143,7 +149,7 @@ pub(crate) fn start(
     host: &Arc<Host>,
     vm: &Arc<Vm>,
     request: &MigrateRequest,
-    id: MigrationId,
+    (id, seat): (MigrationId, Seat),
     done: impl FnOnce() + Send + 'static,
 ) -> Handle {
     let (tell, events) = mpsc::channel();
@@ -153,7 +159,7 @@ pub(crate) fn start(
     std::thread::spawn(move || {
         let mut view = view;
         // The VM is free before anybody is told that it is over: who was told may begin the next migration at once.
-        match Outgoing::prepare(&host, &vm, &request, id, (tell, &events), &mut view) {
+        match Outgoing::prepare(&host, &vm, &request, (id, seat), (tell, &events), &mut view) {
             Err(outcome) => {
                 done();
                 view.finish(&outcome);
@@ -202,6 +208,7 @@ impl Outgoing {
             wire: Vec::new(),
             senders: None,
             lazy,
+            sharing: Sharing::default(),
             collector: None,
             writers: Writers::Processors,
             activity: Activity::Running,
@@ -278,6 +285,7 @@ impl Outgoing {
                 Ok(Event::Input(input)) => self.feed(&mut machine, input),
                 Ok(Event::Order(order)) => self.obey(&mut machine, order),
                 Ok(Event::Broken(why)) => self.wait_for_last_words(why),
+                Ok(Event::Shared(found)) => self.shared(&mut machine, found),
                 Ok(Event::Lost(of, why)) => self.lost(&mut machine, of, why),
                 Ok(Event::Faded(of, why)) => self.lazy.fade(of, why),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
@@ -297,6 +305,7 @@ impl Outgoing {
                 Event::Input(input) => self.feed(machine, input),
                 Event::Order(order) => self.obey(machine, order),
                 Event::Broken(why) => self.wait_for_last_words(why),
+                Event::Shared(found) => self.shared(machine, found),
                 Event::Lost(of, why) => self.lost(machine, of, why),
                 Event::Faded(of, why) => self.lazy.fade(of, why),
             }
@@ -324,6 +333,9 @@ impl Outgoing {
 
     fn feed(&mut self, machine: &mut Source, mut input: SourceInput) {
         self.note(&input);
+        if let SourceInput::Message(Message::Mapped(mapped)) = &input {
+            input = self.mapped(mapped.runs);
+        }
         if let Some(why) = self.unproved(&input) {
             input = SourceInput::Failed(why);
         }
@@ -371,7 +383,10 @@ impl Outgoing {
     fn note(&mut self, input: &SourceInput) {
         let SourceInput::Message(message) = input else { return };
         match message {
-            Message::Accepted(accepted) => self.lazy.eager.clone_from(&accepted.eager),
+            Message::Accepted(accepted) => {
+                self.lazy.eager.clone_from(&accepted.eager);
+                self.sharing.accepted(accepted);
+            }
             Message::Filled(filled) => self.filled(filled),
             Message::Barrier(_) if self.view.is_stopped() => self.view.barrier(self.lap.elapsed()),
             Message::Loaded(loaded) => {
@@ -411,6 +426,7 @@ impl Outgoing {
             }
             SourceAction::Stun(keep) => self.stun(keep),
             SourceAction::Track => Some(settle(self.track(), SourceInput::Tracked)),
+            SourceAction::Share => self.share().err().map(SourceInput::Failed),
             SourceAction::SendRound(round) => self.send_round(round),
             SourceAction::Scan => Some(settle(self.scan(), SourceInput::Scanned)),
             SourceAction::Settle => Some(settle(self.settle(), SourceInput::Settled)),
@@ -505,6 +521,7 @@ impl Outgoing {
     fn release(&mut self) {
         self.slowed.let_go();
         self.senders = None;
+        self.sharing.leave();
         self.lazy.disconnect();
         self.streams.clear();
         if let Some(collector) = self.collector.take()
@@ -539,6 +556,7 @@ impl Outgoing {
     }
 
     fn update(&mut self, machine: &mut Source) {
+        self.keep_awaiting();
         self.keep_stunned();
         if let Some(rate) = self.sample_writes() {
             machine.handle(SourceInput::Writes(rate), self.now());

@@ -22,6 +22,7 @@ use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 
+mod common;
 mod postcopy;
 
 use postcopy::Lazy;
@@ -53,6 +54,7 @@ pub(crate) enum Event {
 /// The thread's own.
 struct Arriving<'a> {
     id: MigrationId,
+    peer: String,
     host: Arc<Host>,
     incoming: &'a Incoming,
     tell: mpsc::Sender<Event>,
@@ -81,7 +83,7 @@ pub(crate) fn run(host: &Arc<Host>, peer: &str, hello: &Hello, connection: Conne
     if !incoming.enter(id, peer, tell.clone()) {
         return tracing::warn!(peer, %id, "a second control connection for a migration was refused");
     }
-    let mut arriving = Arriving::new(id, host.clone(), incoming, tell);
+    let mut arriving = Arriving::new((id, peer), host.clone(), incoming, tell);
     arriving.attach_control(connection);
     arriving.finish(&mut machine, &events, peer);
 }
@@ -202,9 +204,15 @@ fn image_reasons(host: &Host, offer: &Offer) -> Vec<Reason> {
 }
 
 impl<'a> Arriving<'a> {
-    fn new(id: MigrationId, host: Arc<Host>, incoming: &'a Incoming, tell: mpsc::Sender<Event>) -> Self {
+    fn new(
+        (id, peer): (MigrationId, &str),
+        host: Arc<Host>,
+        incoming: &'a Incoming,
+        tell: mpsc::Sender<Event>,
+    ) -> Self {
         Self {
             id,
+            peer: peer.to_owned(),
             host,
             incoming,
             tell,
@@ -374,6 +382,7 @@ impl Arriving<'_> {
             TargetAction::Check(offer) => Some(self.check(offer)),
             TargetAction::Record(record) => Some(self.record(&record)),
             TargetAction::Prepare(_) => Some(self.prepare()),
+            TargetAction::Map(common) => Some(self.map(&common)),
             TargetAction::Load(end) => Some(match self.load(&end) {
                 Ok(verified) => TargetInput::Loaded(verified),
                 Err(why) => TargetInput::Failed(why),
@@ -437,7 +446,11 @@ impl Arriving<'_> {
             Ok(qemu) => self.qemu = Some(qemu),
         }
         match self.fit() {
-            Ok(reasons) if reasons.is_empty() => TargetInput::Prepared(self.prepare_lazily()),
+            Ok(reasons) if reasons.is_empty() => {
+                let lazily = self.prepare_lazily();
+                let room = if self.offer.common { self.room() } else { 0 };
+                TargetInput::Prepared { lazily, room }
+            }
             Ok(reasons) => TargetInput::Refused(reasons),
             Err(why) => TargetInput::Refused(reason("target-qemu", why)),
         }
@@ -540,7 +553,8 @@ impl Arriving<'_> {
         }
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
         let Sinks { layout, blocks, installer, missing, .. } = sinks;
-        installer.finish().map_err(|why| explain(&why))?;
+        let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
         if end.postcopy {
             self.begin_fetch(end, layout, &lock(&missing))?;
@@ -641,6 +655,7 @@ pub(crate) fn phase(action: &TargetAction) -> &'static str {
         TargetAction::Check(_) => "pre-check",
         TargetAction::Record(_) => "record",
         TargetAction::Prepare(_) => "prepare",
+        TargetAction::Map(_) => "map",
         TargetAction::Load(_) => "load",
         TargetAction::Run => "resume",
         TargetAction::Adopt => "adopt",

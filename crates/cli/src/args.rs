@@ -73,7 +73,11 @@ pub(crate) enum Command {
     /// where it ran. A limit can be changed while it goes on: `sterna set VM ...`. Every migration can be switched to post-copy
     /// while it goes on: `sterna postcopy VM`. Then the VM runs at the target, which nothing takes back, and the command waits until
     /// all of its pages have come.
+    ///
+    /// Several VMs leave together: they move at once, and the memory that they share here travels once and is shared there too. Each has
+    /// the limits that are given.
     #[command(after_help = "Examples:\n  sterna migrate web hostb\n  \
+        sterna migrate web1 web2 web3 hostb\n  \
         sterna migrate web hostb --bandwidth 64MiB/s --max-downtime 50 --timeout 120\n  \
         sterna migrate web hostb --min-bandwidth 100Mbit/s --max-bandwidth 800Mbit/s --auto-converge\n  \
         sterna migrate web hostb --timeout 120 --timeout-postcopy\n  \
@@ -264,8 +268,9 @@ pub(crate) struct TemplateCreate {
 
 #[derive(ClapArgs)]
 pub(crate) struct Migrate {
-    /// Name of the VM
-    pub(crate) vm: String,
+    /// Name of the VM, or of several that leave together
+    #[arg(required = true, value_name = "VM")]
+    pub(crate) vms: Vec<String>,
     /// Name of the host it goes to (see `sterna hosts`)
     pub(crate) host: String,
     #[command(flatten)]
@@ -299,6 +304,10 @@ pub(crate) struct Migrate {
     /// How pages may be compressed, where it is measured that they arrive sooner
     #[arg(long, value_enum, default_value_t = Compression::Auto, value_name = "METHOD")]
     pub(crate) compression: Compression,
+    /// What travels once and is shared at the target: pages that share a frame of memory here (KSM, a file that is mapped privately), of
+    /// all VMs that are named; with `hash` all that have the same content, which lets VMs see by their own timing what others have
+    #[arg(long, value_enum, default_value_t = Dedup::Frames, value_name = "WHAT")]
+    pub(crate) dedup: Dedup,
     /// Memory that the source keeps pages in, to send only what has changed of those that come again: 256MiB; 0 for none [a
     /// quarter of the VM's RAM, 512MiB at most]
     #[arg(long, value_name = "SIZE", value_parser = crate::bandwidth::parse_size)]
@@ -394,6 +403,27 @@ pub(crate) struct Output {
     /// Shape of the result
     #[arg(long = "output", short = 'o', value_enum, default_value_t = Format::Table, value_name = "FORMAT")]
     pub(crate) format: Format,
+}
+
+/// What travels once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Dedup {
+    /// Every page for itself
+    None,
+    /// Pages that share a frame of memory here
+    Frames,
+    /// Pages that have the same content: all memory is read and hashed for that
+    Hash,
+}
+
+impl From<Dedup> for sterna_agent::model::Dedup {
+    fn from(dedup: Dedup) -> Self {
+        match dedup {
+            Dedup::None => Self::None,
+            Dedup::Frames => Self::Frames,
+            Dedup::Hash => Self::Hash,
+        }
+    }
 }
 
 /// Ways to compress.

@@ -5,7 +5,7 @@ use crate::exit::{complain, tell};
 use crate::human::{plain, short_bytes};
 use crate::postcopy;
 use crate::show;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 use sterna_agent::model::MigrationView;
@@ -42,6 +42,17 @@ impl Progress {
             _ if std::io::stderr().is_terminal() => Self::Bar(bar()),
             _ => Self::Lines { last: None },
         }
+    }
+
+    /// The same for several migrations, each its own.
+    pub(crate) fn several(format: Format, quiet: bool, count: usize) -> Vec<Self> {
+        let target = ProgressDrawTarget::stderr_with_hz(DRAWS_PER_SECOND);
+        let bars = MultiProgress::with_draw_target(target);
+        let one = |_| match Self::choose(format, quiet) {
+            Self::Bar(bar) => Self::Bar(bars.add(bar)),
+            other => other,
+        };
+        (0..count).map(one).collect()
     }
 
     /// Shows a view.

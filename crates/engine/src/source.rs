@@ -1,7 +1,7 @@
 //! The source's state machine.
 //!
 //! ```text
-//! Recording -> Negotiating -> Offered -> Opening -> Arming -> Sending <-> Scanning,    the VM runs
+//! Recording -> Negotiating -> Offered -> Opening -> Arming -> (Sharing) -> Sending <-> Scanning,    the VM runs
 //!                                                                         Settling, Resting
 //!                                                                            |
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
@@ -68,6 +68,8 @@ enum State {
     Offered,
     Opening,
     Arming,
+    /// What the VM has in common with others goes first.
+    Sharing,
     Sending {
         round: u32,
         began: Duration,
@@ -129,6 +131,8 @@ pub struct Source {
     choice: Option<Choice>,
     ended: Status,
     unsettled: Pages,
+    /// How many runs of pages in common the target can map.
+    room: u32,
     rounds: Rounds,
     stun: Stun,
     lazy: Lazy,
@@ -192,6 +196,7 @@ impl Source {
             choice: None,
             ended: Status::Completed,
             unsettled: Pages(0),
+            room: 0,
         }
     }
 
@@ -228,7 +233,8 @@ impl Source {
             State::Recording | State::Negotiating | State::Offered | State::Opening | State::Arming => {
                 Status::Setup
             }
-            State::Sending { .. }
+            State::Sharing
+            | State::Sending { .. }
             | State::Scanning { .. }
             | State::Settling
             | State::Resting { .. }
@@ -266,6 +272,8 @@ impl Source {
                 self.enter(State::Arming, SourceAction::Track, now, LOCAL_WAIT);
             }
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
+            SourceInput::Sharing if self.state == State::Sharing => self.wait(now, LOCAL_WAIT),
+            SourceInput::Shared(pages) if self.state == State::Sharing => self.begin_sending(pages, now),
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
             SourceInput::Counted { normal, postponed } => self.on_counted(normal, postponed),
             SourceInput::Writes(rate) => self.on_writes(rate),
@@ -405,6 +413,19 @@ impl Source {
 
     fn on_tracked(&mut self, pages: Pages, now: Duration) {
         self.progress.setup_time = now.saturating_sub(self.began);
+        self.progress.ram_remaining = pages.bytes();
+        match self.parameters.offer.common && self.room > 0 {
+            // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
+            true => {
+                self.state = State::Sharing;
+                self.deadline = None;
+                self.actions.push_back(SourceAction::Share);
+            }
+            false => self.begin_sending(pages, now),
+        }
+    }
+
+    fn begin_sending(&mut self, pages: Pages, now: Duration) {
         match self.parameters.postcopy == Postcopy::AtOnce && pages == Pages(0) {
             true => self.switch(now),
             false => self.begin_round(1, pages, now),
@@ -685,6 +706,7 @@ fn waiting_for(state: &State) -> &'static str {
     match state {
         State::Negotiating => "the target's first answer",
         State::Offered => "the target to start a QEMU",
+        State::Sharing => "the target to map what the VM has in common with others",
         State::Sending { .. } => "pages to move: the target takes none",
         State::Finishing { .. } => "the target to load the VM",
         _ => "a step on this host",

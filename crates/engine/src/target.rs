@@ -15,7 +15,7 @@
 use crate::handoff::{Activity, Generation, MigrationId, Record, Step};
 use crate::source::STREAMS_MAX;
 use crate::wire::message::{
-    Accepted, Barrier, Committed, Filled, Hello, Loaded, Offer, Reason, Reattached, Refused, StateEnd, Text,
+    Accepted, Barrier, Committed, Common, Filled, Hello, Loaded, Mapped, Offer, Reason, Reattached, Refused, StateEnd, Text,
     Welcome,
 };
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN, batch};
@@ -51,7 +51,14 @@ pub enum TargetInput {
     /// [`TargetAction::Record`] could not be stored.
     RecordFailed(String),
     /// [`TargetAction::Prepare`] is done: a QEMU waits.
-    Prepared(Lazily),
+    Prepared {
+        /// Whether it may run here before all of its pages have come.
+        lazily: Lazily,
+        /// How many runs of pages in common can be mapped.
+        room: u32,
+    },
+    /// [`TargetAction::Map`] is done: so many runs are mapped.
+    Mapped(u32),
     /// Pages have arrived.
     Received,
     /// A round ended on a stream, and all of it is installed.
@@ -106,6 +113,8 @@ pub enum TargetAction {
     Record(Record),
     /// Start a QEMU that waits, and compare what it is with what was offered.
     Prepare(Offer),
+    /// Map these pages of their store.
+    Map(Common),
     /// Load the device state, compare digests if there are any, and leave the VM paused.
     Load(StateEnd),
     /// Take the VM's disks and let it run, or leave it paused if the source has said that it was. The record of the
@@ -166,6 +175,7 @@ pub struct Target {
     connected: bool,
     recorded: bool,
     owns: bool,
+    mapped: bool,
     filled: Option<Result<Filled, String>>,
     prepare_began: Duration,
     load_began: Duration,
@@ -186,6 +196,7 @@ impl Target {
             connected: true,
             recorded: false,
             owns: false,
+            mapped: false,
             filled: None,
             prepare_began: now,
             load_began: now,
@@ -269,7 +280,7 @@ impl Target {
             }
             TargetInput::Recorded(took) => self.on_recorded(took, now),
             TargetInput::RecordFailed(why) => self.on_record_failed(why, now),
-            TargetInput::Prepared(lazily) if self.state == State::Preparing => {
+            TargetInput::Prepared { lazily, room } if self.state == State::Preparing => {
                 let prepare_us = micros(now.saturating_sub(self.prepare_began));
                 self.state = State::Receiving;
                 self.deadline = Some(now + STALL_WAIT);
@@ -277,9 +288,14 @@ impl Target {
                     Lazily::Yes { eager } => (true, String::new(), eager),
                     Lazily::No(why) => (false, why, Vec::new()),
                 };
-                self.send(Message::Accepted(Accepted { prepare_us, postcopy, postcopy_refusal, eager }));
+                let accepted = Accepted { prepare_us, postcopy, postcopy_refusal, eager, room };
+                self.send(Message::Accepted(accepted));
             }
             TargetInput::Received if self.state == State::Receiving => self.deadline = Some(now + STALL_WAIT),
+            TargetInput::Mapped(runs) if self.state == State::Receiving => {
+                self.deadline = Some(now + STALL_WAIT);
+                self.send(Message::Mapped(Mapped { runs }));
+            }
             TargetInput::RoundEnd { stream, round } => self.on_round_end(stream, round, now),
             TargetInput::Loaded(blocks_verified) if self.state == State::Loading => {
                 let load_us = micros(now.saturating_sub(self.load_began));
@@ -312,6 +328,13 @@ impl Target {
                 self.state_end = Some(end);
                 self.load_when_complete(now);
             }
+            (Message::Common(common), State::Receiving) if self.may_map() => {
+                self.deadline = Some(now + STALL_WAIT);
+                if !common.pending {
+                    self.mapped = true;
+                    self.actions.push_back(TargetAction::Map(common));
+                }
+            }
             (Message::Release(release), State::Loaded) if Some(release.generation) == self.generation() => {
                 self.state = State::Committing;
                 self.deadline = None;
@@ -324,6 +347,12 @@ impl Target {
             (Message::Abort(text), _) => self.on_disconnected(format!("the source gave up: {}", text.text)),
             (other, _) => self.on_disconnected(format!("the source sent {} out of turn", other.name())),
         }
+    }
+
+    /// What is in common is mapped once, before the first page comes: a mapping covers what was there.
+    fn may_map(&self) -> bool {
+        let asked = self.offer.as_ref().is_some_and(|offer| offer.common);
+        asked && !self.mapped && self.state_end.is_none() && self.rounds.iter().all(|round| *round == 0)
     }
 
     fn on_offer(&mut self, offer: Offer, now: Duration) {

@@ -349,7 +349,10 @@ impl TargetDriver {
                 self.honest.push_back(In::Recorded(Duration::from_millis(1)));
             }
             TargetAction::Prepare(_) => {
-                self.honest.push_back(In::Prepared(Lazily::Yes { eager: Vec::new() }));
+                self.honest.push_back(In::Prepared {
+                    lazily: Lazily::Yes { eager: Vec::new() },
+                    room: 0,
+                });
             }
             TargetAction::Load(_) => self.honest.push_back(In::Loaded(1)),
             TargetAction::Run => {

@@ -55,6 +55,7 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
                 postcopy: true,
                 postcopy_refusal: "no".into(),
                 eager: vec![1, 4],
+                room: 7,
             }),
             GOLDEN[3],
         ),
@@ -101,6 +102,14 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
             Message::TemplateState(TemplateState { bytes: 300, complete: true, refusal: "no".into() }),
             GOLDEN[20],
         ),
+        (
+            "Common",
+            Message::Common(Common { store: vec![0xab; 2], runs: vec![1; 16], pending: true }),
+            GOLDEN[21],
+        ),
+        ("Mapped", Message::Mapped(Mapped { runs: 300 }), GOLDEN[22]),
+        ("Store", Message::Store(Store { id: vec![0xab; 2], pages: 300 }), GOLDEN[23]),
+        ("StoreState", Message::StoreState(text()), GOLDEN[24]),
     ]
 }
 
@@ -121,6 +130,7 @@ fn offer() -> Offer {
         balloon: 5,
         postcopy: true,
         template: "ab".into(),
+        common: true,
     }
 }
 
@@ -145,12 +155,12 @@ fn digest() -> BlockDigest {
 }
 
 /// Whole frames, header included, as version 1 has them.
-const GOLDEN: [&str; 21] = [
+const GOLDEN: [&str; 25] = [
     "0d000000010000000a0b080110021a02abab220173",
     "070000000100000012050801120173",
-    "4e000000010000001a4c0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
-     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162",
-    "0f00000001000000220d08ac0210011a026e6f22020104",
+    "51000000010000001a4f0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
+     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162800101",
+    "1100000001000000220f08ac0210011a026e6f220201042807",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
     "12000000010000003a10080910031a0608011202cdcd20012801",
@@ -162,13 +172,17 @@ const GOLDEN: [&str; 21] = [
     "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
     "0a000000010000007a080a02abab10011802",
-    "4f0000000100000082014c0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
-     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162",
+    "520000000100000082014f0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
+     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162800101",
     "1e000000010000008a011b0807120608011202cdcd1a0f08011002180320042805320306ac02",
     "0f0000000100000092010c0a02abab1202646218072002",
     "06000000010000009a010308ac02",
     "0c00000001000000a201090a0377656212027b7d",
     "0c00000001000000aa010908ac0210011a026e6f",
+    "1b00000001000000b201180a02abab1210010101010101010101010101010101011801",
+    "0600000001000000ba010308ac02",
+    "0a00000001000000c201070a02abab10ac02",
+    "0800000001000000ca01050a03776879",
 ];
 
 fn hex(bytes: &[u8]) -> String {

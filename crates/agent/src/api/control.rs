@@ -1,6 +1,7 @@
 //! What the API needs of an agent. A trait, so that the API and the command can be tested without a host.
 
 use crate::model::{
+    GangRequest, GangView,
     HostView, MigrateRequest, MigrationView, PushRequest, PushView, RecoverRequest, RecoverView, RunRequest,
     SetRequest, TemplateRequest, TemplateView, VmView, WorkingSetEvent, WorkingSetRequest,
 };
@@ -46,6 +47,12 @@ pub trait Control: Send + Sync + 'static {
         request: MigrateRequest,
         key: Option<String>,
     ) -> Result<MigrationView, AgentError>;
+    /// Begins several that leave together.
+    fn migrate_together(
+        self: Arc<Self>,
+        request: GangRequest,
+        key: Option<String>,
+    ) -> Result<GangView, AgentError>;
     /// Migrations, the newest first.
     fn migrations(&self) -> Vec<MigrationView>;
     /// Figures of a migration as they change; the last one is final.
@@ -108,6 +115,13 @@ impl Control for Agent {
         key: Option<String>,
     ) -> Result<MigrationView, AgentError> {
         Self::migrate(&self, request, key)
+    }
+    fn migrate_together(
+        self: Arc<Self>,
+        request: GangRequest,
+        key: Option<String>,
+    ) -> Result<GangView, AgentError> {
+        Self::migrate_together(&self, request, key)
     }
     fn migrations(&self) -> Vec<MigrationView> {
         self.migrations()

@@ -26,6 +26,7 @@ use utoipa::OpenApi;
         routes::hosts,
         routes::migrations,
         routes::migrate,
+        routes::migrate_together,
         routes::migration,
         routes::cancel,
         routes::postcopy,

@@ -28,14 +28,17 @@ impl Failure {
 impl From<AgentError> for Failure {
     fn from(error: AgentError) -> Self {
         let detail = error.to_string();
+        let status = match &error {
+            AgentError::Invalid(_) => StatusCode::BAD_REQUEST,
+            AgentError::NotFound(_) => StatusCode::NOT_FOUND,
+            AgentError::Conflict(_) => StatusCode::CONFLICT,
+            AgentError::Refused { .. } => StatusCode::UNPROCESSABLE_ENTITY,
+            AgentError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let failure = Self::new(status, error.code(), detail);
         match error {
-            AgentError::Invalid(_) => Self::new(StatusCode::BAD_REQUEST, "invalid", detail),
-            AgentError::NotFound(_) => Self::new(StatusCode::NOT_FOUND, "not-found", detail),
-            AgentError::Conflict(_) => Self::new(StatusCode::CONFLICT, "conflict", detail),
-            AgentError::Refused { reasons, .. } => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "refused", detail).because(reasons)
-            }
-            AgentError::Failed(_) => Self::new(StatusCode::INTERNAL_SERVER_ERROR, "failed", detail),
+            AgentError::Refused { reasons, .. } => failure.because(reasons),
+            _ => failure,
         }
     }
 }

@@ -5,7 +5,7 @@ use super::request::{JsonBody, idempotency_key};
 use super::{Context, Control, events, metrics, openapi, templates, working_set};
 use crate::AgentError;
 use crate::model::{
-    HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView, RunRequest, SetRequest,
+    GangRequest, GangView, HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView, RunRequest, SetRequest,
     VmView,
 };
 use axum::extract::{Path, State};
@@ -29,6 +29,7 @@ pub(crate) fn router(context: Context) -> Router {
         .route("/v1/templates/{name}/push", post(templates::push))
         .route("/v1/hosts", get(hosts))
         .route("/v1/migrations", get(migrations).post(migrate))
+        .route("/v1/gangs", post(migrate_together))
         .route("/v1/migrations/{id}", get(migration).delete(cancel).patch(set))
         .route("/v1/migrations/{id}/postcopy", post(postcopy))
         .route("/v1/migrations/{id}/events", get(events::events))
@@ -132,6 +133,22 @@ pub(crate) async fn migrate(
     let view = blocking(context, move |agent| agent.migrate(request, key)).await?;
     let location = format!("/v1/migrations/{}", view.id);
     Ok((StatusCode::ACCEPTED, [(header::LOCATION, location)], Json(view)).into_response())
+}
+
+#[utoipa::path(post, path = "/v1/gangs", request_body = GangRequest,
+    params(("Idempotency-Key" = Option<String>, Header, description = "asked again with the same key, nothing begins twice")),
+    responses(
+        (status = 202, body = GangView),
+        (status = "default", body = Problem, content_type = "application/problem+json")))]
+/// Begins to move several VMs together: what those to one host have in common travels once.
+pub(crate) async fn migrate_together(
+    State(context): State<Context>,
+    headers: HeaderMap,
+    JsonBody(request): JsonBody<GangRequest>,
+) -> Answer<Response> {
+    let key = idempotency_key(&headers)?;
+    let view: GangView = blocking(context, move |agent| agent.migrate_together(request, key)).await?;
+    Ok((StatusCode::ACCEPTED, Json(view)).into_response())
 }
 
 #[utoipa::path(get, path = "/v1/migrations/{id}", params(("id" = String, Path,)), responses(

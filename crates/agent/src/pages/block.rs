@@ -76,6 +76,8 @@ pub(crate) struct SourceBlock {
     pub(crate) region: Region,
     /// What it is made of.
     pub(crate) backing: Backing,
+    /// Which of its pages it has in common with others ([`sterna_memory::common`]).
+    pub(crate) common: Vec<PageRun>,
     /// Whether the target proves it equal when asked: not what it makes anew from its own firmware files.
     pub(crate) provable: bool,
     /// What the target holds of it.
@@ -90,7 +92,8 @@ impl SourceBlock {
         let pages = self.region.bytes.div_ceil(PAGE);
         let hashes = self.hashes.as_ref().map(|_| SentHashes::new(pages));
         let Self { index, region, backing, provable, .. } = *self;
-        Self { index, region, backing, provable, sent: SentPages::new(pages), hashes }
+        let common = self.common.clone();
+        Self { index, region, backing, common, provable, sent: SentPages::new(pages), hashes }
     }
 }
 

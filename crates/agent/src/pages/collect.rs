@@ -49,7 +49,7 @@ pub(crate) struct Collector {
     discards: Discards,
     /// One list a block; empty where only processors write.
     at_risk: Vec<Vec<PageRun>>,
-    /// What of a clone was its own at any time, one list a block.
+    /// What of a clone was its own at any time, one list a block; of other VMs what of their pages in common was their own at the last look.
     touched: Vec<Vec<PageRun>>,
     /// Pages that are a template's, and travel only once they are written.
     shared: u64,
@@ -86,14 +86,27 @@ impl Collector {
                 // The target has all of the template: what became zero here is not zero there.
                 self.blocks[at].sent.set_runs(&pages);
                 let all = pages;
-                pages = self.own(at)?;
+                pages = merge(&self.own(at)?, &self.blocks[at].common);
                 self.shared += subtract(&all, &pages).iter().map(|run| run.pages).sum::<u64>();
                 self.touched[at].clone_from(&pages);
+            } else if !self.blocks[at].common.is_empty() {
+                self.touched[at] = self.own_of_common(at)?;
             }
             self.set.add(at, &pages, &[]);
         }
         self.set.hot = self.hot_stripes()?;
         Ok(())
+    }
+
+    /// The target has these pages of the send-set as they are.
+    pub(crate) fn is_there(&mut self, block: usize, pages: &[PageRun]) {
+        self.set.pages[block] = subtract(&self.set.pages[block], pages);
+        self.blocks[block].sent.set_runs(pages);
+    }
+
+    /// Takes what is to be sent of a block out of the send-set.
+    pub(crate) fn hold_back(&mut self, block: usize) -> Vec<PageRun> {
+        std::mem::take(&mut self.set.pages[block])
     }
 
     /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
@@ -120,7 +133,7 @@ impl Collector {
 
     /// Pages that were written, and pages that were sent and are holes now.
     fn changed(&mut self, at: usize) -> Result<(Vec<PageRun>, Vec<PageRun>), String> {
-        let Self { process, blocks, tracker, .. } = self;
+        let Self { blocks, tracker, .. } = self;
         let block = &blocks[at];
         let unscanned = |why: TrackError| format!("the VM's memory cannot be scanned: {}", explain(&why));
         let (mut pages, mut absent) = (Vec::new(), Vec::new());
@@ -131,16 +144,25 @@ impl Collector {
         }
         tracker.collect_sorted(at, &mut pages, &mut absent).map_err(unscanned)?;
         if block.backing == Backing::Template {
-            let told = merge(&pages, &absent);
+            let told = merge(&merge(&pages, &absent), &self.returned(at)?);
             return Ok((self.changed_of_clone(at, &told)?, Vec::new()));
         }
+        if !block.common.is_empty() {
+            // What the guest has given back there shows what is in common again, and is no hole.
+            let shown = intersect(&absent, &block.common);
+            absent = subtract(&absent, &shown);
+            let back = self.returned(at)?;
+            pages = merge(&merge(&pages, &shown), &back);
+        }
+        let block = &self.blocks[at];
         if block.backing == Backing::Anonymous {
             return Ok((pages, intersect(&absent, &self.sent(at))));
         }
         // A discard in a file is not reported as a write. But what was sent was read through the mapping: it is mapped, or it is
         // a hole, or the kernel has reclaimed it. Which, the file tells.
         let mut there = Vec::new();
-        mapped(process, &block.region, &mut there).map_err(|why| unseen(&why))?;
+        mapped(&self.process, &block.region, &mut there).map_err(|why| unseen(&why))?;
+        let there = merge(&there, &block.common);
         let gone = subtract(&self.sent(at), &there);
         let data = with_data(&self.process, &self.blocks[at].region, &merge(&gone, &absent));
         let data = data.map_err(|why| unseen(&why))?;
@@ -162,6 +184,7 @@ impl Collector {
     fn changed_of_clone(&mut self, at: usize, told: &[PageRun]) -> Result<Vec<PageRun>, String> {
         let mut own = Vec::new();
         own_within(&self.process, &self.blocks[at].region, told, &mut own).map_err(|why| unseen(&why))?;
+        let own = merge(&own, &intersect(told, &self.blocks[at].common));
         let pages = merge(&own, &intersect(told, &self.touched[at]));
         self.touched[at] = merge(&self.touched[at], &pages);
         Ok(pages)
@@ -172,6 +195,27 @@ impl Collector {
         let mut pages = Vec::new();
         own(&self.process, &self.blocks[block].region, &mut pages).map_err(|why| unseen(&why))?;
         Ok(pages)
+    }
+
+    /// What of its pages in common a VM has written.
+    fn own_of_common(&self, block: usize) -> Result<Vec<PageRun>, String> {
+        let mut pages = Vec::new();
+        let block = &self.blocks[block];
+        own_within(&self.process, &block.region, &block.common, &mut pages).map_err(|why| unseen(&why))?;
+        Ok(pages)
+    }
+
+    /// Pages in common that were the VM's own at the last look and are not any more: a discard there is not reported as a write.
+    fn returned(&mut self, block: usize) -> Result<Vec<PageRun>, String> {
+        if self.blocks[block].common.is_empty() {
+            return Ok(Vec::new());
+        }
+        let own = self.own_of_common(block)?;
+        let back = subtract(&intersect(&self.touched[block], &self.blocks[block].common), &own);
+        if self.blocks[block].backing != Backing::Template {
+            self.touched[block] = own;
+        }
+        Ok(back)
     }
 
     fn populated(&self, block: usize) -> Result<Vec<PageRun>, String> {

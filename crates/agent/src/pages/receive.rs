@@ -2,7 +2,7 @@
 
 use crate::registry::FetchRegion;
 use lz4_flex::block::decompress_into;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::WireError;
@@ -66,7 +66,8 @@ pub(crate) trait Install: Send + Sync {
 pub(crate) struct Sinks {
     pub(crate) layout: Layout,
     pub(crate) blocks: Vec<Sink>,
-    pub(crate) installer: Installer,
+    /// Held alone only while what is in common is mapped, which no page is sent before.
+    pub(crate) installer: RwLock<Installer>,
     /// The installer's regions, with the places of their blocks in the offer.
     pub(crate) regions: Vec<FetchRegion>,
     /// What the source says is missing, block by block, when the VM is handed over before all is here.
@@ -266,7 +267,7 @@ impl Install for Sinks {
         self.install(block, &others, &[])?;
         match &self.blocks[block] {
             Sink::Region(region) => {
-                let patched = self.installer.patch(*region, changes, bytes);
+                let patched = self.installer().patch(*region, changes, bytes);
                 patched.map_err(|why| Received::Failed(why.to_string()))?;
             }
             Sink::Staged(buffer) => {
@@ -285,16 +286,20 @@ impl Install for Sinks {
 }
 
 impl Sinks {
+    fn installer(&self) -> RwLockReadGuard<'_, Installer> {
+        self.installer.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
         let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
         let missing = of(runs, Content::Missing);
         match &self.blocks[block] {
             Sink::Region(region) => {
                 if !pages.is_empty() {
-                    self.installer.install(*region, &pages, payload).map_err(|why| why.to_string())?;
+                    self.installer().install(*region, &pages, payload).map_err(|why| why.to_string())?;
                 }
                 if !holes.is_empty() {
-                    self.installer.discard(*region, &holes).map_err(|why| why.to_string())?;
+                    self.installer().discard(*region, &holes).map_err(|why| why.to_string())?;
                 }
                 if !missing.is_empty() {
                     crate::registry::lock(&self.missing)[block].extend(missing);

@@ -11,6 +11,7 @@ pub(crate) fn phase(action: &SourceAction) -> &'static str {
         SourceAction::Pace(_) => "pace",
         SourceAction::Stun(_) => "stun",
         SourceAction::Track => "track",
+        SourceAction::Share => "share",
         SourceAction::SendRound(_) => "round",
         SourceAction::Scan => "scan",
         SourceAction::Settle => "settle",

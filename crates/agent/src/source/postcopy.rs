@@ -82,14 +82,19 @@ impl Lazily {
 impl Outgoing {
     /// The blocks whose writes are followed: where no page travels before the stop, only those that must be complete at it.
     pub(super) fn tracked(&self) -> Arc<Vec<SourceBlock>> {
-        if self.lazy.when != Postcopy::AtOnce {
+        if self.tracks_all() {
             return self.blocks.clone();
         }
         let eager = self.blocks.iter().filter(|block| self.is_eager(block));
         Arc::new(eager.map(SourceBlock::another).collect())
     }
 
-    fn is_eager(&self, block: &SourceBlock) -> bool {
+    /// Whether the writes of all blocks are followed.
+    fn tracks_all(&self) -> bool {
+        self.lazy.when != Postcopy::AtOnce || self.sharing.is_on()
+    }
+
+    pub(super) fn is_eager(&self, block: &SourceBlock) -> bool {
         self.lazy.eager.contains(&u32::from(block.index))
     }
 
@@ -127,14 +132,18 @@ impl Outgoing {
             if self.is_eager(block) {
                 return Ok(Vec::new());
             }
+            let stale = || merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
             Ok(match self.lazy.when {
+                // What is in common, and was not written since, is there.
+                Postcopy::AtOnce if self.tracks_all() => {
+                    rounded(&merge(self.sharing.held(at), &stale()), block.backing.granule())
+                }
                 // What a clone has not written is there.
                 Postcopy::AtOnce if block.backing == Backing::Template => self.own(block)?,
                 Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
                 // What the target is to drop reads as zero here, and is fetched as that.
                 _ => {
-                    let stale = merge(&merge(&set.pages[at], &set.suspects[at]), &set.holes[at]);
-                    rounded(&stale, block.backing.granule())
+                    rounded(&stale(), block.backing.granule())
                 }
             })
         };
@@ -150,9 +159,9 @@ impl Outgoing {
 
     /// What of a send-set belongs to blocks that must be complete, in terms of the blocks that are tracked.
     fn eager_part(&self, set: &SendSet) -> Arc<SendSet> {
-        match self.lazy.when {
-            Postcopy::AtOnce => Arc::new(set.clone()),
-            _ => {
+        match self.tracks_all() {
+            false => Arc::new(set.clone()),
+            true => {
                 let mut part = set.clone();
                 for (at, _) in self.blocks.iter().enumerate().filter(|(_, block)| !self.is_eager(block)) {
                     part.clear(at);

@@ -4,10 +4,11 @@ use super::{Event, Order, Outgoing, pace};
 use crate::balloon;
 use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
-use crate::model::MigrateRequest;
+use crate::model::{Dedup, MigrateRequest};
 use crate::offer;
 use crate::progress::View;
 use crate::registry::{UsedTemplate, Vm};
+use crate::sharing::Seat;
 use crate::templates;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -60,7 +61,7 @@ impl Outgoing {
         host: &Arc<Host>,
         vm: &Arc<Vm>,
         request: &MigrateRequest,
-        id: MigrationId,
+        (id, seat): (MigrationId, Seat),
         (tell, orders): (mpsc::Sender<Event>, &mpsc::Receiver<Event>),
         view: &mut View,
     ) -> Result<(Self, Source), Outcome> {
@@ -78,6 +79,7 @@ impl Outgoing {
         send_template(host, vm, request, (&peer, &address), (orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
+        checked.offer.common = request.dedup != Dedup::None;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,
@@ -108,6 +110,8 @@ impl Outgoing {
             process,
         );
         outgoing.began = began;
+        outgoing.sharing.dedup = request.dedup;
+        outgoing.sharing.seat = Some(seat).filter(|_| request.dedup != Dedup::None);
         outgoing.lazy.when = when;
         outgoing.lazy.streams = streams;
         outgoing.lazy.bytes =

@@ -58,6 +58,13 @@ pub(super) struct Lazy {
     filled: bool,
 }
 
+impl Lazy {
+    /// All pages of each region.
+    pub(super) fn whole_regions(&self) -> Vec<Vec<PageRun>> {
+        self.regions.iter().map(|region| vec![whole(region.bytes)]).collect()
+    }
+}
+
 /// All pages of a region.
 fn whole(bytes: u64) -> PageRun {
     PageRun { first: 0, pages: bytes.div_ceil(PAGE) }
@@ -124,17 +131,15 @@ impl Arriving<'_> {
         if let Some(why) = Pager::refusal(&process, &regions).map_err(|why| explain(&why))? {
             return Err(why);
         }
-        if self.offer.postcopy {
+        if self.offer.postcopy && !self.offer.common {
             // What QEMU has written for itself: to drop it takes an attach, and the VM runs while this is done.
-            let all: Vec<Vec<PageRun>> =
-                self.lazy.regions.iter().map(|region| vec![whole(region.bytes)]).collect();
-            self.get_ready(&all)?;
+            self.get_ready(&self.lazy.whole_regions())?;
         }
         Ok(eager)
     }
 
     /// Makes the pager of a switch that is likely, or near, and drops what is here of these pages, region by region.
-    fn get_ready(&mut self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+    pub(super) fn get_ready(&mut self, missing: &[Vec<PageRun>]) -> Result<(), String> {
         if self.lazy.ready.is_none() {
             let layout = self.sinks.as_ref().ok_or("nothing is ready")?.layout.clone();
             let pager = self.attach_pager()?;
@@ -492,7 +497,7 @@ pub(crate) fn resume(
         let mut machine = Target::resume(&record, Duration::ZERO);
         let offer = Offer { vm: vm.name(), generation: record.generation.0, ..Offer::default() };
         let incoming: &Incoming = host.incoming();
-        let mut arriving = Arriving::new(record.id, host.clone(), incoming, tell);
+        let mut arriving = Arriving::new((record.id, &record.peer), host.clone(), incoming, tell);
         arriving.offer = offer;
         arriving.vm = Some(vm.clone());
         arriving.lazy.regions = fetch.regions;

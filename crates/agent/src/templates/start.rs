@@ -114,6 +114,7 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
     let sinks = sinks(host, &process, &offer, &layout, None)?;
     fill(template, &sinks)?;
     let Sinks { blocks, installer, .. } = sinks;
+    let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     installer.finish().map_err(|why| explain(&why))?;
     let state = template.pages.state().map_err(|why| explain(&why))?;
     qemu.load(&state).map_err(failed)?;

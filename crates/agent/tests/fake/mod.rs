@@ -362,6 +362,23 @@ impl Control for Fake {
         std::thread::spawn(move || self.play(&id, &request, &sender));
         Ok(view)
     }
+    fn migrate_together(
+        self: Arc<Self>,
+        request: GangRequest,
+        key: Option<String>,
+    ) -> Result<GangView, AgentError> {
+        let (mut migrations, mut refused) = (Vec::new(), Vec::new());
+        for one in request.migrations {
+            let (vm, key) = (one.vm.clone(), key.as_ref().map(|key| format!("{key}/{}", one.vm)));
+            match Control::migrate(self.clone(), one, key) {
+                Ok(view) => migrations.push(view),
+                Err(why) => {
+                    refused.push(GangRefusal { vm, code: "conflict".into(), text: why.to_string() });
+                }
+            }
+        }
+        Ok(GangView { migrations, refused })
+    }
     fn migrations(&self) -> Vec<MigrationView> {
         self.migrations.lock().unwrap().iter().map(|(_, sender)| sender.borrow().clone()).collect()
     }

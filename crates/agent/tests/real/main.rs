@@ -15,6 +15,7 @@ mod memory;
 mod moves;
 mod postcopy;
 mod precopy;
+mod sharing;
 mod soak;
 mod states;
 mod streams;

@@ -8,6 +8,7 @@ use crate::human::bytes;
 use crate::interrupt::Interrupts;
 use crate::postcopy;
 use crate::progress::Progress;
+use super::gang;
 use crate::show;
 use hyper::Method;
 use sterna_agent::model::{MigrateRequest, MigrationView, default_downtime_limit};
@@ -24,7 +25,8 @@ pub(crate) async fn run(client: &Client, args: Migrate) -> Result<Exit, Failure>
         return Err(Failure::new(Exit::Usage, why));
     }
     let format = args.output.format;
-    let request = request(&args);
+    let [vm] = &args.vms[..] else { return gang::run(client, &args).await };
+    let request = request(&args, vm);
     if args.detach {
         let view = begin(client, &request).await?;
         print_job(format, &view)?;
@@ -56,7 +58,8 @@ fn contradiction(args: &Migrate) -> Option<&'static str> {
     }
 }
 
-fn request(args: &Migrate) -> MigrateRequest {
+/// What is asked for one of the VMs.
+pub(crate) fn request(args: &Migrate, vm: &str) -> MigrateRequest {
     MigrateRequest {
         max_bandwidth: args.limits.bandwidth.filter(|rate| *rate > 0),
         min_bandwidth: args.limits.min_bandwidth.filter(|rate| *rate > 0),
@@ -65,6 +68,7 @@ fn request(args: &Migrate) -> MigrateRequest {
         balloon: args.balloon,
         compression: args.compression.into(),
         delta_cache: args.delta_cache,
+        dedup: args.dedup.into(),
         downtime_limit: args.limits.max_downtime.unwrap_or_else(default_downtime_limit),
         postcopy: args.postcopy,
         postcopy_after_precopy: args.postcopy_after_precopy,
@@ -72,18 +76,27 @@ fn request(args: &Migrate) -> MigrateRequest {
         timeout: args.timeout,
         verify: args.verify,
         parallel_connections: args.parallel_connections,
-        ..MigrateRequest::new(&args.vm, &args.host)
+        ..MigrateRequest::new(vm, &args.host)
     }
 }
 
 /// Asks for the migration. A lost answer is asked for again with the same key: it begins once.
 async fn begin(client: &Client, request: &MigrateRequest) -> Result<MigrationView, Failure> {
+    post(client, "/v1/migrations", request).await
+}
+
+/// Asks for something that is to begin once.
+pub(crate) async fn post<T: serde::de::DeserializeOwned>(
+    client: &Client,
+    path: &str,
+    request: &impl serde::Serialize,
+) -> Result<T, Failure> {
     let key = std::fs::read_to_string(RANDOM_UUID)
         .map_err(|why| Failure::new(Exit::Failed, format!("{RANDOM_UUID} cannot be read: {why}")))?;
     let mut tries = 0;
     loop {
         tries += 1;
-        match client.send(Method::POST, "/v1/migrations", request, Some(key.trim())).await {
+        match client.send(Method::POST, path, request, Some(key.trim())).await {
             Err(ClientError::Silent { .. }) if tries < TRIES => {}
             answer => return Ok(answer?),
         }
@@ -121,7 +134,7 @@ async fn begin_or_interrupt(
     }
 }
 
-fn print_job(format: Format, view: &MigrationView) -> Result<(), Failure> {
+pub(crate) fn print_job(format: Format, view: &MigrationView) -> Result<(), Failure> {
     match format {
         Format::Json => show::json(view),
         Format::Jsonl => show::json_line(view),
@@ -157,7 +170,7 @@ pub(crate) fn outcome(view: &MigrationView) -> Exit {
 }
 
 /// The agent's own words, which say where the VM is; ours where it has none.
-fn unhappy_end(exit: Exit, view: &MigrationView) -> String {
+pub(crate) fn unhappy_end(exit: Exit, view: &MigrationView) -> String {
     let MigrationView { vm, source, target, .. } = view;
     match (exit, &view.error_desc) {
         (Exit::Attention, Some(why)) => format!("VM {vm} needs attention: {why}"),
@@ -191,6 +204,7 @@ fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Throughput", format!("{:.1} mbps", throughput(view))),
         ("Verified", verified),
     ];
+    rows.extend(shared(view));
     rows.extend(postcopy::rows(view));
     if format == Format::Wide {
         rows.extend([
@@ -203,6 +217,18 @@ fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
         ]);
     }
     rows
+}
+
+/// What of its memory it shares at the target.
+fn shared(view: &MigrationView) -> Option<(&'static str, String)> {
+    let ram = &view.ram;
+    let pages = ram.template_pages + ram.common_pages;
+    let text = match (ram.template_pages, ram.common_pages) {
+        (0, _) => "with others".to_owned(),
+        (_, 0) => "with its template".to_owned(),
+        (template, common) => format!("{} with its template, {} with others", bytes(template * ram.page_size), bytes(common * ram.page_size)),
+    };
+    (pages > 0).then(|| ("Shared memory", format!("{} {text}", bytes(pages * ram.page_size))))
 }
 
 /// Over the whole migration, as the wire saw it.

@@ -1,6 +1,7 @@
 //! One file per group of commands.
 
 mod agent;
+mod gang;
 mod jobs;
 mod migrate;
 mod pki;

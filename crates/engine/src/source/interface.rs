@@ -60,6 +60,10 @@ pub enum SourceInput {
     Opened,
     /// [`SourceAction::Track`] is done; the send-set holds these pages.
     Tracked(Pages),
+    /// [`SourceAction::Share`] has come so far that the target was told what to map.
+    Sharing,
+    /// [`SourceAction::Share`] is done, or cannot be done; the send-set holds these pages.
+    Shared(Pages),
     /// Figures have changed: bytes of page data and descriptors written to the streams so far.
     Sent(Bytes),
     /// Pages so far that were sent as bytes, whole or as what has changed of them, and pages that were to be sent and wait for the
@@ -135,6 +139,9 @@ pub enum SourceAction {
     },
     /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
     Track,
+    /// Find out which pages of the send-set are in common with others, have each content travel once, and the target map it
+    /// ([`Message::Common`]). [`Message::Mapped`] goes by the machine.
+    Share,
     /// From now on send at this rate; `None` is as fast as the link takes it. A migration begins at its maximum.
     Pace(Option<Rate>),
     /// Let the guest's processors that write most have this part of their time, in percent; 100 is all, and needs no answer. Where it

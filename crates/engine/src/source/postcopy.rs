@@ -86,6 +86,7 @@ impl Source {
             }
             self.lazy.refusal = Some(text);
         }
+        self.room = accepted.room;
         let count = self.parameters.offer.streams;
         let open = SourceAction::OpenStreams { count, demand: accepted.postcopy };
         self.enter(State::Opening, open, now, LOCAL_WAIT);

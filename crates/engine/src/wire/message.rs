@@ -7,7 +7,7 @@
 pub(crate) struct Envelope {
     #[prost(
         oneof = "Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25"
     )]
     pub(crate) body: Option<Message>,
 }
@@ -79,6 +79,18 @@ pub enum Message {
     /// Target: how much of it is there.
     #[prost(message, tag = "21")]
     TemplateState(TemplateState),
+    /// Source: which pages are in common with others, and where in a store; or that this is still being found out.
+    #[prost(message, tag = "22")]
+    Common(Common),
+    /// Target: so many of these runs are mapped; the rest must come as bytes.
+    #[prost(message, tag = "23")]
+    Mapped(Mapped),
+    /// Source, on a connection of its own: a store of pages in common. They follow.
+    #[prost(message, tag = "24")]
+    Store(Store),
+    /// Target: whether it takes the store, and once more when all of it has come.
+    #[prost(message, tag = "25")]
+    StoreState(Text),
 }
 
 impl Message {
@@ -106,6 +118,10 @@ impl Message {
             Self::Reattached(_) => "that it goes on",
             Self::Template(_) => "a template",
             Self::TemplateState(_) => "what it has of a template",
+            Self::Common(_) => "pages in common",
+            Self::Mapped(_) => "what it has mapped",
+            Self::Store(_) => "a store",
+            Self::StoreState(_) => "what it has of a store",
         }
     }
 }
@@ -200,6 +216,42 @@ pub struct Offer {
     /// Digest of the template that the VM is a clone of, in hexadecimal; empty where it is none. Pages that it shares with that do not travel.
     #[prost(string, tag = "15")]
     pub template: String,
+    /// Whether [`Message::Common`] comes before the first round, where the target has room for mappings.
+    #[prost(bool, tag = "16")]
+    pub common: bool,
+}
+
+/// Pages of the VM that lie in a store, which is complete.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Common {
+    /// Whose identity: 16 bytes; none where no page is in common.
+    #[prost(bytes = "vec", tag = "1")]
+    pub store: Vec<u8>,
+    /// Runs of pages, 16 bytes each ([`crate::wire::common`]).
+    #[prost(bytes = "vec", tag = "2")]
+    pub runs: Vec<u8>,
+    /// Only says that the source is still at work; what there is comes later.
+    #[prost(bool, tag = "3")]
+    pub pending: bool,
+}
+
+/// What came of [`Common`].
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Mapped {
+    /// So many runs, from the first on.
+    #[prost(uint32, tag = "1")]
+    pub runs: u32,
+}
+
+/// A store of pages that several VMs, or one in several places, have in common.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Store {
+    /// Its identity: 16 bytes.
+    #[prost(bytes = "vec", tag = "1")]
+    pub id: Vec<u8>,
+    /// At most so many pages follow.
+    #[prost(uint64, tag = "2")]
+    pub pages: u64,
 }
 
 /// A template that is offered.
@@ -259,6 +311,9 @@ pub struct Accepted {
     /// Places in the offer of blocks that must be complete before the VM runs all the same, in ascending order.
     #[prost(uint32, repeated, tag = "4")]
     pub eager: Vec<u32>,
+    /// How many runs of pages in common can be mapped; 0 where none can.
+    #[prost(uint32, tag = "5")]
+    pub room: u32,
 }
 
 /// Why something cannot be done.

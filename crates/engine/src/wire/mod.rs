@@ -6,6 +6,7 @@
 //! anything is allocated, and what does not fit is an error that names what was wrong.
 
 pub mod batch;
+pub mod common;
 pub mod control;
 pub mod message;
 pub mod patch;

@@ -252,7 +252,10 @@ impl World {
         self.qemus.push(Qemu::new(host, Some(id)));
         match self.fails() {
             true => TargetInput::Failed("QEMU does not answer".into()),
-            false => TargetInput::Prepared(Lazily::No("it is not simulated here".into())),
+            false => TargetInput::Prepared {
+                lazily: Lazily::No("it is not simulated here".into()),
+                room: 0,
+            },
         }
     }
 

@@ -1,0 +1,126 @@
+//! Who leaves together.
+
+use super::{Found, find, send};
+use crate::host::Host;
+use crate::model::Dedup;
+use crate::pages::SourceBlock;
+use crate::registry::lock;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::{Duration, Instant};
+use sterna_memory::{PageRun, Process};
+
+/// How long who is ready waits for those who are not: a target that starts a dozen QEMUs at once takes its time.
+const WAIT: Duration = Duration::from_secs(60);
+
+/// VMs that leave for the same host together.
+pub(crate) struct Gang {
+    host: Arc<Host>,
+    peer: String,
+    address: String,
+    /// Most bytes per second for what they have in common.
+    limit: Option<u64>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    /// Who has not said anything yet.
+    awaited: usize,
+    members: Vec<Member>,
+    begun: bool,
+}
+
+/// One of them, ready to be looked at: its writes are tracked.
+pub(crate) struct Member {
+    pub(crate) vm: String,
+    pub(crate) process: Process,
+    pub(crate) blocks: Arc<Vec<SourceBlock>>,
+    /// What is to be sent of each block.
+    pub(crate) pages: Vec<Vec<PageRun>>,
+    /// How many runs its target can map.
+    pub(crate) room: u32,
+    pub(crate) dedup: Dedup,
+    /// Hears what was found, on a thread of the gang's.
+    pub(crate) tell: Box<dyn FnOnce(Result<Found, String>) + Send>,
+}
+
+/// A place in a gang: who gives it up is waited for no more.
+pub(crate) struct Seat {
+    gang: Option<Arc<Gang>>,
+}
+
+impl Gang {
+    /// Places for so many VMs.
+    pub(crate) fn seats(
+        host: &Arc<Host>,
+        (peer, address): (&str, &str),
+        limit: Option<u64>,
+        count: usize,
+    ) -> Vec<Seat> {
+        let state = Mutex::new(State { awaited: count, ..State::default() });
+        let (host, peer, address) = (host.clone(), peer.to_owned(), address.to_owned());
+        let gang = Arc::new(Self { host, peer, address, limit, state, changed: Condvar::new() });
+        (0..count).map(|_| Seat { gang: Some(gang.clone()) }).collect()
+    }
+
+    /// Waits for all, or as long as that may take, and looks at what they have in common.
+    fn run(&self) {
+        let until = Instant::now() + WAIT;
+        let mut state = lock(&self.state);
+        while state.awaited > 0 && Instant::now() < until {
+            let left = until.saturating_duration_since(Instant::now());
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+        }
+        state.begun = true;
+        let members = std::mem::take(&mut state.members);
+        drop(state);
+        let began = Instant::now();
+        let groups = find::find(&members);
+        let fit = find::fit(&groups, &members);
+        #[cfg(feature = "holds")]
+        crate::hold::before(&self.host.config().run_dir, "source-compare");
+        tracing::debug!(members = members.len(), groups = groups.len(), took = ?began.elapsed(), "pages that may be the same");
+        let sent = send::send(&self.host, (&self.peer, &self.address), self.limit, &groups, &fit, &members);
+        match sent {
+            Ok(found) => {
+                members.into_iter().zip(found).for_each(|(member, found)| (member.tell)(Ok(found)));
+            }
+            Err(why) => members.into_iter().for_each(|member| (member.tell)(Err(why.clone()))),
+        }
+    }
+}
+
+impl Seat {
+    /// This one is ready. It hears what was found, once all are.
+    pub(crate) fn arrive(mut self, member: Member) -> Result<(), String> {
+        let Some(gang) = self.gang.take() else { return Err("it has left already".into()) };
+        let mut state = lock(&gang.state);
+        state.awaited -= 1;
+        if state.begun {
+            // The others could not wait any longer.
+            drop(state);
+            (member.tell)(Ok(Found::default()));
+            return Ok(());
+        }
+        state.members.push(member);
+        let first = state.members.len() == 1;
+        drop(state);
+        gang.changed.notify_all();
+        if first {
+            let named = std::thread::Builder::new().name("common-out".into());
+            let looking = gang.clone();
+            named.spawn(move || looking.run()).map_err(|why| format!("no thread can be started: {why}"))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if let Some(gang) = self.gang.take() {
+            lock(&gang.state).awaited -= 1;
+            gang.changed.notify_all();
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Pages that VMs which leave together have in common, or one VM in several places: each content travels once, and is shared at the target too.
+//!
+//! After Eswaran et al., "Sharing-aware live migration" (CCGRID 2024), and, where it is asked for, Deshpande et al., "Live gang migration of virtual
+//! machines" (HPDC 2011), which hashes. Whatever has left two pages on one frame at the source (KSM, a private mapping of one file,
+//! an earlier migration) is seen in the page tables. Bytes are compared all the same before a page counts as another's: frames are used again.
+//!
+//! ```text
+//! gang   who leaves together, and waits for whom     send    bytes are compared, and each content sent once, into a store
+//! find   pages on one frame, or of one hash          store   a store at the target: filled, sealed, mapped, forgotten
+//! ```
+//!
+//! It all happens before the first round, while tracking is on already: what is written after it was compared is found by the next scan, and
+//! travels like any other page.
+
+mod find;
+mod gang;
+mod send;
+mod store;
+
+use sterna_engine::wire::common::Run;
+
+pub(crate) use gang::{Gang, Member, Seat};
+pub(crate) use send::Held;
+pub(crate) use store::{Stores, receive};
+
+use crate::pages::SourceBlock;
+use sterna_memory::PageRun;
+use std::sync::Arc;
+
+/// What was found of one VM.
+#[derive(Default)]
+pub(crate) struct Found {
+    /// The store, empty where nothing is in common.
+    pub(crate) store: Vec<u8>,
+    /// Its pages there, ascending.
+    pub(crate) runs: Vec<Run>,
+    /// Pages that are in common and travel as bytes all the same: more mappings than these are not to be had.
+    pub(crate) fallbacks: u64,
+    /// Bytes that were sent into the store because of this VM, or of it first.
+    pub(crate) bytes: u64,
+    /// Keeps the store at the target.
+    pub(crate) held: Option<Arc<Held>>,
+}
+
+impl Found {
+    /// The pages of its first runs, block by block.
+    pub(crate) fn pages(&self, blocks: &[SourceBlock], runs: usize) -> Vec<Vec<PageRun>> {
+        let mut pages = vec![Vec::new(); blocks.len()];
+        for run in &self.runs[..runs.min(self.runs.len())] {
+            if let Some(at) = blocks.iter().position(|block| block.index == run.block) {
+                let run = PageRun { first: run.first.into(), pages: run.pages.into() };
+                sterna_memory::append_run(&mut pages[at], run);
+            }
+        }
+        pages
+    }
+}

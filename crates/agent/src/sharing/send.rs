@@ -1,0 +1,194 @@
+//! Comparing bytes, and sending each content once.
+
+use super::Found;
+use super::find::{Fit, Groups, Place, follows};
+use super::gang::Member;
+use crate::control::{self, CONNECT_WITHIN, explain};
+use crate::agent::random;
+use crate::host::Host;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use sterna_engine::wire::Message;
+use sterna_engine::wire::common::Run;
+use sterna_engine::wire::message::Store;
+use sterna_memory::{PAGE, PageRun, Reader, Span, is_zero};
+use sterna_transport::{Connection, Pacer};
+
+/// Contents compared and sent at once: 1 MiB.
+const PAGES_PER_PIECE: usize = 256;
+/// How long the target may take for a piece, or to say that it has all.
+const PIECE_WITHIN: Duration = Duration::from_secs(30);
+
+/// As long as it lives the target keeps a store.
+pub(crate) struct Held {
+    _connection: Mutex<Connection>,
+}
+
+/// Sends what members have in common into a store at the target; what each of them has there.
+pub(super) fn send(
+    host: &Host,
+    (peer, address): (&str, &str),
+    limit: Option<u64>,
+    groups: &Groups,
+    fit: &Fit,
+    members: &[Member],
+) -> Result<Vec<Found>, String> {
+    let groups = groups.retain(|place| fit.has(place));
+    let mut found: Vec<Found> = (0..members.len())
+        .map(|member| Found { fallbacks: fit.fallbacks(member), ..Found::default() })
+        .collect();
+    if groups.len() == 0 {
+        return Ok(found);
+    }
+    let failed = |why: String| format!("what the VMs have in common does not get to host {peer}: {why}");
+    let connection = host.endpoint().connect(address, peer, CONNECT_WITHIN);
+    let mut connection = connection.map_err(|why| failed(explain(&why)))?;
+    let store = random().map_err(|why| failed(why.to_string()))?.to_vec();
+    let pages = groups.len() as u64;
+    control::send(&mut connection, &Message::Store(Store { id: store.clone(), pages })).map_err(failed)?;
+    taken(&mut connection).map_err(failed)?;
+    let pacer = Pacer::new(limit);
+    let mut comparing = Comparing::new(members)?;
+    // Places in the store, in their order.
+    let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
+    let mut at = 0u32;
+    for first in (0..groups.len()).step_by(PAGES_PER_PIECE) {
+        let last = (first + PAGES_PER_PIECE).min(groups.len());
+        comparing.compare((first..last).map(|group| groups.get(group)));
+        for same in comparing.same.iter().filter(|same| same.len() > 1) {
+            found[usize::from(same[0].member)].bytes += PAGE;
+            same.iter().for_each(|place| placed[usize::from(place.member)].push((*place, at)));
+            at += 1;
+        }
+        let piece = comparing.piece();
+        if !piece.is_empty() {
+            pacer.acquire(piece.len());
+            control::send_piece(&mut connection, piece, PIECE_WITHIN).map_err(failed)?;
+        }
+    }
+    control::send_piece(&mut connection, &[], PIECE_WITHIN).map_err(failed)?;
+    taken(&mut connection).map_err(failed)?;
+    let held = Arc::new(Held { _connection: Mutex::new(connection) });
+    for ((found, mut places), member) in found.iter_mut().zip(placed).zip(members) {
+        places.sort_unstable();
+        found.runs = places
+            .chunk_by(|one, next| follows(*one, *next))
+            .map(|run| Run {
+                block: member.blocks[usize::from(run[0].0.block)].index,
+                first: run[0].0.page,
+                pages: run.len() as u32,
+                at: run[0].1,
+            })
+            .collect();
+        // Where bytes differed there are more runs than were counted before.
+        let excess = found.runs.split_off(found.runs.len().min(member.room as usize));
+        found.fallbacks += excess.iter().map(|run| u64::from(run.pages)).sum::<u64>();
+        if !found.runs.is_empty() {
+            found.store.clone_from(&store);
+            found.held = Some(held.clone());
+        }
+    }
+    tracing::info!(peer, contents = at, "pages that VMs have in common were sent");
+    Ok(found)
+}
+
+/// What the target says of the store.
+fn taken(connection: &mut Connection) -> Result<(), String> {
+    match control::receive(connection, PIECE_WITHIN)? {
+        Message::StoreState(state) if state.text.is_empty() => Ok(()),
+        Message::StoreState(state) => Err(state.text),
+        Message::Abort(text) => Err(text.text),
+        _ => Err("it answered something else".into()),
+    }
+}
+
+/// Reads pages of all members that may be the same, and tells which are.
+struct Comparing<'a> {
+    members: &'a [Member],
+    readers: Vec<Reader>,
+    /// Whether a member can be read: one whose QEMU has ended shares nothing.
+    lives: Vec<bool>,
+    /// The first page of each group, one after the other.
+    firsts: Vec<u8>,
+    others: Vec<u8>,
+    /// For each group its pages that are the same, the first among them.
+    same: Vec<Vec<Place>>,
+}
+
+impl<'a> Comparing<'a> {
+    fn new(members: &'a [Member]) -> Result<Self, String> {
+        let readers = members.iter().map(|member| Reader::new(&member.process));
+        let readers = readers.collect::<Result<_, _>>().map_err(|why| explain(&why))?;
+        let (firsts, others) = (Vec::new(), vec![0; PAGES_PER_PIECE * PAGE as usize]);
+        Ok(Self { members, readers, lives: vec![true; members.len()], firsts, others, same: Vec::new() })
+    }
+
+    /// Which of the pages of each group are as its first one. What is zero is in no group: it need not travel at all.
+    fn compare<'b>(&mut self, groups: impl Iterator<Item = &'b [Place]>) {
+        let (mut firsts, mut others) = (Vec::new(), Vec::new());
+        for (group, places) in groups.enumerate() {
+            firsts.push((places[0], group));
+            others.extend(places[1..].iter().map(|place| (*place, group)));
+        }
+        let mut bytes = std::mem::take(&mut self.firsts);
+        bytes.resize(firsts.len() * PAGE as usize, 0);
+        // The groups are in the order of their first places.
+        self.read(&firsts, &mut bytes);
+        let pages = bytes.chunks_exact(PAGE as usize).zip(&firsts);
+        let usable = |content: &[u8], place: &Place| self.lives[usize::from(place.member)] && !is_zero(content);
+        self.same = pages
+            .map(|(content, (place, _))| if usable(content, place) { vec![*place] } else { Vec::new() })
+            .collect();
+        others.sort_unstable();
+        let mut theirs = std::mem::take(&mut self.others);
+        for part in others.chunks(PAGES_PER_PIECE) {
+            let theirs = &mut theirs[..part.len() * PAGE as usize];
+            self.read(part, theirs);
+            for (content, (place, group)) in theirs.chunks_exact(PAGE as usize).zip(part) {
+                let first = &bytes[group * PAGE as usize..][..PAGE as usize];
+                let is_read = self.lives[usize::from(place.member)];
+                if is_read && !self.same[*group].is_empty() && content == first {
+                    self.same[*group].push(*place);
+                }
+            }
+        }
+        (self.firsts, self.others) = (bytes, theirs);
+    }
+
+    /// The contents of the groups that have more than one page, one after the other.
+    fn piece(&mut self) -> &[u8] {
+        let mut kept = 0;
+        for (group, _) in self.same.iter().enumerate().filter(|(_, same)| same.len() > 1) {
+            let from = group * PAGE as usize;
+            self.firsts.copy_within(from..from + PAGE as usize, kept);
+            kept += PAGE as usize;
+        }
+        &self.firsts[..kept]
+    }
+
+    /// Reads the pages of these places, which are in ascending order. What is read of a member that does not live then is of no use.
+    fn read(&mut self, places: &[(Place, usize)], bytes: &mut [u8]) {
+        let mut rest = bytes;
+        for part in places.chunk_by(|one, next| one.0.member == next.0.member) {
+            let member = usize::from(part[0].0.member);
+            let (into, after) = rest.split_at_mut(part.len() * PAGE as usize);
+            rest = after;
+            if !self.lives[member] {
+                continue;
+            }
+            let mut spans: Vec<Span> = Vec::new();
+            for (place, _) in part {
+                let region = self.members[member].blocks[usize::from(place.block)].region;
+                let span = region.span(PageRun { first: place.page.into(), pages: 1 });
+                match spans.last_mut() {
+                    Some(last) if last.end() == span.addr => last.len += span.len,
+                    _ => spans.push(span),
+                }
+            }
+            if let Err(why) = self.readers[member].read(&spans, into) {
+                tracing::warn!(vm = self.members[member].vm, %why, "nothing more of the VM is shared");
+                self.lives[member] = false;
+            }
+        }
+    }
+}

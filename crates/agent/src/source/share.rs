@@ -1,0 +1,143 @@
+//! What a VM has in common with others goes first ([`crate::sharing`]).
+
+use super::{Event, Outgoing};
+use crate::model::Dedup;
+use crate::sharing::{Found, Member, Seat};
+use std::time::{Duration, Instant};
+use sterna_engine::Source;
+use sterna_engine::source::{Postcopy, SourceInput};
+use sterna_engine::units::Pages;
+use sterna_engine::wire::common;
+use sterna_engine::wire::message::{Accepted, Common};
+use sterna_engine::wire::Message;
+use sterna_memory::PageRun;
+use sterna_vmm::Vmm as _;
+
+/// How often the target hears that the source is at work: it waits a minute for something to come.
+const TELL_EVERY: Duration = Duration::from_secs(15);
+
+/// How far this migration is with what its VM has in common with others.
+#[derive(Default)]
+pub(super) struct Sharing {
+    pub(super) dedup: Dedup,
+    pub(super) seat: Option<Seat>,
+    /// How many runs the target can map.
+    room: u32,
+    /// Since when the target has heard nothing, as long as it is not over.
+    told: Option<Instant>,
+    /// What the target is to map, until it says that it has.
+    asked: Option<Found>,
+    /// Where no page travels before the stop: what is missing at the target all the same, and not in common.
+    held: Vec<Vec<PageRun>>,
+}
+
+impl Sharing {
+    /// Whether what is in common will be, or was, looked for.
+    pub(super) fn is_on(&self) -> bool {
+        self.room > 0 && self.dedup != Dedup::None
+    }
+
+    /// What was kept for the time after the switch of a block.
+    pub(super) fn held(&self, block: usize) -> &[PageRun] {
+        self.held.get(block).map_or(&[], Vec::as_slice)
+    }
+
+    /// It waits for nobody any more, and nobody for it.
+    pub(super) fn leave(&mut self) {
+        (self.seat, self.told, self.asked) = (None, None, None);
+    }
+
+    pub(super) fn accepted(&mut self, accepted: &Accepted) {
+        self.room = accepted.room.min(common::RUNS_MAX as u32);
+        if self.room == 0 {
+            self.seat = None;
+        }
+    }
+}
+
+impl Outgoing {
+    /// Takes its place among those that leave together; what is found comes as an event.
+    pub(super) fn share(&mut self) -> Result<(), String> {
+        self.sharing.told = Some(Instant::now());
+        let seat = self.sharing.seat.take().ok_or("it leaves with nobody")?;
+        let process = self.process.try_clone().map_err(|why| crate::control::explain(&why))?;
+        let blocks = self.tracked();
+        let pages = self.collector()?.set().pages.clone();
+        let tell = self.tell.clone();
+        let member = Member {
+            vm: self.vm.name(),
+            process,
+            blocks,
+            pages,
+            room: self.sharing.room,
+            dedup: self.sharing.dedup,
+            tell: Box::new(move |found| drop(tell.send(Event::Shared(found)))),
+        };
+        seat.arrive(member)
+    }
+
+    /// The target hears that this one is at work still.
+    pub(super) fn keep_awaiting(&mut self) {
+        if self.sharing.told.is_some_and(|told| told.elapsed() >= TELL_EVERY) {
+            self.sharing.told = Some(Instant::now());
+            let pending = Message::Common(Common { pending: true, ..Common::default() });
+            // One that is lost is noticed by who reads.
+            drop(self.message(&pending));
+        }
+    }
+
+    /// What there is in common, or why that is not known: then everything travels.
+    pub(super) fn shared(&mut self, machine: &mut Source, found: Result<Found, String>) {
+        if self.sharing.told.take().is_none() {
+            return;
+        }
+        let found = found.unwrap_or_else(|why| {
+            self.view.notice(&format!("nothing is shared: {why}"));
+            Found::default()
+        });
+        self.view.fallbacks(found.fallbacks, found.bytes);
+        let common =
+            Common { store: found.store.clone(), runs: common::encode(&found.runs), pending: false };
+        self.sharing.asked = Some(found);
+        match self.message(&Message::Common(common)) {
+            Some(lost) => self.feed(machine, lost),
+            None => self.feed(machine, SourceInput::Sharing),
+        }
+    }
+
+    /// The target has mapped so many runs; what is in them need not be sent.
+    pub(super) fn mapped(&mut self, runs: u32) -> SourceInput {
+        let Some(found) = self.sharing.asked.take() else {
+            return SourceInput::Disconnected("the target has mapped what nobody asked for".into());
+        };
+        match self.take_out(&found, runs as usize) {
+            Ok(pages) => SourceInput::Shared(pages),
+            Err(why) => SourceInput::Failed(why),
+        }
+    }
+
+    fn take_out(&mut self, found: &Found, runs: usize) -> Result<Pages, String> {
+        let blocks = self.tracked();
+        let mapped = found.pages(&blocks, runs);
+        let count: u64 = mapped.iter().flatten().map(|run| run.pages).sum();
+        let all: u64 = found.runs.iter().map(|run| u64::from(run.pages)).sum();
+        self.view.common(count, all - count);
+        let at_once = self.lazy.when == Postcopy::AtOnce;
+        let eager: Vec<bool> = blocks.iter().map(|block| self.is_eager(block)).collect();
+        let collector = self.collector()?;
+        mapped.iter().enumerate().for_each(|(at, pages)| collector.is_there(at, pages));
+        let mut held = vec![Vec::new(); blocks.len()];
+        if at_once {
+            for at in (0..blocks.len()).filter(|at| !eager[*at]) {
+                held[at] = collector.hold_back(at);
+            }
+        }
+        let pages = Pages(collector.page_count());
+        self.sharing.held = held;
+        if at_once && pages == Pages(0) {
+            // No round hides it.
+            self.qemu(|qemu| qemu.prepare_save())?;
+        }
+        Ok(pages)
+    }
+}
