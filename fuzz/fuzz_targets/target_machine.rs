@@ -6,7 +6,7 @@
 use libfuzzer_sys::fuzz_target;
 use std::time::Duration;
 use sterna_engine::handoff::Step;
-use sterna_engine::target::{Target, TargetAction, TargetInput};
+use sterna_engine::target::{Lazily, Target, TargetAction, TargetInput};
 use sterna_engine::wire::control::decode_message;
 use sterna_engine::wire::message::{Hello, Offer, Reason, Release, StateEnd};
 use sterna_engine::wire::{Message, VERSION_MAX, VERSION_MIN};
@@ -68,7 +68,7 @@ fn next_input(rest: &mut &[u8]) -> Option<TargetInput> {
         })),
         2 => TargetInput::Admitted,
         3 => TargetInput::Recorded(took),
-        4 => TargetInput::Prepared,
+        4 => TargetInput::Prepared { lazily: Lazily::No(String::new()), room: 3 },
         5 => {
             let raw = take(rest, 2)?;
             TargetInput::RoundEnd { stream: raw[0].into(), round: raw[1].into() }

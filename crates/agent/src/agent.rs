@@ -5,8 +5,8 @@ use crate::control::explain;
 use crate::guest::Guests;
 use crate::host::{Host, ram_of};
 use crate::model::{
-    GangRefusal, GangRequest, GangView,    HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest, RecoverView, RunRequest, SetRequest,
-    Side, VmView, WorkingSetEvent, WorkingSetRequest,
+    GangRefusal, GangRequest, GangView, HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest,
+    RecoverView, RunRequest, SetRequest, Side, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::sharing::{Gang, Seat};
@@ -381,7 +381,9 @@ impl Agent {
         key: Option<String>,
         seat: Option<Seat>,
     ) -> Result<MigrationView, AgentError> {
-        let Some(seat) = seat else { return Err(AgentError::Failed("it has no place among the others".into())) };
+        let Some(seat) = seat else {
+            return Err(AgentError::Failed("it has no place among the others".into()));
+        };
         let vm = self.find(&request.vm)?;
         if let Some(word) = vm.fetching() {
             return Err(AgentError::Conflict(format!(

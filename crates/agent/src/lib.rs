@@ -35,9 +35,9 @@ mod postcopy;
 mod progress;
 mod recovery;
 mod registry;
+mod sharing;
 mod source;
 mod target;
-mod sharing;
 mod templates;
 mod working_set;
 

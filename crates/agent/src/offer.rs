@@ -152,11 +152,13 @@ pub(crate) fn source_blocks(
 ) -> Result<Vec<SourceBlock>, String> {
     let process = host.process_of(vm)?;
     let shared = vm.record().template.map(|template| template.block);
-    let placed = layout.blocks.iter().enumerate().filter_map(|(index, block)| Some((index, block, block.hva?)));
+    let placed =
+        layout.blocks.iter().enumerate().filter_map(|(index, block)| Some((index, block, block.hva?)));
     let placed: Vec<_> =
         placed.map(|(index, block, base)| (index, block, Region { base, bytes: block.bytes })).collect();
     let regions: Vec<Region> = placed.iter().map(|(_, _, region)| *region).collect();
     let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
+    let merges = sterna_memory::may_merge(&process);
     let mut blocks = Vec::new();
     for ((index, block, region), common) in placed.into_iter().zip(common) {
         let pages = block.bytes.div_ceil(PAGE);
@@ -170,7 +172,7 @@ pub(crate) fn source_blocks(
             common,
             provable: !block.is_rebuilt(),
             sent: SentPages::new(pages),
-            hashes: (writers == Writers::Disks).then(|| SentHashes::new(pages)),
+            hashes: (writers == Writers::Disks || merges).then(|| SentHashes::new(pages)),
         });
     }
     Ok(blocks)

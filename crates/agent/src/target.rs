@@ -554,7 +554,7 @@ impl Arriving<'_> {
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
         let Sinks { layout, blocks, installer, missing, .. } = sinks;
         let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
-    installer.finish().map_err(|why| explain(&why))?;
+        installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
         if end.postcopy {
             self.begin_fetch(end, layout, &lock(&missing))?;

@@ -15,8 +15,8 @@
 use crate::handoff::{Activity, Generation, MigrationId, Record, Step};
 use crate::source::STREAMS_MAX;
 use crate::wire::message::{
-    Accepted, Barrier, Committed, Common, Filled, Hello, Loaded, Mapped, Offer, Reason, Reattached, Refused, StateEnd, Text,
-    Welcome,
+    Accepted, Barrier, Committed, Common, Filled, Hello, Loaded, Mapped, Offer, Reason, Reattached, Refused,
+    StateEnd, Text, Welcome,
 };
 use crate::wire::{Message, VERSION_MAX, VERSION_MIN, batch};
 use std::collections::VecDeque;

@@ -11,8 +11,8 @@ use sterna_engine::target::{Lazily, Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{
-    Accepted, Barrier, Block, Committed, Filled, Hello, Loaded, Offer, Query, Reason, Refused, Release,
-    StateEnd, Text, Welcome,
+    Accepted, Barrier, Block, Committed, Common, Filled, Hello, Loaded, Mapped, Offer, Query, Reason,
+    Refused, Release, StateEnd, Text, Welcome,
 };
 use sterna_engine::{Status, wire};
 
@@ -27,6 +27,7 @@ fn offer() -> Offer {
         generation: GENERATION,
         blocks: vec![block],
         streams: STREAMS,
+        common: true,
         ..Offer::default()
     }
 }
@@ -44,6 +45,9 @@ fn any_message() -> impl Strategy<Value = Message> {
         Just(Message::Offer(offer())),
         any::<u32>().prop_map(|streams| Message::Offer(Offer { streams, ..offer() })),
         Just(Message::Accepted(Accepted::default())),
+        Just(Message::Accepted(Accepted { room: 3, ..Accepted::default() })),
+        any::<bool>().prop_map(|pending| Message::Common(Common { pending, ..Common::default() })),
+        Just(Message::Mapped(Mapped { runs: 1 })),
         Just(Message::Refused(Refused { reasons: vec![Reason::default()] })),
         (0u32..5, 0u32..70).prop_map(|(round, stream)| Message::Barrier(Barrier { round, stream })),
         (0u32..5).prop_map(|last_round| Message::StateEnd(StateEnd { last_round, ..StateEnd::default() })),
@@ -74,6 +78,8 @@ fn any_source_input() -> impl Strategy<Value = SourceInput> {
         1 => Just(SourceInput::RecordFailed("full".into())),
         1 => Just(SourceInput::Opened),
         1 => any::<u64>().prop_map(|pages| SourceInput::Tracked(Pages(pages))),
+        1 => Just(SourceInput::Sharing),
+        1 => any::<u64>().prop_map(|pages| SourceInput::Shared(Pages(pages))),
         1 => any::<u64>().prop_map(|bytes| SourceInput::Sent(Bytes(bytes))),
         1 => any::<u64>().prop_map(|pages| SourceInput::Scanned(Pages(pages))),
         1 => (0u64..9).prop_map(|pages| SourceInput::Stopped(Pages(pages))),
@@ -110,7 +116,8 @@ fn any_target_input() -> impl Strategy<Value = TargetInput> {
         1 => Just(TargetInput::Refused(vec![Reason::default()])),
         1 => Just(TargetInput::Recorded(Duration::from_millis(1))),
         1 => Just(TargetInput::RecordFailed("full".into())),
-        1 => any_lazily().prop_map(TargetInput::Prepared),
+        1 => any_lazily().prop_map(|lazily| TargetInput::Prepared { lazily, room: 3 }),
+        1 => any::<u32>().prop_map(TargetInput::Mapped),
         1 => Just(TargetInput::Filled(Filled::default())),
         1 => Just(TargetInput::Died("killed".into())),
         1 => any::<u64>().prop_map(TargetInput::Reattached),
@@ -207,6 +214,7 @@ impl SourceDriver {
             SourceAction::Send(message) => self.sent(message),
             SourceAction::OpenStreams { .. } => self.honest.push_back(In::Opened),
             SourceAction::Track => self.honest.push_back(In::Tracked(Pages(9))),
+            SourceAction::Share => self.honest.extend([In::Sharing, In::Shared(Pages(7))]),
             SourceAction::SendRound(round)
             | SourceAction::TellStale(round)
             | SourceAction::Finish(round)
@@ -265,7 +273,9 @@ impl SourceDriver {
             Message::Hello(_) => {
                 Message::Welcome(Welcome { version: wire::VERSION_MAX, software: String::new() })
             }
-            Message::Offer(_) => Message::Accepted(Accepted { postcopy: true, ..Accepted::default() }),
+            Message::Offer(_) => {
+                Message::Accepted(Accepted { postcopy: true, room: 3, ..Accepted::default() })
+            }
             Message::Release(release) => {
                 assert!(self.record_stored, "released before the record was asked for");
                 self.released = true;
@@ -289,6 +299,7 @@ struct TargetDriver {
     commit_stored: bool,
     run_recorded: bool,
     adopted: bool,
+    mapped: bool,
     runs: u32,
     killed: bool,
     dead: bool,
@@ -308,6 +319,7 @@ impl TargetDriver {
             commit_stored: false,
             run_recorded: false,
             adopted: false,
+            mapped: false,
             runs: 0,
             killed: false,
             dead: false,
@@ -349,10 +361,12 @@ impl TargetDriver {
                 self.honest.push_back(In::Recorded(Duration::from_millis(1)));
             }
             TargetAction::Prepare(_) => {
-                self.honest.push_back(In::Prepared {
-                    lazily: Lazily::Yes { eager: Vec::new() },
-                    room: 0,
-                });
+                self.honest.push_back(In::Prepared { lazily: Lazily::Yes { eager: Vec::new() }, room: 0 });
+            }
+            TargetAction::Map(common) => {
+                assert!(!common.pending && !self.mapped, "mapped twice, or nothing");
+                self.mapped = true;
+                self.honest.push_back(In::Mapped(0));
             }
             TargetAction::Load(_) => self.honest.push_back(In::Loaded(1)),
             TargetAction::Run => {
@@ -381,6 +395,7 @@ impl TargetDriver {
     fn sent(&mut self, message: &Message) {
         match message {
             Message::Accepted(_) => {
+                self.honest.push_back(TargetInput::Message(Message::Common(Common::default())));
                 let end = |stream| TargetInput::RoundEnd { stream, round: 1 };
                 self.honest.extend((0..STREAMS).map(end));
                 let end = StateEnd { last_round: 1, postcopy: self.postcopy, ..StateEnd::default() };

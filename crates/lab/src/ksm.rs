@@ -80,5 +80,9 @@ fn read(name: &str) -> Result<String, LabError> {
 }
 
 fn write(name: &str, value: &str) -> Result<(), LabError> {
-    fs::write(file(name), value).map_err(|source| LabError::File { action: "write", path: file(name), source })
+    fs::write(file(name), value).map_err(|source| LabError::File {
+        action: "write",
+        path: file(name),
+        source,
+    })
 }

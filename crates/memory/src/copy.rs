@@ -1,6 +1,8 @@
 //! Copying memory of another process, in batches: `process_vm_readv(2)` and `process_vm_writev(2)`.
 
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::os::unix::fs::FileExt;
 
 use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
@@ -8,6 +10,7 @@ use nix::unistd::Pid;
 
 use crate::page::Span;
 use crate::process::Process;
+use crate::shared::may_merge;
 
 /// Bytes per system call: large enough that its cost vanishes, small enough to stay in the cache on its way to the wire.
 const BATCH: usize = 1 << 20;
@@ -49,18 +52,33 @@ pub enum CopyError {
 #[derive(Debug)]
 pub struct Reader {
     process: Process,
+    /// Where pages are to stay shared.
+    mem: Option<File>,
 }
 
 impl Reader {
-    /// For this process.
+    /// For this process; gently, if the kernel merges its pages with others.
     pub fn new(process: &Process) -> Result<Reader, crate::ProcessError> {
-        Ok(Reader { process: process.try_clone()? })
+        if may_merge(process) {
+            return Reader::gentle(process);
+        }
+        Ok(Reader { process: process.try_clone()?, mem: None })
+    }
+
+    /// One that leaves pages shared. `process_vm_readv(2)` pins what it reads, and what is pinned must be the process's own: the kernel gives
+    /// it a copy of each page that it shares with others, be it merged by KSM or after a fork(2) (`gup_must_unshare`, mm/gup.c), which
+    /// looks like a write too. `/proc/PID/mem` pins nothing; it takes up to twice as long.
+    pub fn gentle(process: &Process) -> Result<Reader, crate::ProcessError> {
+        Ok(Reader { process: process.try_clone()?, mem: Some(process.open_proc("mem")?) })
     }
 
     /// Fills the buffer with the bytes of the spans, one after the other.
     ///
     /// Give no holes: reading them allocates memory in the target, see [`crate::populated`].
     pub fn read(&self, runs: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
+        if let Some(mem) = &self.mem {
+            return self.read_gently(mem, runs, buf);
+        }
         let pid = Pid::from_raw(self.process.pid());
         transfer(&self.process, runs, buf.len(), |from, spans| {
             let part = &mut buf[from..from + total(spans)];
@@ -71,9 +89,29 @@ impl Reader {
     }
 }
 
+impl Reader {
+    fn read_gently(&self, mem: &File, spans: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
+        let sum = spans.iter().fold(0u64, |sum, s| sum.saturating_add(s.len));
+        if sum != buf.len() as u64 {
+            return Err(CopyError::Length { buffer: buf.len(), spans: sum });
+        }
+        let mut rest = buf;
+        for span in spans {
+            let (part, after) = rest.split_at_mut(span.len as usize);
+            rest = after;
+            if let Err(source) = mem.read_exact_at(part, span.addr) {
+                check_alive(&self.process)?;
+                return Err(CopyError::Fault { pid: self.process.pid(), addr: span.addr, source });
+            }
+        }
+        // It is the process that was opened, whatever has its number now; a dead one reads as nothing.
+        check_alive(&self.process)
+    }
+}
+
 /// Looks at the spans, whatever they hold.
 pub(crate) fn touch(process: &Process, spans: &[Span]) -> Result<(), CopyError> {
-    let reader = Process::try_clone(process).map(|process| Reader { process });
+    let reader = Process::try_clone(process).map(|process| Reader { process, mem: None });
     let reader = reader.map_err(|_| CopyError::Gone { pid: process.pid() })?;
     let mut seen = vec![0; SPANS_PER_CALL];
     spans.chunks(SPANS_PER_CALL).try_for_each(|spans| {

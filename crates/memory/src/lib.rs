@@ -59,7 +59,7 @@ pub use preflight::preflight;
 pub use process::{Process, ProcessError};
 pub use sealed::SealedMemory;
 pub use shared::{
-    CommonRun, SharedError, common, common_room, common_store, frames, map_common, touch,
+    CommonRun, SharedError, common, common_room, common_store, frames, map_common, may_merge, merged, touch,
 };
 pub use throttle::{Throttle, first_writes};
 pub use track::{Peeker, TrackError, Tracker, WpAsyncTracker};

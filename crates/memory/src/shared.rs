@@ -7,8 +7,10 @@
 //!
 //! A frame number is a hint: a frame is freed and used again between two looks. So compare bytes.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::RawFd;
+use std::os::unix::fs::FileExt;
 
 use crate::attach::protocol::{MAX_RANGES, Op};
 use crate::attach::{Attach, AttachError};
@@ -28,6 +30,10 @@ pub(crate) const NAME: &str = "sterna-common";
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_EXCLUSIVE: u64 = 1 << 56;
 const ENTRY_FRAME: u64 = (1 << 55) - 1;
+
+/// `KPF_KSM` and `KPF_ZERO_PAGE` of pagemap.rst (`/proc/kpageflags`).
+const FRAME_KSM: u64 = 1 << 21;
+const FRAME_ZERO: u64 = 1 << 24;
 
 /// Pagemap entries looked at in one read: 512 kB.
 const ENTRIES_PER_READ: u64 = 1 << 16;
@@ -112,22 +118,60 @@ pub fn frames(
     runs: &[PageRun],
     mut found: impl FnMut(u64, u64),
 ) -> Result<(), PopulatedError> {
-    let scanner = PageMap::new(process.open_proc("pagemap")?);
+    each_entry(process, region, runs, |page, entry| {
+        let frame = entry & ENTRY_FRAME;
+        if entry & ENTRY_PRESENT != 0 && entry & ENTRY_EXCLUSIVE == 0 && frame != 0 {
+            found(page, frame);
+        }
+    })
+}
+
+/// Appends those of these pages that the kernel has merged with others (KSM): to the tracking of writes that looks like a write, and is none.
+///
+/// # Errors
+/// The page tables cannot be read.
+pub fn merged(
+    process: &Process,
+    region: &Region,
+    runs: &[PageRun],
+    out: &mut Vec<PageRun>,
+) -> Result<(), PopulatedError> {
     let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
+    let flags = File::open("/proc/kpageflags").map_err(failed)?;
+    each_entry(process, region, runs, |page, entry| {
+        let mut flag = [0; 8];
+        if entry & ENTRY_PRESENT != 0
+            && flags.read_exact_at(&mut flag, (entry & ENTRY_FRAME) * 8).is_ok()
+            && u64::from_ne_bytes(flag) & (FRAME_KSM | FRAME_ZERO) != 0
+        {
+            append_run(out, PageRun { first: page, pages: 1 });
+        }
+    })
+}
+
+/// Whether the kernel looks for pages of a process to merge.
+pub fn may_merge(process: &Process) -> bool {
+    let text = process.read_proc("ksm_stat").unwrap_or_default();
+    let items = text.lines().find_map(|line| line.strip_prefix("ksm_rmap_items "));
+    items.and_then(|items| items.trim().parse::<u64>().ok()).is_some_and(|items| items > 0)
+}
+
+/// Calls `seen` with each page and its entry in the process's pagemap.
+fn each_entry(
+    process: &Process,
+    region: &Region,
+    runs: &[PageRun],
+    mut seen: impl FnMut(u64, u64),
+) -> Result<(), PopulatedError> {
+    let scanner = PageMap::new(process.open_proc("pagemap")?);
     let mut entries = Vec::new();
     for run in runs {
-        let mut at = run.first;
-        while at < run.end() {
-            let pages = (run.end() - at).min(ENTRIES_PER_READ);
-            entries.resize(pages as usize, 0);
-            scanner.entries(region.span(PageRun { first: at, pages }).addr, &mut entries).map_err(failed)?;
-            for (page, entry) in (at..).zip(&entries) {
-                let frame = entry & ENTRY_FRAME;
-                if entry & ENTRY_PRESENT != 0 && entry & ENTRY_EXCLUSIVE == 0 && frame != 0 {
-                    found(page, frame);
-                }
-            }
-            at += pages;
+        for first in (run.first..run.end()).step_by(ENTRIES_PER_READ as usize) {
+            let part = PageRun { first, pages: (run.end() - first).min(ENTRIES_PER_READ) };
+            entries.resize(part.pages as usize, 0);
+            let read = scanner.entries(region.span(part).addr, &mut entries);
+            read.map_err(|source| PopulatedError::Scan { pid: process.pid(), source })?;
+            (first..).zip(&entries).for_each(|(page, entry)| seen(page, *entry));
         }
     }
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
@@ -166,7 +210,8 @@ pub fn map_common(
     for (region, runs) in regions.iter().filter(|(_, runs)| !runs.is_empty()) {
         let flags = smaps::details(process, region)?;
         let has = |flag: &str| flags.first().is_some_and(|first| first.has(flag));
-        let advice: Vec<i32> = ADVICE.iter().filter(|(flag, _)| has(flag)).map(|(_, advice)| *advice).collect();
+        let advice: Vec<i32> =
+            ADVICE.iter().filter(|(flag, _)| has(flag)).map(|(_, advice)| *advice).collect();
         for chunk in runs.chunks(MAX_RANGES) {
             let ranges: Vec<(u64, u64, u64)> = chunk
                 .iter()

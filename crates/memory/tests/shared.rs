@@ -8,8 +8,8 @@ use common::{Victim, attach, content, run};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 use sterna_memory::{
-    Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Region, SealedMemory, Tracker, WpAsyncTracker,
-    common_room, common_store, footprint, frames, populated, touch,
+    Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Region, SealedMemory, Tracker,
+    WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch,
 };
 
 const PAGES: u64 = 1024;
@@ -91,8 +91,10 @@ fn two_that_map_one_store_are_seen_to_share_frames() {
     let found = seen.each_ref().map(|(victim, region)| {
         touch(&victim.process, region, &[run(1, 3)]).unwrap();
         let mut found = Vec::new();
-        frames(&victim.process, region, &populated_pages(victim, region), |page, frame| found.push((page, frame)))
-            .unwrap();
+        frames(&victim.process, region, &populated_pages(victim, region), |page, frame| {
+            found.push((page, frame))
+        })
+        .unwrap();
         found
     });
     let pages: Vec<u64> = found[0].iter().map(|(page, _)| *page).collect();

@@ -1,9 +1,9 @@
 //! What the API needs of an agent. A trait, so that the API and the command can be tested without a host.
 
 use crate::model::{
-    GangRequest, GangView,
-    HostView, MigrateRequest, MigrationView, PushRequest, PushView, RecoverRequest, RecoverView, RunRequest,
-    SetRequest, TemplateRequest, TemplateView, VmView, WorkingSetEvent, WorkingSetRequest,
+    GangRequest, GangView, HostView, MigrateRequest, MigrationView, PushRequest, PushView, RecoverRequest,
+    RecoverView, RunRequest, SetRequest, TemplateRequest, TemplateView, VmView, WorkingSetEvent,
+    WorkingSetRequest,
 };
 use crate::{Agent, AgentError};
 use std::sync::Arc;

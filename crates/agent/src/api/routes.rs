@@ -5,8 +5,8 @@ use super::request::{JsonBody, idempotency_key};
 use super::{Context, Control, events, metrics, openapi, templates, working_set};
 use crate::AgentError;
 use crate::model::{
-    GangRequest, GangView, HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView, RunRequest, SetRequest,
-    VmView,
+    GangRequest, GangView, HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView,
+    RunRequest, SetRequest, VmView,
 };
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
-    own, own_within, populated, with_data,
+    may_merge, merged, own, own_within, populated, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -113,12 +113,26 @@ impl Collector {
     pub(crate) fn scan(&mut self) -> Result<(), String> {
         for at in 0..self.blocks.len() {
             let (pages, holes) = self.changed(at)?;
+            let pages = self.without_merged(at, pages)?;
             self.set.add(at, &pages, &holes);
             if self.writers == Writers::Disks {
                 self.at_risk[at] = merge(&subtract(&self.at_risk[at], &holes), &pages);
             }
         }
         Ok(())
+    }
+
+    /// Pages that the kernel has merged with others look written. They are compared with what was sent, where that is known, and else sent again.
+    fn without_merged(&mut self, at: usize, pages: Vec<PageRun>) -> Result<Vec<PageRun>, String> {
+        let block = &self.blocks[at];
+        if pages.is_empty() || block.hashes.is_none() || !may_merge(&self.process) {
+            return Ok(pages);
+        }
+        let mut found = Vec::new();
+        merged(&self.process, &block.region, &pages, &mut found).map_err(|why| unseen(&why))?;
+        let suspects = &mut self.set.suspects[at];
+        *suspects = merge(suspects, &found);
+        Ok(subtract(&pages, &found))
     }
 
     /// Adds pages that were to be sent in a round that was abandoned. What the last scan says of them comes first.
@@ -265,11 +279,18 @@ impl Collector {
 
     /// How many pages were written since the last scan.
     pub(crate) fn peek(&mut self) -> Result<u64, String> {
-        let mut found = Vec::new();
+        let mut count = 0;
         for at in 0..self.blocks.len() {
+            let (mut found, mut alike) = (Vec::new(), Vec::new());
             self.tracker.peek(at, &mut found).map_err(|why| explain(&why))?;
+            if !found.is_empty() {
+                // The kernel merges pages of a VM that is stopped, too.
+                merged(&self.process, &self.blocks[at].region, &found, &mut alike)
+                    .map_err(|why| unseen(&why))?;
+            }
+            count += subtract(&found, &alike).iter().map(|run| run.pages).sum::<u64>();
         }
-        Ok(found.iter().map(|run| run.pages).sum())
+        Ok(count)
     }
 
     /// Which stripes of each block are written most, as far as it shows already: the fewest that account for most of what was written

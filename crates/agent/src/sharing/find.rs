@@ -108,7 +108,7 @@ fn hashes(
     pages: &[PageRun],
     mut found: impl FnMut(u64, u64),
 ) -> Result<(), String> {
-    let reader = Reader::new(&member.process).map_err(|why| explain(&why))?;
+    let reader = Reader::gentle(&member.process).map_err(|why| explain(&why))?;
     let mut buffer = vec![0; PAYLOAD_BYTES_MAX];
     for run in pages.iter().flat_map(|run| crate::fit::pieces(*run)) {
         let bytes = &mut buffer[..run.bytes() as usize];
@@ -155,7 +155,8 @@ pub(super) fn fit(groups: &Groups, members: &[Member]) -> Fit {
             return Vec::new();
         }
         runs.sort_by_key(|run| std::cmp::Reverse(run.len()));
-        let mut dropped: Vec<Place> = runs[room..].iter().flat_map(|run| run.iter().map(|(place, _)| *place)).collect();
+        let mut dropped: Vec<Place> =
+            runs[room..].iter().flat_map(|run| run.iter().map(|(place, _)| *place)).collect();
         dropped.sort_unstable();
         dropped
     };
@@ -186,7 +187,8 @@ mod tests {
 
     #[test]
     fn pages_with_one_key_are_a_group_and_groups_are_in_the_first_vms_order() {
-        let groups = Groups::of_keys(keyed(&[(9, 0, 1), (3, 0, 2), (9, 1, 7), (3, 1, 8), (3, 1, 9), (5, 0, 3)]));
+        let groups =
+            Groups::of_keys(keyed(&[(9, 0, 1), (3, 0, 2), (9, 1, 7), (3, 1, 8), (3, 1, 9), (5, 0, 3)]));
         assert_eq!(all(&groups), [vec![(0, 1), (1, 7)], vec![(0, 2), (1, 8), (1, 9)]]);
         let less = groups.retain(|place| place.page != 7);
         assert_eq!(all(&less), [vec![(0, 2), (1, 8), (1, 9)]]);

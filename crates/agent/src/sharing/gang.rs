@@ -70,7 +70,8 @@ impl Gang {
         let mut state = lock(&self.state);
         while state.awaited > 0 && Instant::now() < until {
             let left = until.saturating_duration_since(Instant::now());
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
+            state =
+                self.changed.wait_timeout(state, left).unwrap_or_else(std::sync::PoisonError::into_inner).0;
         }
         state.begun = true;
         let members = std::mem::take(&mut state.members);

@@ -24,8 +24,8 @@ pub(crate) use send::Held;
 pub(crate) use store::{Stores, receive};
 
 use crate::pages::SourceBlock;
-use sterna_memory::PageRun;
 use std::sync::Arc;
+use sterna_memory::PageRun;
 
 /// What was found of one VM.
 #[derive(Default)]

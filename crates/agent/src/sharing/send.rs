@@ -3,8 +3,8 @@
 use super::Found;
 use super::find::{Fit, Groups, Place, follows};
 use super::gang::Member;
-use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::agent::random;
+use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::host::Host;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -117,7 +117,7 @@ struct Comparing<'a> {
 
 impl<'a> Comparing<'a> {
     fn new(members: &'a [Member]) -> Result<Self, String> {
-        let readers = members.iter().map(|member| Reader::new(&member.process));
+        let readers = members.iter().map(|member| Reader::gentle(&member.process));
         let readers = readers.collect::<Result<_, _>>().map_err(|why| explain(&why))?;
         let (firsts, others) = (Vec::new(), vec![0; PAGES_PER_PIECE * PAGE as usize]);
         Ok(Self { members, readers, lives: vec![true; members.len()], firsts, others, same: Vec::new() })
@@ -135,7 +135,8 @@ impl<'a> Comparing<'a> {
         // The groups are in the order of their first places.
         self.read(&firsts, &mut bytes);
         let pages = bytes.chunks_exact(PAGE as usize).zip(&firsts);
-        let usable = |content: &[u8], place: &Place| self.lives[usize::from(place.member)] && !is_zero(content);
+        let usable =
+            |content: &[u8], place: &Place| self.lives[usize::from(place.member)] && !is_zero(content);
         self.same = pages
             .map(|(content, (place, _))| if usable(content, place) { vec![*place] } else { Vec::new() })
             .collect();

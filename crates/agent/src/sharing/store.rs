@@ -81,7 +81,9 @@ fn take(
     let bytes = offered.pages * PAGE;
     let available = sterna_vmm::qemu::available_bytes().unwrap_or(0);
     if bytes > available {
-        return Err(format!("there is no memory for {bytes} bytes that VMs have in common: {available} are available"));
+        return Err(format!(
+            "there is no memory for {bytes} bytes that VMs have in common: {available} are available"
+        ));
     }
     let memory = common_store(offered.pages).map_err(|why| explain(&why))?;
     control::send(connection, &Message::StoreState(Text::default()))?;

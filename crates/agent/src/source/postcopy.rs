@@ -142,9 +142,7 @@ impl Outgoing {
                 Postcopy::AtOnce if block.backing == Backing::Template => self.own(block)?,
                 Postcopy::AtOnce => vec![PageRun { first: 0, pages: block.region.bytes.div_ceil(PAGE) }],
                 // What the target is to drop reads as zero here, and is fetched as that.
-                _ => {
-                    rounded(&stale(), block.backing.granule())
-                }
+                _ => rounded(&stale(), block.backing.granule()),
             })
         };
         self.blocks.iter().enumerate().map(of).collect()

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::source::{Postcopy, SourceInput};
 use sterna_engine::units::Pages;
+use sterna_engine::wire::Message;
 use sterna_engine::wire::common;
 use sterna_engine::wire::message::{Accepted, Common};
-use sterna_engine::wire::Message;
 use sterna_memory::PageRun;
 use sterna_vmm::Vmm as _;
 
@@ -96,8 +96,7 @@ impl Outgoing {
             Found::default()
         });
         self.view.fallbacks(found.fallbacks, found.bytes);
-        let common =
-            Common { store: found.store.clone(), runs: common::encode(&found.runs), pending: false };
+        let common = Common { store: found.store.clone(), runs: common::encode(&found.runs), pending: false };
         self.sharing.asked = Some(found);
         match self.message(&Message::Common(common)) {
             Some(lost) => self.feed(machine, lost),

@@ -3,13 +3,13 @@
 use super::{Arriving, process_of};
 use crate::control::explain;
 use crate::pages::{Sink, subtract};
+use std::os::fd::AsFd;
+use std::sync::PoisonError;
 use sterna_engine::target::TargetInput;
 use sterna_engine::wire::common;
 use sterna_engine::wire::message::Common;
 use sterna_memory::{CommonRun, PAGE, PageRun, common_room};
 use sterna_vmm::Vmm;
-use std::os::fd::AsFd;
-use std::sync::PoisonError;
 
 impl Arriving<'_> {
     /// How many runs of pages in common can be mapped in the QEMU that waits.
@@ -56,7 +56,8 @@ impl Arriving<'_> {
             drop(installer);
             qemu.take_back_fd(lent).map_err(|why| explain(&why))?;
             count = done.map_err(|why| explain(&why))?;
-            let in_order = wanted.iter().flat_map(|(region, runs)| runs.iter().map(move |run| (*region, run.run)));
+            let in_order =
+                wanted.iter().flat_map(|(region, runs)| runs.iter().map(move |run| (*region, run.run)));
             in_order.take(count).for_each(|(region, run)| mapped[region].push(run));
         }
         drop(sinks);

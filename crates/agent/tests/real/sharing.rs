@@ -1,13 +1,12 @@
 //! VMs that have memory in common: it travels once, and is shared at the target. RAM is proved equal, and each guest checks its own.
 
 use std::sync::Arc;
-use std::time::Duration;
 
-use crate::support::{BOOT, MOVE, World, request, wait};
+use crate::support::{BOOT, World, request, wait};
 use sterna_agent::Agent;
-use sterna_agent::model::{Dedup, GangRequest, MigrateRequest, MigrationView};
-use sterna_lab::guest::{GuestSpec, Program, Ram};
-use sterna_lab::{HugePages, Ksm};
+use sterna_agent::model::{GangRequest, MigrateRequest, MigrationView};
+use sterna_lab::Ksm;
+use sterna_lab::guest::{GuestSpec, Program};
 use sterna_memory::{PAGE, Process};
 
 /// A guest's memory is filled with content that follows from the seed: of 64 MiB, 8 are written.
@@ -47,7 +46,12 @@ impl Scene {
         }
     }
 
-    fn begin(&self, from: &Arc<Agent>, to: &str, how: impl Fn(MigrateRequest) -> MigrateRequest) -> Vec<String> {
+    fn begin(
+        &self,
+        from: &Arc<Agent>,
+        to: &str,
+        how: impl Fn(MigrateRequest) -> MigrateRequest,
+    ) -> Vec<String> {
         let migrations = self.names.iter().map(|name| how(request(name, to))).collect();
         let gang = from.migrate_together(GangRequest { migrations }, None).unwrap();
         assert!(gang.refused.is_empty(), "{gang:?}");
@@ -108,8 +112,10 @@ fn common(views: &[MigrationView]) -> u64 {
 /// There with what the kernel has merged, and back with what they share since: there nothing merges.
 fn twins_share(version: &str, how: impl Fn(MigrateRequest) -> MigrateRequest) {
     let names = ["one", "two"];
-    let scene =
-        Scene::boot(World::new(version), &names, |_, guest| GuestSpec { programs: vec![twin(7, 10)], ..guest });
+    let scene = Scene::boot(World::new(version), &names, |_, guest| GuestSpec {
+        programs: vec![twin(7, 10)],
+        ..guest
+    });
     let ksm = Ksm::run().unwrap();
     scene.merge(&scene.a, &ksm);
     let before = scene.pss(&scene.a);
@@ -155,7 +161,10 @@ fn merged_pages_travel_once_by_hybrid() {
 #[test]
 fn a_vm_alone_shares_with_itself() {
     let scene = Scene::boot(World::new("7.2"), &["one"], |_, guest| GuestSpec {
-        programs: vec![twin(7, 0), Program::Load(["--fill=48", "--dirty=0", "--seed=7"].map(str::to_owned).to_vec())],
+        programs: vec![
+            twin(7, 0),
+            Program::Load(["--fill=48", "--dirty=0", "--seed=7"].map(str::to_owned).to_vec()),
+        ],
         ..guest
     });
     let ksm = Ksm::run().unwrap();

@@ -142,7 +142,11 @@ fn savings(view: &MigrationView) -> impl Iterator<Item = (&'static str, String)>
         ("Shared with the template", ram.template_pages, bytes(ram.template_pages * ram.page_size)),
         ("Shared with others", ram.common_pages, bytes(ram.common_pages * ram.page_size)),
         ("Sent to be shared", ram.common_bytes, bytes(ram.common_bytes)),
-        ("Not shared for want of mappings", ram.common_fallback_pages, bytes(ram.common_fallback_pages * ram.page_size)),
+        (
+            "Not shared for want of mappings",
+            ram.common_fallback_pages,
+            bytes(ram.common_fallback_pages * ram.page_size),
+        ),
         ("Template sent before", ram.template_bytes, bytes(ram.template_bytes)),
         ("Given to the balloon", ram.balloon_bytes, bytes(ram.balloon_bytes)),
         ("Saved by delta", ram.delta_saved_bytes, delta),

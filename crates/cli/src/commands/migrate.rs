@@ -1,5 +1,6 @@
 //! `sterna migrate`: asks, waits, and tells what became of the VM.
 
+use super::gang;
 use crate::args::{Format, Migrate};
 use crate::client::{Client, ClientError, segment};
 use crate::exit::{Exit, Failure};
@@ -8,7 +9,6 @@ use crate::human::bytes;
 use crate::interrupt::Interrupts;
 use crate::postcopy;
 use crate::progress::Progress;
-use super::gang;
 use crate::show;
 use hyper::Method;
 use sterna_agent::model::{MigrateRequest, MigrationView, default_downtime_limit};
@@ -226,7 +226,11 @@ fn shared(view: &MigrationView) -> Option<(&'static str, String)> {
     let text = match (ram.template_pages, ram.common_pages) {
         (0, _) => "with others".to_owned(),
         (_, 0) => "with its template".to_owned(),
-        (template, common) => format!("{} with its template, {} with others", bytes(template * ram.page_size), bytes(common * ram.page_size)),
+        (template, common) => format!(
+            "{} with its template, {} with others",
+            bytes(template * ram.page_size),
+            bytes(common * ram.page_size)
+        ),
     };
     (pages > 0).then(|| ("Shared memory", format!("{} {text}", bytes(pages * ram.page_size))))
 }

@@ -202,6 +202,7 @@ impl World {
             SourceAction::OpenStreams { count: streams, .. } => {
                 self.source_op(host, move |world| world.open_streams(host, streams))
             }
+            SourceAction::Share => unreachable!("nothing is in common here"),
             SourceAction::Track => self.source_op(host, move |world| world.track(host)),
             // The simulation has no rates, and a guest that is slowed is only slower.
             SourceAction::Pace(_) | SourceAction::Stun(_) => {}

@@ -176,6 +176,7 @@ impl World {
             TargetAction::Check(_) => self.target_op(host, move |world| world.admit(host)),
             TargetAction::Record(record) => self.target_record(host, record),
             TargetAction::Prepare(offer) => self.target_op(host, move |world| world.prepare(host, &offer)),
+            TargetAction::Map(_) => unreachable!("nothing is in common here"),
             TargetAction::Load(_) => {
                 self.hosts[host].target.as_mut().expect("it just acted").loading = true;
                 self.target_op(host, move |world| world.load(host));
@@ -252,10 +253,7 @@ impl World {
         self.qemus.push(Qemu::new(host, Some(id)));
         match self.fails() {
             true => TargetInput::Failed("QEMU does not answer".into()),
-            false => TargetInput::Prepared {
-                lazily: Lazily::No("it is not simulated here".into()),
-                room: 0,
-            },
+            false => TargetInput::Prepared { lazily: Lazily::No("it is not simulated here".into()), room: 0 },
         }
     }
 

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use linux_raw_sys::general::{
     __NR_close, __NR_ioctl, __NR_madvise, __NR_mmap, __NR_munmap, __NR_process_madvise, __NR_userfaultfd,
-    MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_READ, PROT_WRITE, UFFD_USER_MODE_ONLY,
+    MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_READ, PROT_WRITE,
+    UFFD_USER_MODE_ONLY,
 };
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
