@@ -3,6 +3,7 @@
 
 #[path = "../../../agent/tests/fake/mod.rs"]
 mod fake;
+mod gang;
 mod postcopy;
 mod template;
 
