@@ -5,8 +5,8 @@ use crate::control::explain;
 use crate::guest::Guests;
 use crate::host::{Host, ram_of};
 use crate::model::{
-    GangRefusal, GangRequest, GangView, HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest,
-    RecoverView, RunRequest, SetRequest, Side, VmView, WorkingSetEvent, WorkingSetRequest,
+    GangRefusal, GangRequest, GangView, HostView, MemoryView, MigrateRequest, MigrationView, ReasonView,
+    RecoverRequest, RecoverView, RunRequest, SetRequest, Side, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::sharing::{Gang, Seat};
@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
+use sterna_memory::Usage;
 use sterna_transport::{Limits, Listener, ServerHandle};
 use sterna_vmm::Vmm;
 use sterna_vmm::qemu::{CommandLine, Qemu, expand};
@@ -97,6 +98,7 @@ impl Agent {
         tracing::warn!("{}", crate::hold::ANNOUNCED);
         let listener = Listener::bind(&config.listen).map_err(|why| AgentError::Failed(explain(&why)))?;
         let host = Arc::new(Host::open(config).map_err(AgentError::Failed)?);
+        crate::sharing::raise_map_count(host.config().sharing.max_map_count);
         let open = recovery::recover(&host);
         let (for_peers, endpoint) = (host.clone(), host.endpoint().clone());
         let server = listener
@@ -212,6 +214,19 @@ impl Agent {
     }
 
     /// All VMs.
+    pub fn vms_with_memory(&self) -> Vec<VmView> {
+        let mut views = self.vms();
+        for view in &mut views {
+            let process = self.host.registry().find(&view.name).and_then(|vm| self.host.process_of(&vm).ok());
+            view.memory = process.and_then(|process| process.usage().ok()).map(|usage| {
+                let Usage { rss, pss, shared, own } = usage;
+                MemoryView { rss, pss, shared, own }
+            });
+        }
+        views
+    }
+
+    /// All VMs of this host.
     pub fn vms(&self) -> Vec<VmView> {
         self.host.registry().all().iter().map(|vm| vm.view()).collect()
     }

@@ -111,6 +111,9 @@ pub struct VmView {
     /// The template that it is a clone of.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub template: Option<String>,
+    /// What memory its QEMU uses, where that was asked for.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub memory: Option<MemoryView>,
     /// The migration that goes on, if one does.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub migration: Option<String>,
@@ -120,6 +123,19 @@ pub struct VmView {
     /// The helper that answers inside of the guest, if one does. The guest says this of itself.
     #[serde(rename = "guest-helper", skip_serializing_if = "Option::is_none", default)]
     pub guest_helper: Option<GuestHelperView>,
+}
+
+/// Memory of a VM's QEMU, in bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MemoryView {
+    /// What of it is in memory.
+    pub rss: u64,
+    /// The same, each page divided by how many processes share it.
+    pub pss: u64,
+    /// What others share: a template, pages in common with other VMs, what the kernel has merged, QEMU's program.
+    pub shared: u64,
+    /// What is its own. It may grow to all of the RAM: what is shared is copied when it is written.
+    pub own: u64,
 }
 
 /// `sterna-guest`, as it presents itself.

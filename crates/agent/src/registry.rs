@@ -357,6 +357,7 @@ impl Vm {
             argv: record.argv,
             log: record.log.display().to_string(),
             template: record.template.map(|template| template.name),
+            memory: None,
             migration: self.migration(),
             notice: lock(&self.notice).clone(),
             guest_helper: self.guest.helper().map(|helper| helper.view()),

@@ -28,6 +28,7 @@ mod interface;
 mod postcopy;
 mod recover;
 mod rounds;
+mod share;
 
 use postcopy::Lazy;
 use rounds::Rounds;
@@ -408,27 +409,6 @@ impl Source {
             // The target's record decides; ours only saves a question after a crash.
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}
-        }
-    }
-
-    fn on_tracked(&mut self, pages: Pages, now: Duration) {
-        self.progress.setup_time = now.saturating_sub(self.began);
-        self.progress.ram_remaining = pages.bytes();
-        match self.parameters.offer.common && self.room > 0 {
-            // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
-            true => {
-                self.state = State::Sharing;
-                self.deadline = None;
-                self.actions.push_back(SourceAction::Share);
-            }
-            false => self.begin_sending(pages, now),
-        }
-    }
-
-    fn begin_sending(&mut self, pages: Pages, now: Duration) {
-        match self.parameters.postcopy == Postcopy::AtOnce && pages == Pages(0) {
-            true => self.switch(now),
-            false => self.begin_round(1, pages, now),
         }
     }
 

@@ -92,6 +92,15 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ),
         ("Reattach", Message::Reattach(Reattach { id, vm: "db".into(), generation, streams: 2 }), GOLDEN[17]),
         ("Reattached", Message::Reattached(Reattached { pages: 300 }), GOLDEN[18]),
+    ]
+    .into_iter()
+    .chain(of_memory())
+    .collect()
+}
+
+/// Those of templates and of pages in common.
+fn of_memory() -> Vec<(&'static str, Message, &'static str)> {
+    vec![
         (
             "Template",
             Message::Template(Template { name: "web".into(), manifest: vec![0x7b, 0x7d] }),
@@ -109,7 +118,7 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
         ),
         ("Mapped", Message::Mapped(Mapped { runs: 300 }), GOLDEN[22]),
         ("Store", Message::Store(Store { id: vec![0xab; 2], pages: 300 }), GOLDEN[23]),
-        ("StoreState", Message::StoreState(text()), GOLDEN[24]),
+        ("StoreState", Message::StoreState(Text { text: "why".into() }), GOLDEN[24]),
     ]
 }
 

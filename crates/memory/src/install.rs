@@ -208,12 +208,28 @@ impl Installer {
             let plain: Vec<PageRun> = runs.iter().map(|common| common.run).collect();
             regions.push((self.checked(*region, &plain)?.region, runs.clone()));
         }
+        for (region, runs) in &regions {
+            self.must_be_private(region, runs)?;
+        }
         let mapped = map_common(&self.process, &self.attach, fd, &regions)?;
         let mappings = Mappings::of(&self.process)?;
         for (region, _) in runs {
             self.regions[*region] = plan(&self.process, &mappings, self.regions[*region].region)?;
         }
         Ok(mapped)
+    }
+
+    /// A mapping that others see too would be hidden from them.
+    fn must_be_private(&self, region: &Region, runs: &[CommonRun]) -> Result<(), InstallError> {
+        let plan = self.regions.iter().find(|plan| plan.region.base == region.base);
+        for common in runs {
+            let mut pieces = plan.into_iter().flat_map(|plan| plan.pieces(region.span(common.run)));
+            if pieces.any(|(part, _)| part.segment.kind == Kind::Shared || part.huge.is_some()) {
+                let source = io::ErrorKind::Unsupported.into();
+                return Err(InstallError::Fill { pid: self.process.pid(), addr: region.base, source });
+            }
+        }
+        Ok(())
     }
 
     /// Ends it: the process keeps its pages, and nothing of ours. Dropping does the same, without telling whether it worked.

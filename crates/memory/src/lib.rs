@@ -56,7 +56,7 @@ pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use pager::{Fault, Installed, Pager, PagerError, Resolved};
 pub use populated::{Backing, PopulatedError, mapped, own, own_within, populated, with_data};
 pub use preflight::preflight;
-pub use process::{Process, ProcessError};
+pub use process::{Process, ProcessError, Usage};
 pub use sealed::SealedMemory;
 pub use shared::{
     CommonRun, SharedError, common, common_room, common_store, frames, map_common, may_merge, merged, touch,

@@ -62,6 +62,19 @@ pub enum ProcessError {
     },
 }
 
+/// What memory a process uses, in bytes, as proc(5) has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Usage {
+    /// What is mapped and in memory.
+    pub rss: u64,
+    /// The same, but each page divided by how many map it.
+    pub pss: u64,
+    /// What of it others map too.
+    pub shared: u64,
+    /// What of it nobody else maps.
+    pub own: u64,
+}
+
 impl Process {
     /// Opens the process that has this pid now.
     pub fn open(pid: i32) -> Result<Process, ProcessError> {
@@ -123,12 +136,28 @@ impl Process {
         }
     }
 
+    /// What memory it uses (`smaps_rollup`).
+    pub fn usage(&self) -> Result<Usage, ProcessError> {
+        let text = self.read_proc("smaps_rollup")?;
+        let of = |names: &[&str]| {
+            let line = |name: &str| text.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+            let kib = |name: &&str| line(name)?.split_whitespace().next()?.parse::<u64>().ok();
+            names.iter().map(kib).sum::<Option<u64>>().map(|kib| kib * 1024)
+        };
+        let usage = || {
+            Some(Usage {
+                rss: of(&["Rss"])?,
+                pss: of(&["Pss"])?,
+                shared: of(&["Shared_Clean", "Shared_Dirty"])?,
+                own: of(&["Private_Clean", "Private_Dirty"])?,
+            })
+        };
+        usage().ok_or_else(|| self.malformed("smaps_rollup"))
+    }
+
     /// Its share of memory in bytes (`Pss` of `smaps_rollup`: shared pages divided by who shares them).
     pub fn pss_bytes(&self) -> Result<u64, ProcessError> {
-        let text = self.read_proc("smaps_rollup")?;
-        let kib = text.lines().find_map(|l| l.strip_prefix("Pss:")).and_then(|l| l.split_whitespace().next());
-        let kib: Option<u64> = kib.and_then(|n| n.parse().ok());
-        kib.map(|n| n * 1024).ok_or_else(|| self.malformed("smaps_rollup"))
+        Ok(self.usage()?.pss)
     }
 
     /// The CPU time all its threads have used, to the nanosecond, its kernel work included.

@@ -97,13 +97,21 @@ pub fn common(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>
     regions.iter().map(of).collect()
 }
 
-/// How many runs can be mapped in a process, which each take two mappings where nothing joins them: what `vm.max_map_count` leaves.
+/// How many runs can be mapped in a process, which each take two mappings where nothing joins them: what `vm.max_map_count` leaves. None
+/// where its memory is locked.
 ///
 /// # Errors
 /// The mappings cannot be read.
 pub fn common_room(process: &Process) -> Result<u64, BackingError> {
     let most = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
     let most: u64 = most.and_then(|most| most.trim().parse().ok()).unwrap_or(0);
+    // Where all memory is locked a new mapping is filled at once, with copies.
+    let status = process.read_proc("status")?;
+    let locks =
+        status.lines().any(|line| line.strip_prefix("VmLck:").is_some_and(|rest| rest.trim() != "0 kB"));
+    if locks {
+        return Ok(0);
+    }
     let taken = Mappings::of(process)?.count() as u64;
     Ok((most.saturating_sub(taken + ROOM_KEPT) / 2).min(MAX_RANGES as u64))
 }

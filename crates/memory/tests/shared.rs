@@ -8,8 +8,8 @@ use common::{Victim, attach, content, run};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 use sterna_memory::{
-    Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Region, SealedMemory, Tracker,
-    WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch,
+    Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Process, Reader, Region, SealedMemory,
+    Tracker, WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch,
 };
 
 const PAGES: u64 = 1024;
@@ -190,4 +190,42 @@ fn there_is_room_for_so_many_runs_and_no_more() {
     let most: u64 = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     let room = common_room(&victim.process).unwrap();
     assert!(room < most / 2 && (most > 2 * (1 << 15) || room > most / 4), "{room} of {most}");
+}
+
+/// The frames of all that is there.
+fn frames_of(process: &Process, region: &Region) -> Vec<(u64, u64)> {
+    let mut runs = Vec::new();
+    populated(process, region, &mut runs).unwrap();
+    let mut found = Vec::new();
+    frames(process, region, &runs, |page, frame| found.push((page, frame))).unwrap();
+    found
+}
+
+/// What is pinned must be a process's own: to read pages as other processes' memory is read breaks what a fork shares.
+#[test]
+fn a_gentle_reader_leaves_pages_shared() {
+    let mut victim = Victim::start();
+    let region = victim.map("anon-small", PAGES, "");
+    victim.tell("fill 0 600 4");
+    let child = Process::open(victim.tell("twin").parse().unwrap()).unwrap();
+    let before = frames_of(&victim.process, &region);
+    assert!(before.len() >= 600 && before == frames_of(&child, &region), "{} pages", before.len());
+
+    let span = [region.span(run(0, 600))];
+    let mut gently = vec![0; 600 * PAGE as usize];
+    Reader::gentle(&child).unwrap().read(&span, &mut gently).unwrap();
+    assert_eq!(frames_of(&victim.process, &region), before);
+    let all: Vec<u8> = (0..600).flat_map(|page| content(4, page)).collect();
+    assert_eq!(gently, all);
+
+    let mut bytes = vec![0; 600 * PAGE as usize];
+    Reader::new(&child).unwrap().read(&span, &mut bytes).unwrap();
+    assert_eq!(bytes, all);
+    let after = frames_of(&victim.process, &region);
+    assert!(
+        after.len() < before.len() / 2,
+        "{} pages are shared still: the kernel has changed, and so may we",
+        after.len()
+    );
+    child.kill().unwrap();
 }

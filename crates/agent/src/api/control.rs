@@ -17,6 +17,8 @@ pub trait Control: Send + Sync + 'static {
     fn run(&self, request: RunRequest) -> Result<VmView, AgentError>;
     /// All VMs.
     fn vms(&self) -> Vec<VmView>;
+    /// The same, with what memory each uses: that takes milliseconds for each gigabyte.
+    fn vms_with_memory(&self) -> Vec<VmView>;
     /// One VM.
     fn vm(&self, name: &str) -> Result<VmView, AgentError>;
     /// Ends a VM and forgets it.
@@ -74,6 +76,9 @@ impl Control for Agent {
     }
     fn vms(&self) -> Vec<VmView> {
         self.vms()
+    }
+    fn vms_with_memory(&self) -> Vec<VmView> {
+        self.vms_with_memory()
     }
     fn vm(&self, name: &str) -> Result<VmView, AgentError> {
         self.vm(name)

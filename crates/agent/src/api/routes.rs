@@ -8,7 +8,7 @@ use crate::model::{
     GangRequest, GangView, HostView, MigrateRequest, MigrationView, Problem, RecoverRequest, RecoverView,
     RunRequest, SetRequest, VmView,
 };
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -57,10 +57,24 @@ pub(crate) async fn blocking<T: Send + 'static>(
     }
 }
 
-#[utoipa::path(get, path = "/v1/vms", responses((status = 200, body = Vec<VmView>)))]
+/// What is to be told of VMs.
+#[derive(serde::Deserialize)]
+pub(crate) struct Told {
+    #[serde(default)]
+    memory: bool,
+}
+
+#[utoipa::path(get, path = "/v1/vms",
+    params(("memory" = Option<bool>, Query, description = "whether to look what memory each uses, which takes milliseconds for each gigabyte")),
+    responses((status = 200, body = Vec<VmView>)))]
 /// All VMs of this host.
-pub(crate) async fn vms(State(context): State<Context>) -> Answer<Json<Vec<VmView>>> {
-    blocking(context, |agent| Ok(agent.vms())).await.map(Json)
+pub(crate) async fn vms(
+    State(context): State<Context>,
+    Query(told): Query<Told>,
+) -> Answer<Json<Vec<VmView>>> {
+    let look =
+        move |agent: Arc<dyn Control>| Ok(if told.memory { agent.vms_with_memory() } else { agent.vms() });
+    blocking(context, look).await.map(Json)
 }
 
 #[utoipa::path(post, path = "/v1/vms", request_body = RunRequest, responses(

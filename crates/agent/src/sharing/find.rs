@@ -4,8 +4,11 @@ use super::gang::Member;
 use crate::control::explain;
 use crate::model::Dedup;
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
-use sterna_memory::{PAGE, PageRun, Reader, frames, touch};
+use sterna_memory::{Backing, PAGE, PageRun, Reader, frames, touch};
 use xxhash_rust::xxh3::xxh3_64;
+
+/// Marks keys that are hashes: numbers of frames do not have this bit.
+const OF_HASH: u64 = 1 << 63;
 
 /// A page of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -70,11 +73,9 @@ impl Groups {
 /// Finds the pages of all members that may be the same. A member that cannot be looked at has none.
 pub(super) fn find(members: &[Member]) -> Groups {
     let mut keyed = Vec::new();
-    // Keys of one kind alone are compared: who wants hashes wants them of all.
-    let hash = members.iter().any(|member| member.dedup == Dedup::Hash);
     for (at, member) in (0..).zip(members) {
         let before = keyed.len();
-        if let Err(why) = keys(at, member, hash, &mut keyed) {
+        if let Err(why) = keys(at, member, &mut keyed) {
             tracing::warn!(vm = member.vm, why, "nothing of the VM is shared");
             keyed.truncate(before);
         }
@@ -82,15 +83,17 @@ pub(super) fn find(members: &[Member]) -> Groups {
     Groups::of_keys(keyed)
 }
 
-fn keys(at: u16, member: &Member, hash: bool, keyed: &mut Vec<(u64, Place)>) -> Result<(), String> {
+fn keys(at: u16, member: &Member, keyed: &mut Vec<(u64, Place)>) -> Result<(), String> {
     for (index, (block, pages)) in (0..).zip(member.blocks.iter().zip(&member.pages)) {
         let place = |page: u64| Place { member: at, block: index, page: page as u32 };
-        // Larger ones have other pages than a place can name, and none of them is mapped in small ones.
-        if block.backing.granule() > 1 || block.region.pages() > u64::from(u32::MAX) {
+        // What others map too, as `share=on` is for, cannot be mapped privately; nor can a part of a huge page. What is larger has more pages
+        // than a place can name.
+        let plain = matches!(block.backing, Backing::Anonymous | Backing::Template);
+        if !plain || block.region.pages() > u64::from(u32::MAX) {
             continue;
         }
-        if hash {
-            hashes(member, block.region, pages, |page, hash| keyed.push((hash, place(page))))?;
+        if member.dedup == Dedup::Hash {
+            hashes(member, block.region, pages, |page, hash| keyed.push((hash | OF_HASH, place(page))))?;
             continue;
         }
         touch(&member.process, &block.region, &block.common).map_err(|why| explain(&why))?;

@@ -41,8 +41,28 @@ pub(crate) struct Member {
     /// How many runs its target can map.
     pub(crate) room: u32,
     pub(crate) dedup: Dedup,
-    /// Hears what was found, on a thread of the gang's.
-    pub(crate) tell: Box<dyn FnOnce(Result<Found, String>) + Send>,
+    /// Taken once it was called, on a thread of the gang's.
+    pub(crate) tell: Option<Tell>,
+}
+
+/// Hears what was found of a VM.
+pub(crate) type Tell = Box<dyn FnOnce(Result<Found, String>) + Send>;
+
+impl Member {
+    fn tell(mut self, found: Result<Found, String>) {
+        if let Some(tell) = self.tell.take() {
+            tell(found);
+        }
+    }
+}
+
+impl Drop for Member {
+    /// Its migration waits for a word, whatever becomes of the thread that was to say it.
+    fn drop(&mut self) {
+        if let Some(tell) = self.tell.take() {
+            tell(Err("what VMs have in common could not be looked for: the agent's log may say why".into()));
+        }
+    }
 }
 
 /// A place in a gang: who gives it up is waited for no more.
@@ -85,9 +105,9 @@ impl Gang {
         let sent = send::send(&self.host, (&self.peer, &self.address), self.limit, &groups, &fit, &members);
         match sent {
             Ok(found) => {
-                members.into_iter().zip(found).for_each(|(member, found)| (member.tell)(Ok(found)));
+                members.into_iter().zip(found).for_each(|(member, found)| member.tell(Ok(found)));
             }
-            Err(why) => members.into_iter().for_each(|member| (member.tell)(Err(why.clone()))),
+            Err(why) => members.into_iter().for_each(|member| member.tell(Err(why.clone()))),
         }
     }
 }
@@ -99,9 +119,11 @@ impl Seat {
         let mut state = lock(&gang.state);
         state.awaited -= 1;
         if state.begun {
-            // The others could not wait any longer.
             drop(state);
-            (member.tell)(Ok(Found::default()));
+            member.tell(Err(format!(
+                "those that leave with it could not wait longer than {} s",
+                WAIT.as_secs()
+            )));
             return Ok(());
         }
         state.members.push(member);
@@ -111,7 +133,14 @@ impl Seat {
         if first {
             let named = std::thread::Builder::new().name("common-out".into());
             let looking = gang.clone();
-            named.spawn(move || looking.run()).map_err(|why| format!("no thread can be started: {why}"))?;
+            let started = named.spawn(move || looking.run());
+            if let Err(why) = started {
+                tracing::warn!(%why, "no thread can be started: nothing is shared");
+                let mut state = lock(&gang.state);
+                state.begun = true;
+                let waiting = std::mem::take(&mut state.members);
+                drop((state, waiting));
+            }
         }
         Ok(())
     }

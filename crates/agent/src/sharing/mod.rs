@@ -27,6 +27,9 @@ use crate::pages::SourceBlock;
 use std::sync::Arc;
 use sterna_memory::PageRun;
 
+/// How many mappings a process may have.
+const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
+
 /// What was found of one VM.
 #[derive(Default)]
 pub(crate) struct Found {
@@ -53,5 +56,20 @@ impl Found {
             }
         }
         pages
+    }
+}
+
+/// Gives processes of this host room for so many mappings, if they have less.
+pub(crate) fn raise_map_count(wanted: Option<u64>) {
+    let Some(wanted) = wanted else { return };
+    let now = std::fs::read_to_string(MAX_MAP_COUNT).ok().and_then(|text| text.trim().parse::<u64>().ok());
+    if now.is_some_and(|now| now >= wanted) {
+        return;
+    }
+    match std::fs::write(MAX_MAP_COUNT, wanted.to_string()) {
+        Ok(()) => tracing::info!(?now, wanted, "vm.max_map_count is raised"),
+        Err(why) => {
+            tracing::warn!(%why, wanted, "vm.max_map_count cannot be raised: less is shared here than could be")
+        }
     }
 }

@@ -48,7 +48,7 @@ pub(super) fn send(
     control::send(&mut connection, &Message::Store(Store { id: store.clone(), pages })).map_err(failed)?;
     taken(&mut connection).map_err(failed)?;
     let pacer = Pacer::new(limit);
-    let mut comparing = Comparing::new(members)?;
+    let mut comparing = Comparing::new(members);
     // Places in the store, in their order.
     let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
     let mut at = 0u32;
@@ -105,9 +105,8 @@ fn taken(connection: &mut Connection) -> Result<(), String> {
 /// Reads pages of all members that may be the same, and tells which are.
 struct Comparing<'a> {
     members: &'a [Member],
-    readers: Vec<Reader>,
-    /// Whether a member can be read: one whose QEMU has ended shares nothing.
-    lives: Vec<bool>,
+    /// None for one that cannot be read: a VM whose QEMU has ended shares nothing.
+    readers: Vec<Option<Reader>>,
     /// The first page of each group, one after the other.
     firsts: Vec<u8>,
     others: Vec<u8>,
@@ -116,11 +115,10 @@ struct Comparing<'a> {
 }
 
 impl<'a> Comparing<'a> {
-    fn new(members: &'a [Member]) -> Result<Self, String> {
-        let readers = members.iter().map(|member| Reader::gentle(&member.process));
-        let readers = readers.collect::<Result<_, _>>().map_err(|why| explain(&why))?;
+    fn new(members: &'a [Member]) -> Self {
+        let readers = members.iter().map(|member| Reader::gentle(&member.process).ok()).collect();
         let (firsts, others) = (Vec::new(), vec![0; PAGES_PER_PIECE * PAGE as usize]);
-        Ok(Self { members, readers, lives: vec![true; members.len()], firsts, others, same: Vec::new() })
+        Self { members, readers, firsts, others, same: Vec::new() }
     }
 
     /// Which of the pages of each group are as its first one. What is zero is in no group: it need not travel at all.
@@ -135,8 +133,9 @@ impl<'a> Comparing<'a> {
         // The groups are in the order of their first places.
         self.read(&firsts, &mut bytes);
         let pages = bytes.chunks_exact(PAGE as usize).zip(&firsts);
-        let usable =
-            |content: &[u8], place: &Place| self.lives[usize::from(place.member)] && !is_zero(content);
+        let usable = |content: &[u8], place: &Place| {
+            self.readers[usize::from(place.member)].is_some() && !is_zero(content)
+        };
         self.same = pages
             .map(|(content, (place, _))| if usable(content, place) { vec![*place] } else { Vec::new() })
             .collect();
@@ -147,7 +146,7 @@ impl<'a> Comparing<'a> {
             self.read(part, theirs);
             for (content, (place, group)) in theirs.chunks_exact(PAGE as usize).zip(part) {
                 let first = &bytes[group * PAGE as usize..][..PAGE as usize];
-                let is_read = self.lives[usize::from(place.member)];
+                let is_read = self.readers[usize::from(place.member)].is_some();
                 if is_read && !self.same[*group].is_empty() && content == first {
                     self.same[*group].push(*place);
                 }
@@ -174,9 +173,7 @@ impl<'a> Comparing<'a> {
             let member = usize::from(part[0].0.member);
             let (into, after) = rest.split_at_mut(part.len() * PAGE as usize);
             rest = after;
-            if !self.lives[member] {
-                continue;
-            }
+            let Some(reader) = &self.readers[member] else { continue };
             let mut spans: Vec<Span> = Vec::new();
             for (place, _) in part {
                 let region = self.members[member].blocks[usize::from(place.block)].region;
@@ -186,9 +183,9 @@ impl<'a> Comparing<'a> {
                     _ => spans.push(span),
                 }
             }
-            if let Err(why) = self.readers[member].read(&spans, into) {
+            if let Err(why) = reader.read(&spans, into) {
                 tracing::warn!(vm = self.members[member].vm, %why, "nothing more of the VM is shared");
-                self.lives[member] = false;
+                self.readers[member] = None;
             }
         }
     }

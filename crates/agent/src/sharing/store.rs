@@ -18,11 +18,14 @@ const KEPT_WITHIN: Duration = Duration::from_secs(600);
 /// Stores of one peer at a time: each is one evacuation, or one VM that has pages in common with itself.
 const STORES_MAX: usize = 64;
 
+/// A peer, and the identity of a store of its.
+type Key = (String, Vec<u8>);
+
 /// The stores of a host that are complete and may be referred to.
 #[derive(Debug, Default)]
 pub(crate) struct Stores {
     /// By peer and identity.
-    complete: Mutex<HashMap<(String, Vec<u8>), Arc<Complete>>>,
+    complete: Mutex<HashMap<Key, Arc<Complete>>>,
 }
 
 /// A store that is sealed.
@@ -62,12 +65,7 @@ pub(crate) fn receive(host: &Arc<Host>, peer: &str, offered: &Store, mut connect
     lock(&host.stores().complete).remove(&key);
 }
 
-fn take(
-    host: &Host,
-    key: &(String, Vec<u8>),
-    offered: &Store,
-    connection: &mut Connection,
-) -> Result<Complete, String> {
+fn take(host: &Host, key: &Key, offered: &Store, connection: &mut Connection) -> Result<Complete, String> {
     if offered.id.len() != 16 || offered.pages == 0 || offered.pages > u64::from(u32::MAX) {
         return Err("its store is none".into());
     }

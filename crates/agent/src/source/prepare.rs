@@ -1,5 +1,6 @@
 //! What comes before the first action: the pre-check, and the connection.
 
+use super::share::Sharing;
 use super::{Event, Order, Outgoing, pace};
 use crate::balloon;
 use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
@@ -24,6 +25,12 @@ fn postcopy_of(request: &MigrateRequest) -> Postcopy {
         MigrateRequest { timeout_postcopy: true, .. } => Postcopy::AtTimeout,
         _ => Postcopy::OnDemand,
     }
+}
+
+/// Whether pages of it may be mapped that others have too. A guest that reports free pages counts on zeros where it gave one away, and there
+/// it would see again what is in common.
+fn may_share(host: &Host, vm: &Arc<Vm>, request: &MigrateRequest) -> Result<bool, String> {
+    Ok(request.dedup != Dedup::None && !host.with_qemu(vm, |qemu| qemu.reports_free_pages())?)
 }
 
 /// A clone's template goes first, where the target does not have it.
@@ -79,7 +86,7 @@ impl Outgoing {
         send_template(host, vm, request, (&peer, &address), (orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
-        checked.offer.common = request.dedup != Dedup::None;
+        checked.offer.common = may_share(host, vm, request).map_err(Outcome::Failed)?;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,
@@ -110,8 +117,7 @@ impl Outgoing {
             process,
         );
         outgoing.began = began;
-        outgoing.sharing.dedup = request.dedup;
-        outgoing.sharing.seat = Some(seat).filter(|_| request.dedup != Dedup::None);
+        outgoing.sharing = Sharing::at(seat, if checked.offer.common { request.dedup } else { Dedup::None });
         outgoing.lazy.when = when;
         outgoing.lazy.streams = streams;
         outgoing.lazy.bytes =

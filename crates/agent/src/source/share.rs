@@ -19,8 +19,8 @@ const TELL_EVERY: Duration = Duration::from_secs(15);
 /// How far this migration is with what its VM has in common with others.
 #[derive(Default)]
 pub(super) struct Sharing {
-    pub(super) dedup: Dedup,
-    pub(super) seat: Option<Seat>,
+    dedup: Dedup,
+    seat: Option<Seat>,
     /// How many runs the target can map.
     room: u32,
     /// Since when the target has heard nothing, as long as it is not over.
@@ -32,6 +32,11 @@ pub(super) struct Sharing {
 }
 
 impl Sharing {
+    /// Of a VM that has this place among others.
+    pub(super) fn at(seat: Seat, dedup: Dedup) -> Self {
+        Self { dedup, seat: Some(seat).filter(|_| dedup != Dedup::None), ..Self::default() }
+    }
+
     /// Whether what is in common will be, or was, looked for.
     pub(super) fn is_on(&self) -> bool {
         self.room > 0 && self.dedup != Dedup::None
@@ -71,7 +76,7 @@ impl Outgoing {
             pages,
             room: self.sharing.room,
             dedup: self.sharing.dedup,
-            tell: Box::new(move |found| drop(tell.send(Event::Shared(found)))),
+            tell: Some(Box::new(move |found| drop(tell.send(Event::Shared(found))))),
         };
         seat.arrive(member)
     }

@@ -35,6 +35,12 @@ impl Arriving<'_> {
             let store = self.host.stores().find(&self.peer, &asked.store);
             let store = store.ok_or("the source refers to pages in common that did not come")?;
             let runs = common::decode(&asked.runs, &pages, store.pages).map_err(|why| why.to_string())?;
+            if runs.len() > self.room() as usize {
+                return Err(format!(
+                    "the source has {} runs of pages in common, more than there is room for",
+                    runs.len()
+                ));
+            }
             let mut wanted: Vec<(usize, Vec<CommonRun>)> = Vec::new();
             for run in runs {
                 let Some(Sink::Region(region)) = sinks.blocks.get(usize::from(run.block)) else {

@@ -80,6 +80,7 @@ pub(crate) fn vm(name: &str) -> VmView {
         argv: vec!["qemu-system-x86_64".to_owned()],
         log: format!("/run/sterna/vms/{name}/qemu.log"),
         template: None,
+        memory: None,
         migration: None,
         notice: (name == "lost").then(|| "look at hostb".to_owned()),
         guest_helper: None,
@@ -267,6 +268,10 @@ impl Control for Fake {
         let vm = VmView { argv: request.argv, ..vm(&request.name) };
         vms.insert(request.name, vm.clone());
         Ok(vm)
+    }
+    fn vms_with_memory(&self) -> Vec<VmView> {
+        let memory = MemoryView { rss: 3 << 30, pss: 2 << 30, shared: 1 << 30, own: 1 << 29 };
+        self.vms().into_iter().map(|vm| VmView { memory: Some(memory.clone()), ..vm }).collect()
     }
     fn vms(&self) -> Vec<VmView> {
         self.vms.lock().unwrap().values().cloned().collect()

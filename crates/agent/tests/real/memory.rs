@@ -373,7 +373,7 @@ fn shrinks(a: &Agent, bytes: u64, mut again: impl FnMut()) {
     });
 }
 
-fn balloon(qmp: &mut Qmp, bytes: u64) {
+pub(crate) fn balloon(qmp: &mut Qmp, bytes: u64) {
     let mut asked: Option<Instant> = None;
     until("the balloon has its size", MOVE, || {
         if asked.is_none_or(|asked| asked.elapsed() > ASK_AGAIN) {
@@ -387,7 +387,7 @@ fn balloon(qmp: &mut Qmp, bytes: u64) {
 }
 
 /// Waits until the round after this one has begun: what happens now is after a scan and before one.
-fn a_round_passes(a: &Arc<Agent>, id: &str) {
+pub(crate) fn a_round_passes(a: &Arc<Agent>, id: &str) {
     let watch = a.watch(id).unwrap();
     let rounds = || watch.borrow().ram.dirty_sync_count;
     let before = rounds();

@@ -1,10 +1,15 @@
 //! VMs that have memory in common: it travels once, and is shared at the target. RAM is proved equal, and each guest checks its own.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crate::support::{BOOT, World, request, wait};
+use crate::memory::{a_round_passes, balloon};
+use crate::support::scene::until;
+use crate::support::{BOOT, MOVE, World, request, wait};
 use sterna_agent::Agent;
-use sterna_agent::model::{GangRequest, MigrateRequest, MigrationView};
+use sterna_agent::model::{
+    Dedup, GangRequest, MigrateRequest, MigrationView, RunRequest, SetRequest, TemplateRequest,
+};
 use sterna_lab::Ksm;
 use sterna_lab::guest::{GuestSpec, Program};
 use sterna_memory::{PAGE, Process};
@@ -172,5 +177,187 @@ fn a_vm_alone_shares_with_itself() {
     let views = scene.moves(&scene.a, "b", plain);
     assert!(common(&views) > 0, "{:?}", views[0].ram);
     drop(ksm);
+    scene.end();
+}
+
+/// Three at once, of which no two share anything before: found by their content, because that is asked for.
+#[test]
+fn equal_pages_are_found_by_hash_when_asked() {
+    let names = ["one", "two", "three"];
+    let scene =
+        Scene::boot(World::new("7.2"), &names, |_, guest| GuestSpec { programs: vec![twin(7, 5)], ..guest });
+    let there = scene.moves(&scene.a, "b", plain);
+    assert_eq!(common(&there), 0, "never by default");
+    let before = scene.pss(&scene.b);
+    let back = scene.moves(&scene.b, "a", |request| MigrateRequest { dedup: Dedup::Hash, ..plain(request) });
+    for view in &back {
+        assert!(view.ram.common_pages > ALIKE, "{:?}", view.ram);
+    }
+    let after = scene.pss(&scene.a);
+    assert!(after < before * 3 / 4, "{before} before, {after} after");
+    // And none is shared any more, if that is asked for.
+    let alone = scene.moves(&scene.a, "b", |request| MigrateRequest { dedup: Dedup::None, ..plain(request) });
+    assert_eq!(common(&alone), 0);
+    assert!(scene.pss(&scene.b) > after * 5 / 4);
+    scene.end();
+}
+
+/// The target maps a few runs and no more: the longest, and the rest come as bytes.
+#[test]
+fn what_cannot_be_mapped_comes_as_bytes() {
+    let mut world = World::new("10.0");
+    world.max_runs_at_b = Some(5);
+    let scene =
+        Scene::boot(world, &["one", "two"], |_, guest| GuestSpec { programs: vec![twin(7, 5)], ..guest });
+    let hash = |request| MigrateRequest { dedup: Dedup::Hash, ..plain(request) };
+    let there = scene.moves(&scene.a, "b", hash);
+    for view in &there {
+        assert!(view.ram.common_fallback_pages > 0 && view.ram.common_pages > 1000, "{:?}", view.ram);
+        let pid = scene.b.vm(&view.vm).unwrap().pid;
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+        let runs = maps.lines().filter(|line| line.contains("memfd:sterna-common")).count();
+        assert!((1..=5).contains(&runs), "{runs} runs");
+    }
+    scene.end();
+}
+
+/// A point of host `a`'s agent at which it waits.
+fn hold(world: &World, point: &str) -> (std::path::PathBuf, std::path::PathBuf) {
+    let folder = world.path("a").join("run/hold");
+    std::fs::create_dir_all(&folder).unwrap();
+    let file = folder.join(point);
+    std::fs::write(&file, "").unwrap();
+    let reached = folder.join(format!("{point}.reached"));
+    (file, reached)
+}
+
+/// Between the look at the frames and the comparison both guests write: what was shared is not any more, and none of it is lost.
+#[test]
+fn pages_that_part_before_they_are_compared() {
+    let writer = |seed: &str| {
+        let words = ["--fill=64", "--dirty=64", "--mode=random", "--rate=4", "--check=written", seed];
+        Program::Load(words.map(str::to_owned).to_vec())
+    };
+    let scene = Scene::boot(World::new("7.2"), &["one", "two"], |_, guest| GuestSpec {
+        programs: vec![writer("--seed=7")],
+        ..guest
+    });
+    let ksm = Ksm::run().unwrap();
+    let merged =
+        || scene.names.iter().all(|name| Ksm::merged_pages(scene.a.vm(name).unwrap().pid) > ALIKE / 2);
+    scene.world.wait_until("pages are merged", merged);
+    let (file, reached) = hold(&scene.world, "source-compare");
+    let ids = scene.begin(&scene.a, "b", plain);
+    until("the frames are known", MOVE, || reached.exists().then_some(()));
+    // 16 MB are written, of the 64 that they have in common.
+    std::thread::sleep(Duration::from_secs(2));
+    std::fs::remove_file(file).unwrap();
+    let views: Vec<_> = ids.iter().map(|id| scene.moved(&scene.a, id)).collect();
+    assert!(common(&views) > 1000, "{} pages", common(&views));
+    drop(ksm);
+    scene.end();
+}
+
+/// One is cancelled while all are waited for: it stays, and the other goes.
+#[test]
+fn one_is_cancelled_and_the_other_goes() {
+    let scene = Scene::boot(World::new("7.2"), &["one", "two"], |_, guest| GuestSpec {
+        programs: vec![twin(7, 5)],
+        ..guest
+    });
+    let (file, reached) = hold(&scene.world, "source-compare");
+    let ids = scene.begin(&scene.a, "b", |request| MigrateRequest { dedup: Dedup::Hash, ..plain(request) });
+    until("they are looked at", MOVE, || reached.exists().then_some(()));
+    scene.a.cancel(&ids[0]).unwrap();
+    let view = wait(&scene.a, &ids[0]);
+    assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("cancelled", "a"), "{view:?}");
+    std::fs::remove_file(file).unwrap();
+    scene.moved(&scene.a, &ids[1]);
+    scene.world.wait_for_more("one", "LOAD", BOOT);
+    // Nothing of it is left there, and the next try is like any other.
+    assert_eq!(scene.b.vms().len(), 1);
+    let id = scene.a.migrate(plain(request("one", "b")), None).unwrap().id;
+    scene.moved(&scene.a, &id);
+    scene.end();
+}
+
+/// Clones of one template, whose own pages the kernel has merged: the template does not travel, and what they have written goes once.
+#[test]
+fn clones_share_what_they_have_written_too() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let golden = GuestSpec { programs: vec![twin(7, 10)], ..world.parts.guest("golden") };
+    let argv = world.argv(&golden);
+    let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
+    a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
+    world.wait_for("golden", "READY", BOOT);
+    let request = TemplateRequest { name: "web".into(), vm: "golden".into(), argv: Some(clones) };
+    a.make_template(&request).unwrap();
+    a.stop("golden").unwrap();
+    let names = vec!["one", "two"];
+    for name in &names {
+        let template = Some("web".to_owned());
+        a.run(RunRequest { name: (*name).into(), argv: Vec::new(), template }).unwrap();
+    }
+    // Their load fills its memory after the template was made: each has all of it for itself.
+    for name in &names {
+        world.wait_for(name, "LOAD t=", BOOT);
+    }
+    let scene = Scene { world, a, b, names };
+    let ksm = Ksm::run().unwrap();
+    ksm.wait_for_scans(3, BOOT).unwrap();
+    let there = scene.moves(&scene.a, "b", plain);
+    for view in &there {
+        assert!(view.ram.template_pages > 0, "{:?}", view.ram);
+    }
+    let back =
+        scene.moves(&scene.b, "a", |request| MigrateRequest { postcopy: true, timeout: None, ..request });
+    println!("{} there, {} back", common(&there), common(&back));
+    assert!(common(&there) > ALIKE && common(&back) > ALIKE, "{} {}", common(&there), common(&back));
+    drop(ksm);
+    scene.end();
+}
+
+/// Memory that it has in common with another is given back by its guest, while it moves on: what lies below is seen again, and is no hole.
+#[test]
+fn what_a_guest_gives_back_of_common_pages() {
+    let churn = || {
+        Program::Load(
+            ["--fill=24", "--dirty=4", "--rate=5", "--seed=7", "--check", "--churn=24"]
+                .map(str::to_owned)
+                .to_vec(),
+        )
+    };
+    let scene = Scene::boot(World::new("7.2"), &["one", "two"], |_, guest| GuestSpec {
+        programs: vec![churn()],
+        extra: vec!["-device".into(), "virtio-balloon-pci".into()],
+        ..guest
+    });
+    for name in &scene.names {
+        scene.world.wait_for(name, "CHURN 2", BOOT);
+    }
+    let hash = |request| MigrateRequest { dedup: Dedup::Hash, ..plain(request) };
+    let there = scene.moves(&scene.a, "b", hash);
+    assert!(common(&there) > 2000, "{:?}", there[0].ram);
+    for name in &scene.names {
+        scene.world.wait_for_more(name, "CHURN", BOOT);
+    }
+    let slowly = MigrateRequest {
+        max_bandwidth: Some(60_000_000),
+        downtime_limit: 0,
+        timeout: None,
+        ..request("one", "a")
+    };
+    let id = scene.b.migrate(slowly, None).unwrap().id;
+    a_round_passes(&scene.b, &id);
+    scene.b.set(&id, SetRequest { max_bandwidth: Some(4_000_000), ..SetRequest::default() }).unwrap();
+    let mut qmp = scene.world.qmp("b", "one");
+    for mib in [150, 180, 150] {
+        balloon(&mut qmp, mib << 20);
+        a_round_passes(&scene.b, &id);
+    }
+    let fast = SetRequest { max_bandwidth: Some(0), downtime_limit: Some(2000), ..SetRequest::default() };
+    scene.b.set(&id, fast).unwrap();
+    scene.moved(&scene.b, &id);
     scene.end();
 }

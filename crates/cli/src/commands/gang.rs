@@ -20,17 +20,20 @@ pub(crate) async fn run(client: &Client, args: &Migrate) -> Result<Exit, Failure
     }
     let format = args.output.format;
     let migrations = args.vms.iter().map(|vm| request(args, vm)).collect();
+    // Before they begin: who interrupts in between cancels all of them.
+    let interrupts = args.vms.iter().map(|_| Interrupts::listen()).collect::<Result<Vec<_>, _>>()?;
     let gang: GangView = post(client, "/v1/gangs", &GangRequest { migrations }).await?;
     if args.detach {
-        gang.migrations.iter().try_for_each(|view| print_job(format, view))?;
+        match format {
+            Format::Json => show::json(&gang.migrations)?,
+            _ => gang.migrations.iter().try_for_each(|view| print_job(format, view))?,
+        }
         return conclude(Vec::new(), &gang, Vec::new());
     }
     let mut following = Vec::new();
     let bars = Progress::several(format, args.quiet, gang.migrations.len());
-    for (first, mut progress) in gang.migrations.iter().cloned().zip(bars) {
+    for ((first, mut progress), mut interrupts) in gang.migrations.iter().cloned().zip(bars).zip(interrupts) {
         let client = client.clone();
-        // Each cancels its own.
-        let mut interrupts = Interrupts::listen()?;
         following.push(tokio::spawn(async move {
             progress.show(&first);
             let end = follow(&client, first, &mut progress, &mut interrupts).await;
@@ -46,7 +49,9 @@ pub(crate) async fn run(client: &Client, args: &Migrate) -> Result<Exit, Failure
             Err(why) => failures.push(Failure::new(Exit::Attention, why.to_string())),
         }
     }
-    table(format, &ends)?;
+    if !ends.is_empty() || matches!(format, Format::Json | Format::Jsonl) {
+        table(format, &ends)?;
+    }
     conclude(ends, &gang, failures)
 }
 
@@ -79,7 +84,8 @@ fn conclude(ends: Vec<MigrationView>, gang: &GangView, failures: Vec<Failure>) -
         }
     }
     for refused in &gang.refused {
-        let exit = if refused.code == "failed" { Exit::Failed } else { Exit::Usage };
+        // Where others move it is no mere mistake: something was changed.
+        let exit = if gang.migrations.is_empty() { Exit::Usage } else { Exit::Failed };
         all.push(Failure::new(exit, refused.text.clone()));
     }
     let graveness = |failure: &Failure| match failure.exit {

@@ -6,7 +6,7 @@ use crate::exit::{Exit, Failure, tell};
 use crate::human::{age, short_bytes};
 use crate::show;
 use hyper::Method;
-use sterna_agent::model::{HostView, RunRequest, VmView};
+use sterna_agent::model::{HostView, MemoryView, RunRequest, VmView};
 
 /// `sterna run`
 pub(crate) async fn run(client: &Client, args: Run) -> Result<Exit, Failure> {
@@ -17,7 +17,8 @@ pub(crate) async fn run(client: &Client, args: Run) -> Result<Exit, Failure> {
 
 /// `sterna ps`
 pub(crate) async fn ps(client: &Client, format: Format) -> Result<Exit, Failure> {
-    let vms: Vec<VmView> = client.fetch("/v1/vms").await?;
+    let path = if format == Format::Wide { "/v1/vms?memory=true" } else { "/v1/vms" };
+    let vms: Vec<VmView> = client.fetch(path).await?;
     print_vms(format, &vms, One::OfMany)
 }
 
@@ -32,15 +33,38 @@ fn print_vms(format: Format, vms: &[VmView], one: One) -> Result<Exit, Failure> 
     let wide = format == Format::Wide;
     let columns: &[&str] = match wide {
         false => &["NAME", "STATE", "PID", "RAM", "AGE", "MIGRATION"],
-        true => {
-            &["NAME", "STATE", "PID", "RAM", "AGE", "MIGRATION", "GENERATION", "TEMPLATE", "LOG", "COMMAND"]
-        }
+        true => &[
+            "NAME",
+            "STATE",
+            "PID",
+            "RAM",
+            "AGE",
+            "MIGRATION",
+            "RSS",
+            "PSS",
+            "SHARED",
+            "OWN",
+            "GENERATION",
+            "TEMPLATE",
+            "LOG",
+            "COMMAND",
+        ],
     };
     let row = |vm: &VmView| {
         let migration = vm.migration.clone().unwrap_or_else(|| "-".to_owned());
         let (pid, ram) = (vm.pid.to_string(), short_bytes(vm.ram_bytes));
         let mut row = vec![vm.name.clone(), vm.state.clone(), pid, ram, age(vm.since), migration];
         if wide {
+            let memory = vm.memory.as_ref();
+            let figure = |of: fn(&MemoryView) -> u64| {
+                memory.map_or_else(|| "-".to_owned(), |found| short_bytes(of(found)))
+            };
+            row.extend([
+                figure(|of| of.rss),
+                figure(|of| of.pss),
+                figure(|of| of.shared),
+                figure(|of| of.own),
+            ]);
             let template = vm.template.clone().unwrap_or_else(|| "-".to_owned());
             row.extend([vm.generation.to_string(), template, vm.log.clone(), vm.argv.join(" ")]);
         }

@@ -8,6 +8,7 @@
 //! - `churn HOW THREADS FIRST PAGES SEED`: threads discard page after page, look, and write every third; then how many were not zero.
 //!   `churned FIRST PAGES SEED`: how many pages are not as that has left them
 //! - `open PATH`: the number of a descriptor for it
+//! - `twin`: the pid of a child that shares all memory by fork(2)
 //! - `sit KIND` -> sits in a system call over and over until the next line; then how often, and what was wrong.
 
 use std::arch::asm;
@@ -101,6 +102,7 @@ fn serve() {
             "open" => open(words[1]),
             "sit" => sit(words[1]),
             "vfork" => vfork(number(1)),
+            "twin" => twin(),
             "park" => park(),
             "seccomp" => forbid_userfaultfd(),
             "leftover" => memory.leftover(number(1)),
@@ -348,6 +350,22 @@ fn vfork(ms: u64) -> String {
     // SAFETY: a local that outlives the call.
     let got = unsafe { libc::waitpid(child as i32, &mut status, 0) };
     if i64::from(got) == child && status == 0 { "ok".into() } else { format!("child {got}, status {status}") }
+}
+
+/// Forks a child that shares its memory and sleeps as long as its parent lives; its pid.
+fn twin() -> String {
+    // SAFETY: the child makes only async-signal-safe calls.
+    let child = unsafe { libc::fork() };
+    if child == 0 {
+        // SAFETY: neither takes a pointer; pause returns only for a signal, and none is handled.
+        unsafe {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            loop {
+                libc::pause();
+            }
+        }
+    }
+    child.to_string()
 }
 
 /// Starts a thread that sits in futex(2) for ever.

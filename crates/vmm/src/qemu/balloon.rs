@@ -63,6 +63,15 @@ impl Qemu {
         Ok(found)
     }
 
+    /// Whether its guest reports pages that are free, and takes them for zero when it uses them again (virtio 1.2, 5.5.6.7).
+    ///
+    /// # Errors
+    /// As any question.
+    pub fn reports_free_pages(&mut self) -> Result<bool, VmmError> {
+        let Some(path) = self.balloon_path()? else { return Ok(false) };
+        Ok(self.qom(&path, "free-page-reporting", "tell how its guest gives memory back")? == true)
+    }
+
     fn balloon_path(&mut self) -> Result<Option<String>, VmmError> {
         for folder in ["/machine/peripheral", "/machine/peripheral-anon"] {
             let children = self.ask("qom-list", json!({ "path": folder }), "list its devices")?;

@@ -81,6 +81,8 @@ pub(crate) struct World {
     pub(crate) version: String,
     /// What the agents do without.
     pub(crate) without: Vec<Mechanism>,
+    /// The most runs of pages in common that `b` maps, if it is limited.
+    pub(crate) max_runs_at_b: Option<u32>,
     /// The hosts whose page streams leave TLS.
     pub(crate) clear: Vec<&'static str>,
     ports: [u16; 2],
@@ -106,6 +108,7 @@ impl World {
             paths_at_b: Vec::new(),
             version: version.into(),
             without: Vec::new(),
+            max_runs_at_b: None,
             clear: Vec::new(),
             ports: [free_port(), free_port()],
         }
@@ -157,9 +160,13 @@ impl World {
              attach-helper = {helper:?}\n\
              [tls]\nca = \"{pki}/ca.crt\"\ncert = \"{pki}/{name}.crt\"\nkey = \"{pki}/{name}.key\"\n{clear}\
              [hosts.a]\naddress = \"{a}\"\n[hosts.b]\naddress = \"{b}\"\n\
-             [map.binaries]\n{binaries}\n[map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}",
+             [map.binaries]\n{binaries}\n[map.paths]\n{map}\n[qemu]\nbinaries = [{qemu:?}]\npath-roots = [{folder:?}, {lab:?}, \"/dev/shm\"]\n{user}{sharing}",
             dir = dir.display(),
             pki = pki.display(),
+            sharing = match self.max_runs_at_b.filter(|_| name == "b") {
+                Some(runs) => format!("[sharing]\nmax-runs = {runs}\n"),
+                None => String::new(),
+            },
             clear = if self.clear.contains(&name) { "page-streams = \"clear\"\n" } else { "" },
             a = a.unwrap_or_else(|| self.address("a")),
             b = b.unwrap_or_else(|| self.address("b")),

@@ -1,0 +1,28 @@
+//! What comes between the first look at the memory and the first round: what the VM has in common with others goes first.
+
+use super::{Postcopy, Source, SourceAction, State};
+use crate::units::Pages;
+use std::time::Duration;
+
+impl Source {
+    pub(super) fn on_tracked(&mut self, pages: Pages, now: Duration) {
+        self.progress.setup_time = now.saturating_sub(self.began);
+        self.progress.ram_remaining = pages.bytes();
+        match self.parameters.offer.common && self.room > 0 {
+            // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
+            true => {
+                self.state = State::Sharing;
+                self.deadline = None;
+                self.actions.push_back(SourceAction::Share);
+            }
+            false => self.begin_sending(pages, now),
+        }
+    }
+
+    pub(super) fn begin_sending(&mut self, pages: Pages, now: Duration) {
+        match self.parameters.postcopy == Postcopy::AtOnce && pages == Pages(0) {
+            true => self.switch(now),
+            false => self.begin_round(1, pages, now),
+        }
+    }
+}
