@@ -27,6 +27,23 @@ pub(crate) fn ours(
     vms: &mut [OurVm],
     order: &ours::Order,
 ) -> Result<(Move, Vec<Said>), BenchError> {
+    by(stage, vms, |vms| vms.iter().try_for_each(|vm| vm.begin(stage, order)))
+}
+
+/// All by one `sterna migrate --detach`: what they have in common travels once.
+pub(crate) fn gang(
+    stage: &Stage,
+    vms: &mut [OurVm],
+    order: &ours::Order,
+) -> Result<(Move, Vec<Said>), BenchError> {
+    by(stage, vms, |vms| ours::begin_together(stage, vms, order))
+}
+
+fn by(
+    stage: &Stage,
+    vms: &mut [OurVm],
+    begin: impl FnOnce(&[OurVm]) -> Result<(), BenchError>,
+) -> Result<(Move, Vec<Said>), BenchError> {
     let way = vms.first().map_or(Way::There, |vm| vm.way);
     let (from, to) = stage.agents(way);
     let sources = vms.iter().map(|vm| from.qemu(&vm.name)).collect::<Result<Vec<_>, _>>()?;
@@ -34,7 +51,7 @@ pub(crate) fn ours(
     sources.iter().copied().chain([from.process(), to.process()]).for_each(|p| meter.watch(p));
     let (wire, load_before, window) = (stage.wire_bytes(way)?, load_average(), Window::open());
     let began = Instant::now();
-    vms.iter().try_for_each(|vm| vm.begin(stage, order))?;
+    begin(vms)?;
     wait_free(&sources, &mut meter)?;
     let total = began.elapsed();
     let window = window.close();
@@ -57,7 +74,16 @@ pub(crate) fn ours(
 
 /// All of them with their RAM compared, untimed.
 pub(crate) fn verify(stage: &Stage, vms: &mut [OurVm]) -> Verified {
-    match ours(stage, vms, &ours::Order::with(&["--verify"])) {
+    proof(ours(stage, vms, &ours::Order::with(&["--verify"])))
+}
+
+/// The same as one command.
+pub(crate) fn verify_gang(stage: &Stage, vms: &mut [OurVm], order: &ours::Order) -> Verified {
+    proof(gang(stage, vms, order))
+}
+
+fn proof(moved: Result<(Move, Vec<Said>), BenchError>) -> Verified {
+    match moved {
         Ok((moved, said)) => {
             let unproved = said.iter().find(|s| s.blocks_verified.is_none_or(|b| b == 0));
             Verified {

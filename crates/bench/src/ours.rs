@@ -229,6 +229,19 @@ impl OurVm {
     }
 }
 
+/// Begins to move VMs together, and does not wait.
+pub fn begin_together(stage: &Stage, vms: &[OurVm], order: &Order) -> Result<(), BenchError> {
+    let way = vms.first().map_or(Way::There, |vm| vm.way);
+    let (from, to) = stage.agents(way);
+    let mut command = from.command();
+    command
+        .arg("migrate")
+        .args(vms.iter().map(|vm| &vm.name))
+        .args([to.host(), "--detach"])
+        .args(&order.options);
+    Ok(run::output(&mut command, FREE).map(drop)?)
+}
+
 /// Moves a VM.
 fn migrate(
     stage: &Stage,

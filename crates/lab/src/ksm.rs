@@ -38,6 +38,16 @@ impl Ksm {
         Ok(ksm)
     }
 
+    /// Has nobody merge anything as long as this lives.
+    ///
+    /// # Errors
+    /// As [`Ksm::run`].
+    pub fn none() -> Result<Self, LabError> {
+        let ksm = Self::run()?;
+        write("run", "0")?;
+        Ok(ksm)
+    }
+
     /// Waits until it has gone over all memory so many times: what does not change is merged after two.
     ///
     /// # Errors

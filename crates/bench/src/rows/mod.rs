@@ -16,6 +16,7 @@ mod rate;
 mod sequential;
 mod served;
 mod servers;
+mod sharing;
 mod sparse;
 mod templates;
 mod tracking;
@@ -25,6 +26,7 @@ use std::str::FromStr;
 use std::time::Instant;
 
 use crate::facts::HostFacts;
+use crate::figures::Metric;
 use crate::ours::Progress;
 use crate::results::{Results, RowResult};
 use crate::wishes::Abilities;
@@ -55,6 +57,8 @@ pub enum Row {
     Postcopy,
     /// 14: clones of a template leave together.
     Templates,
+    /// 15: guests that have most of their memory in common leave together.
+    Sharing,
     /// 17: how fast pages move where no link limits.
     Plane,
     /// 18: what tracking costs a guest that writes.
@@ -67,13 +71,15 @@ pub enum Row {
     Servers,
     /// The table of Clark et al., NSDI 2005.
     Clark,
+    /// The figures of Eswaran, and rows 14 and 15 beside them.
+    Eswaran,
     /// What papers say, and where that is measured here.
     Papers,
 }
 
 impl Row {
     /// All of them, in the order in which they run.
-    pub const ALL: [Row; 18] = [
+    pub const ALL: [Row; 20] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -85,17 +91,19 @@ impl Row {
         Row::Sequential,
         Row::Postcopy,
         Row::Templates,
+        Row::Sharing,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
         Row::Guestperf,
         Row::Servers,
         Row::Clark,
+        Row::Eswaran,
         Row::Papers,
     ];
 
     /// Those that run when none is named: the others take long, or measure nothing.
-    pub const DEFAULT: [Row; 14] = [
+    pub const DEFAULT: [Row; 15] = [
         Row::Demo,
         Row::Rate,
         Row::Idle,
@@ -107,6 +115,7 @@ impl Row {
         Row::Sequential,
         Row::Postcopy,
         Row::Templates,
+        Row::Sharing,
         Row::Plane,
         Row::Tracking,
         Row::Growth,
@@ -127,12 +136,14 @@ impl Row {
             Row::Sequential => "sequential",
             Row::Postcopy => "postcopy",
             Row::Templates => "templates",
+            Row::Sharing => "sharing",
             Row::Plane => "plane",
             Row::Tracking => "tracking",
             Row::Growth => "growth",
             Row::Guestperf => "guestperf",
             Row::Servers => "servers",
             Row::Clark => "clark",
+            Row::Eswaran => "eswaran",
             Row::Papers => "papers",
         }
     }
@@ -148,6 +159,7 @@ impl Row {
             | Row::Guestperf
             | Row::Servers
             | Row::Clark
+            | Row::Eswaran
             | Row::Papers => None,
             Row::Idle => Some(1),
             Row::Downtime => Some(2),
@@ -157,6 +169,7 @@ impl Row {
             Row::Faults => Some(6),
             Row::Sequential => Some(7),
             Row::Templates => Some(14),
+            Row::Sharing => Some(15),
             Row::Plane => Some(17),
             Row::Tracking => Some(18),
         }
@@ -166,7 +179,8 @@ impl Row {
     fn aliases(self) -> &'static [&'static str] {
         match self {
             Row::Muncher => &["4a", "hybrid", "4b", "stun"],
-            Row::Templates => &["eswaran"],
+            Row::Sharing => &["slm"],
+            Row::Templates => &["tlm"],
             _ => &[],
         }
     }
@@ -200,6 +214,10 @@ impl Row {
             Row::Templates => {
                 "Four clones of a template leave together, and only what they have written moves"
             }
+            Row::Sharing => {
+                "Four guests that have most of their memory in common leave together, and each content travels once"
+            }
+            Row::Eswaran => "Template- and sharing-aware migration, beside the figures of their papers",
             Row::Plane => "How fast the pages of a guest of 1 GiB move where no link limits",
             Row::Tracking => "What tracking costs a guest that writes",
             Row::Growth => {
@@ -308,14 +326,40 @@ fn one(row: Row, run: &Run<'_>) -> Result<RowResult, BenchError> {
         Row::Sequential => sequential::run(run),
         Row::Postcopy => postcopy::run(run),
         Row::Templates => templates::run(run),
+        Row::Sharing => sharing::run(run),
         Row::Plane => plane::run(run),
         Row::Tracking => tracking::run(run),
         Row::Growth => growth::run(run),
         Row::Guestperf => guestperf::run(run),
         Row::Servers => servers::run(run),
         Row::Clark => clark::run(run),
+        Row::Eswaran => eswaran(run),
         Row::Papers => Ok(papers::result()),
     }
+}
+
+/// Both modes, and what their papers say.
+fn eswaran(run: &Run<'_>) -> Result<RowResult, BenchError> {
+    let less = |case: &crate::results::Case, stock: usize, what: &str| {
+        let less = |metric| (1.0 - case.ratio(metric, stock)) * 100.0;
+        let of = |metric| case.ours().map_or(f64::NAN, |ours| ours.median(metric));
+        format!(
+            "Here, {what}, {}: total time {:.0} % less than stock's, bytes {:.0} % fewer; memory at the target {:.2} times the source's",
+            case.name,
+            less(Metric::TotalTime),
+            less(Metric::WireBytes),
+            of(Metric::PssTarget) / of(Metric::PssSource)
+        )
+    };
+    let mut result = templates::run(run)?;
+    result.notes.extend(result.cases.iter().map(|case| less(case, 0, "template-aware")));
+    let sharing = sharing::run(run)?;
+    result.notes.extend(sharing.cases.iter().map(|case| less(case, 1, "sharing-aware")));
+    result.cases.extend(sharing.cases);
+    result.goals.extend(sharing.goals);
+    result.notes.extend(sharing.notes);
+    result.notes.extend(papers::of_eswaran());
+    Ok(result)
 }
 
 #[cfg(test)]
