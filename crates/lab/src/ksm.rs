@@ -66,7 +66,7 @@ impl Ksm {
     }
 
     /// How many pages of a process are merged with others.
-    pub fn merged_pages(pid: i32) -> u64 {
+    pub fn merged_pages(pid: impl std::fmt::Display) -> u64 {
         let text = fs::read_to_string(format!("/proc/{pid}/ksm_merging_pages")).unwrap_or_default();
         text.trim().parse().unwrap_or(0)
     }
