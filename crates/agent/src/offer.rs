@@ -159,15 +159,16 @@ pub(crate) fn source_blocks(
     let regions: Vec<Region> = placed.iter().map(|(_, _, region)| *region).collect();
     let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
     let merges = sterna_memory::may_merge(&process);
+    let backings = Backing::of_all(&process, &regions).map_err(|why| explain(&why))?;
     let mut blocks = Vec::new();
-    for ((index, block, region), common) in placed.into_iter().zip(common) {
+    for (((index, block, region), common), backing) in placed.into_iter().zip(common).zip(backings) {
         let pages = block.bytes.div_ceil(PAGE);
         blocks.push(SourceBlock {
             index: index as u16,
             region,
             backing: match shared.as_ref() == Some(&block.name) {
                 true => Backing::Template,
-                false => Backing::of(&process, &region).map_err(|why| explain(&why))?,
+                false => backing,
             },
             common,
             provable: !block.is_rebuilt(),

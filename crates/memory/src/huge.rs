@@ -14,7 +14,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use crate::backing::{self, Access, BackingError, Kind, Segment};
+use crate::backing::{Access, BackingError, Kind, Mappings, Segment};
 use crate::page::{PageRun, Region, append_run};
 use crate::populated::PopulatedError;
 use crate::process::{Process, ProcessError};
@@ -28,8 +28,8 @@ const LOOKS: u32 = 20;
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
 /// Whether any part of a region is in huge pages of hugetlbfs.
-pub(crate) fn is_huge(process: &Process, region: &Region) -> bool {
-    let Ok(segments) = backing::segments(process, region) else { return false };
+pub(crate) fn is_huge(process: &Process, mappings: &Mappings, region: &Region) -> bool {
+    let Ok(segments) = mappings.segments(region) else { return false };
     let files = segments.iter().filter(|segment| !matches!(segment.kind, Kind::Anonymous | Kind::Common));
     let mut sizes =
         files.filter_map(|segment| segment.huge_page_bytes(&segment.open(process, Access::Read).ok()?));

@@ -4,7 +4,7 @@
 use std::io;
 use std::ops::Range;
 
-use crate::backing::{self, Access, BackingError, Kind, Segment};
+use crate::backing::{self, Access, BackingError, Kind, Mappings, Segment};
 use crate::huge;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
 use crate::process::{Process, ProcessError};
@@ -47,10 +47,29 @@ pub enum PopulatedError {
 /// mapped, those that have data in it, mapped or not. What was in `out` before is replaced. A page that the process touches
 /// for the first time during the call may be missing: stop the process, or track it.
 pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Result<(), PopulatedError> {
+    populated_of(process, &Mappings::of(process)?, region, out)
+}
+
+/// The same of several regions: the process's mappings are looked at once.
+pub fn populated_all(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>, PopulatedError> {
+    let mappings = Mappings::of(process)?;
+    let of = |region| {
+        let mut pages = Vec::new();
+        populated_of(process, &mappings, region, &mut pages).map(|()| pages)
+    };
+    regions.iter().map(of).collect()
+}
+
+fn populated_of(
+    process: &Process,
+    mappings: &Mappings,
+    region: &Region,
+    out: &mut Vec<PageRun>,
+) -> Result<(), PopulatedError> {
     out.clear();
     let mut files = false;
     let mut scanner = PageMap::new(process.open_proc("pagemap")?);
-    for segment in backing::segments(process, region)? {
+    for segment in mappings.segments(region)? {
         if segment.kind == Kind::Common {
             files = true;
             out.push(region.run(segment.start, segment.end));
@@ -169,10 +188,28 @@ impl Backing {
     ///
     /// The mappings cannot be read.
     pub fn of(process: &Process, region: &Region) -> Result<Backing, PopulatedError> {
-        let segments = backing::segments(process, region)?;
+        Self::in_mappings(process, &Mappings::of(process)?, region)
+    }
+
+    /// The same of several regions.
+    ///
+    /// # Errors
+    ///
+    /// The mappings cannot be read.
+    pub fn of_all(process: &Process, regions: &[Region]) -> Result<Vec<Backing>, PopulatedError> {
+        let mappings = Mappings::of(process)?;
+        regions.iter().map(|region| Self::in_mappings(process, &mappings, region)).collect()
+    }
+
+    fn in_mappings(
+        process: &Process,
+        mappings: &Mappings,
+        region: &Region,
+    ) -> Result<Backing, PopulatedError> {
+        let segments = mappings.segments(region)?;
         Ok(match segments.iter().all(|segment| matches!(segment.kind, Kind::Anonymous | Kind::Common)) {
             true => Backing::Anonymous,
-            false if huge::is_huge(process, region) => Backing::HugePages,
+            false if huge::is_huge(process, mappings, region) => Backing::HugePages,
             false => Backing::Files,
         })
     }

@@ -3,6 +3,7 @@
 use std::io;
 
 use crate::attach::{Attach, AttachError};
+use crate::backing::Mappings;
 use crate::huge;
 use crate::page::{PageRun, Region, Span, append_run};
 use crate::process::{Process, ProcessError};
@@ -115,7 +116,10 @@ impl WpAsyncTracker {
             result => result?,
         };
         let scanner = PageMap::new(process.open_proc("pagemap")?);
-        let huge = regions.iter().map(|region| huge::is_huge(process, region)).collect();
+        let huge = match Mappings::of(process) {
+            Ok(mappings) => regions.iter().map(|region| huge::is_huge(process, &mappings, region)).collect(),
+            Err(_) => vec![false; regions.len()],
+        };
         let mut tracker = WpAsyncTracker { process: process.try_clone()?, regions, huge, uffd, scanner };
         for index in 0..tracker.regions.len() {
             tracker.scan(index, Action::Rearm, 0, |_, _| {})?;

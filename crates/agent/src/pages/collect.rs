@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
-    may_merge, merged, own, own_within, populated, with_data,
+    may_merge, merged, own, own_within, populated, populated_all, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -80,8 +80,9 @@ impl Collector {
 
     /// Starts with every page that may not be zero. I/O that was in flight when the tracking began must be over by now.
     pub(crate) fn begin(&mut self) -> Result<(), String> {
-        for at in 0..self.blocks.len() {
-            let mut pages = self.populated(at)?;
+        let regions: Vec<Region> = self.blocks.iter().map(|block| block.region).collect();
+        let there = populated_all(&self.process, &regions).map_err(|why| unseen(&why))?;
+        for (at, mut pages) in there.into_iter().enumerate() {
             if self.blocks[at].backing == Backing::Template {
                 // The target has all of the template: what became zero here is not zero there.
                 self.blocks[at].sent.set_runs(&pages);

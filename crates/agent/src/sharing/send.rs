@@ -6,8 +6,9 @@ use super::gang::Member;
 use crate::agent::random;
 use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::host::Host;
+use std::sync::mpsc::sync_channel;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::common::Run;
 use sterna_engine::wire::message::Store;
@@ -16,6 +17,8 @@ use sterna_transport::{Connection, Pacer};
 
 /// Contents compared and sent at once: 1 MiB.
 const PAGES_PER_PIECE: usize = 256;
+/// Pieces that wait to be sent while others are compared.
+const PIECES_AHEAD: usize = 8;
 /// How long the target may take for a piece, or to say that it has all.
 const PIECE_WITHIN: Duration = Duration::from_secs(30);
 
@@ -47,27 +50,40 @@ pub(super) fn send(
     let pages = groups.len() as u64;
     control::send(&mut connection, &Message::Store(Store { id: store.clone(), pages })).map_err(failed)?;
     taken(&mut connection).map_err(failed)?;
-    let pacer = Pacer::new(limit);
-    let mut comparing = Comparing::new(members);
     // Places in the store, in their order.
     let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
-    let mut at = 0u32;
-    for first in (0..groups.len()).step_by(PAGES_PER_PIECE) {
-        let last = (first + PAGES_PER_PIECE).min(groups.len());
-        comparing.compare((first..last).map(|group| groups.get(group)));
-        for same in comparing.same.iter().filter(|same| same.len() > 1) {
-            found[usize::from(same[0].member)].bytes += PAGE;
-            same.iter().for_each(|place| placed[usize::from(place.member)].push((*place, at)));
-            at += 1;
+    let mut contents = 0u32;
+    let began = Instant::now();
+    let sent = std::thread::scope(|scope| {
+        let (pieces, to_send) = sync_channel::<Vec<u8>>(PIECES_AHEAD);
+        let connection = &mut connection;
+        let sender = scope.spawn(move || {
+            let pacer = Pacer::new(limit);
+            for piece in to_send {
+                pacer.acquire(piece.len());
+                control::send_piece(connection, &piece, PIECE_WITHIN)?;
+            }
+            control::send_piece(connection, &[], PIECE_WITHIN)
+        });
+        let mut comparing = Comparing::new(members);
+        for first in (0..groups.len()).step_by(PAGES_PER_PIECE) {
+            let last = (first + PAGES_PER_PIECE).min(groups.len());
+            comparing.compare((first..last).map(|group| groups.get(group)));
+            for same in comparing.same.iter().filter(|same| same.len() > 1) {
+                found[usize::from(same[0].member)].bytes += PAGE;
+                same.iter().for_each(|place| placed[usize::from(place.member)].push((*place, contents)));
+                contents += 1;
+            }
+            let piece = comparing.piece();
+            // Who cannot send any more says why.
+            if !piece.is_empty() && pieces.send(piece.to_vec()).is_err() {
+                break;
+            }
         }
-        let piece = comparing.piece();
-        if !piece.is_empty() {
-            pacer.acquire(piece.len());
-            control::send_piece(&mut connection, piece, PIECE_WITHIN).map_err(failed)?;
-        }
-    }
-    control::send_piece(&mut connection, &[], PIECE_WITHIN).map_err(failed)?;
-    taken(&mut connection).map_err(failed)?;
+        drop(pieces);
+        sender.join().unwrap_or_else(|_| Err("the thread that sends it panicked".into()))
+    });
+    sent.and_then(|()| taken(&mut connection)).map_err(failed)?;
     let held = Arc::new(Held { _connection: Mutex::new(connection) });
     for ((found, mut places), member) in found.iter_mut().zip(placed).zip(members) {
         places.sort_unstable();
@@ -88,7 +104,8 @@ pub(super) fn send(
             found.held = Some(held.clone());
         }
     }
-    tracing::info!(peer, contents = at, "pages that VMs have in common were sent");
+    let runs: Vec<usize> = found.iter().map(|found| found.runs.len()).collect();
+    tracing::info!(peer, contents, ?runs, took = ?began.elapsed(), "pages that VMs have in common were sent");
     Ok(found)
 }
 

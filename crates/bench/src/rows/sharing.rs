@@ -189,7 +189,7 @@ struct Content {
 }
 
 impl Content {
-    /// And of this one: its largest mapping is its RAM.
+    /// And of this one: its largest mapping of data is its RAM.
     fn with(mut self, process: ProcessId) -> Result<Self, BenchError> {
         let pid = process.pid;
         let failed = |what: &str| {
@@ -201,7 +201,9 @@ impl Content {
             let (from, to) = line.split(' ').next()?.split_once('-')?;
             Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
         };
-        let largest = maps.lines().filter_map(range).max_by_key(|(from, to)| to - from);
+        // QEMU's largest mapping is that of the code that it makes, which may be executed.
+        let data = maps.lines().filter(|line| line.split(' ').nth(1) == Some("rw-p"));
+        let largest = data.filter_map(range).max_by_key(|(from, to)| to - from);
         let (from, to) = largest.ok_or_else(|| BenchError::unexpected("its RAM", "no mapping"))?;
         let entries = File::open(format!("/proc/{pid}/pagemap")).map_err(failed("page tables"))?;
         let memory = File::open(format!("/proc/{pid}/mem")).map_err(failed("memory"))?;

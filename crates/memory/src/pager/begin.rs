@@ -19,7 +19,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::{HUGE_PAGE, Pager, PagerError, Part, Plan};
 use crate::attach::protocol::MAX_RANGES;
 use crate::backing::Kind;
-use crate::page::{PageRun, Span, intersection};
+use crate::page::{PageRun, Region, Span, intersection};
 use crate::populated::occupied;
 use crate::sys::pagemap::PageMap;
 
@@ -83,12 +83,13 @@ impl Pager {
             if !clear.iter().all(|run| (run.first | run.pages).is_multiple_of(plan.granule())) {
                 return Err(PagerError::Bits);
             }
+            let there = self.occupied(scanner, plan)?;
             for part in &plan.parts {
                 let clear = part.within(plan, clear);
                 if part.segment.kind == Kind::Shared {
                     self.punch(plan, part, &clear)?;
                 } else {
-                    let there = self.occupied(scanner, plan, part)?;
+                    let there = part.within(plan, &there);
                     spans.extend(hulls(&clear, &there).into_iter().map(|run| plan.region.span(run)));
                 }
             }
@@ -118,9 +119,26 @@ impl Pager {
     }
 
     fn register(&self) -> Result<(), PagerError> {
-        for (plan, part) in self.regions.iter().flat_map(|plan| plan.parts.iter().map(move |p| (plan, p))) {
+        for (plan, clear) in self.regions.iter().zip(self.clear()) {
+            let Region { base, bytes } = plan.region;
+            let whole = Span { addr: base, len: bytes };
+            let failed = |addr| move |source| PagerError::Register { pid: self.process.pid(), addr, source };
+            if plan.parts.iter().any(|part| part.segment.kind == Kind::Common) {
+                // All at once: what is in common is there, and not asked for, but where it is stale.
+                self.uffd.register_missing(whole).map_err(failed(base))?;
+            }
+            self.register_parts(plan, &clear)?;
+        }
+        Ok(())
+    }
+
+    fn register_parts(&self, plan: &Plan, clear: &[PageRun]) -> Result<(), PagerError> {
+        let has_common = plan.parts.iter().any(|part| part.segment.kind == Kind::Common);
+        for part in &plan.parts {
             let span = part.segment.span();
             let registered = match part.segment.kind {
+                Kind::Common if part.within(plan, clear).is_empty() => continue,
+                Kind::Anonymous if has_common => continue,
                 Kind::Common => self.uffd.register_missing_above_file(span),
                 Kind::Private if plan.huge.is_none() => self.uffd.register_missing_above_file(span),
                 _ => self.uffd.register_missing(span),
@@ -134,9 +152,9 @@ impl Pager {
     /// Releases all that can be; the first error.
     pub(super) fn unregister(&self) -> Result<(), PagerError> {
         let mut result = Ok(());
-        for part in self.regions.iter().flat_map(|plan| &plan.parts) {
-            let Span { addr, .. } = part.segment.span();
-            if let Err(source) = self.uffd.unregister(part.segment.span()) {
+        for plan in &self.regions {
+            let Region { base: addr, bytes: len } = plan.region;
+            if let Err(source) = self.uffd.unregister(Span { addr, len }) {
                 self.check_alive()?;
                 result = result.and(Err(PagerError::Register { pid: self.process.pid(), addr, source }));
             }
@@ -151,10 +169,11 @@ impl Pager {
         clear: &[Vec<PageRun>],
     ) -> Result<Option<u64>, PagerError> {
         for (plan, clear) in self.regions.iter().zip(clear) {
+            let occupied = self.occupied(scanner, plan)?;
             for part in &plan.parts {
                 let clear = part.within(plan, clear);
                 let mut there = Vec::new();
-                intersection(&clear, &self.occupied(scanner, plan, part)?, &mut there);
+                intersection(&clear, &part.within(plan, &occupied), &mut there);
                 if part.segment.kind == Kind::Shared {
                     self.data(plan, part, &clear, &mut there)?;
                 }
@@ -166,10 +185,11 @@ impl Pager {
         Ok(None)
     }
 
-    /// What the process's page tables hold of a part.
-    fn occupied(&self, scanner: &mut PageMap, plan: &Plan, part: &Part) -> Result<Vec<PageRun>, PagerError> {
+    /// What the process's page tables hold of a region.
+    fn occupied(&self, scanner: &mut PageMap, plan: &Plan) -> Result<Vec<PageRun>, PagerError> {
         let mut there = Vec::new();
-        occupied(scanner, &self.process, &plan.region, part.segment.span(), &mut there)?;
+        let Region { base, bytes } = plan.region;
+        occupied(scanner, &self.process, &plan.region, Span { addr: base, len: bytes }, &mut there)?;
         Ok(there)
     }
 
@@ -201,8 +221,12 @@ impl Part {
     /// What of a region's runs lies in this part.
     fn within(&self, plan: &Plan, runs: &[PageRun]) -> Vec<PageRun> {
         let Span { addr, len } = self.segment.span();
+        let part = plan.region.run(addr, addr + len);
+        // There may be thousands of parts, and of runs.
+        let runs = &runs[runs.partition_point(|run| run.end() <= part.first)..];
+        let runs = &runs[..runs.partition_point(|run| run.first < part.end())];
         let mut within = Vec::new();
-        intersection(runs, &[plan.region.run(addr, addr + len)], &mut within);
+        intersection(runs, &[part], &mut within);
         within
     }
 

@@ -130,8 +130,9 @@ impl Pager {
     /// # Errors
     /// The process cannot be asked.
     pub fn refusal(process: &Process, regions: &[Region]) -> Result<Option<String>, PagerError> {
+        let mappings = Mappings::of(process)?;
         for region in regions {
-            for segment in backing::segments(process, region)? {
+            for segment in mappings.segments(region)? {
                 let at = segment.start;
                 if matches!(segment.kind, Kind::Anonymous | Kind::Common) {
                     continue;

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Fault, Installed, Pager, PagerError, Plan, Resolved};
+use crate::backing::Kind;
 use crate::page::{PAGE, PageRun, Span, difference, intersection};
 use crate::sys::uffd::{Event, Progress};
 
@@ -208,7 +209,9 @@ impl Pager {
         for (region, plan) in self.regions.iter().enumerate() {
             let mut missing = Vec::new();
             self.bits.clear_runs(region, |run| missing.push(run));
-            let covered = plan.parts.iter().filter(|part| part.below).flat_map(|part| &part.covers);
+            // What is in common maps itself, as any file does, but where pages of it were missing.
+            let below = plan.parts.iter().filter(|part| part.below && part.segment.kind != Kind::Common);
+            let covered = below.flat_map(|part| &part.covers);
             let (covered, mut runs): (Vec<PageRun>, _) = (covered.copied().collect(), Vec::new());
             difference(&covered, &missing, &mut runs);
             for span in runs.into_iter().map(|run| plan.region.span(run)) {
