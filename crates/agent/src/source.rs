@@ -12,7 +12,7 @@ use crate::pages::{Collector, SendCounters, SendOptions, Senders, SourceBlock, W
 use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;
-use crate::sharing::{Found, Seat};
+use crate::sharing::{Seat, Word};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ enum Event {
     /// A sender of pages failed.
     Broken(String),
     /// What the VM has in common with others.
-    Shared(Result<Found, String>),
+    Shared(Result<Word, String>),
     /// A connection is lost; which generation of connections it was of.
     Lost(u64, String),
     /// The same of one that carries pages of a post-copy: the target closes those first when all have come, and says so then.
@@ -334,7 +334,8 @@ impl Outgoing {
     fn feed(&mut self, machine: &mut Source, mut input: SourceInput) {
         self.note(&input);
         if let SourceInput::Message(Message::Mapped(mapped)) = &input {
-            input = self.mapped(mapped.runs);
+            let Some(known) = self.mapped(mapped.runs) else { return };
+            input = known;
         }
         if let Some(why) = self.unproved(&input) {
             input = SourceInput::Failed(why);

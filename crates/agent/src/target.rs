@@ -68,6 +68,8 @@ struct Arriving<'a> {
     state: Vec<u8>,
     /// What the VM is a clone of.
     template: Option<Arc<Template>>,
+    /// How many runs of pages in common are mapped.
+    mapped: usize,
     /// Whether the VM stays paused once it is ours.
     paused: bool,
     lazy: Lazy,
@@ -225,6 +227,7 @@ impl<'a> Arriving<'a> {
             receivers: BTreeMap::new(),
             state: Vec::new(),
             template: None,
+            mapped: 0,
             paused: false,
             lazy: Lazy::default(),
             began: Instant::now(),
@@ -245,6 +248,7 @@ impl<'a> Arriving<'a> {
             control.finish();
         }
         self.collapse();
+        self.touch_common();
     }
 }
 

@@ -328,7 +328,7 @@ impl Target {
                 self.state_end = Some(end);
                 self.load_when_complete(now);
             }
-            (Message::Common(common), State::Receiving) if self.may_map() => {
+            (Message::Common(common), State::Receiving) if self.may_map(common.pending) => {
                 self.deadline = Some(now + STALL_WAIT);
                 if !common.pending {
                     self.mapped = true;
@@ -350,9 +350,12 @@ impl Target {
     }
 
     /// What is in common is mapped once, before the first page comes: a mapping covers what was there.
-    fn may_map(&self) -> bool {
+    fn may_map(&self, pending: bool) -> bool {
         let asked = self.offer.as_ref().is_some_and(|offer| offer.common);
-        asked && !self.mapped && self.state_end.is_none() && self.rounds.iter().all(|round| *round == 0)
+        asked
+            && (pending || !self.mapped)
+            && self.state_end.is_none()
+            && self.rounds.iter().all(|round| *round == 0)
     }
 
     fn on_offer(&mut self, offer: Offer, now: Duration) {

@@ -59,9 +59,6 @@ pub enum SharedError {
     /// The mappings behind a region could not be read.
     #[error(transparent)]
     Backing(#[from] BackingError),
-    /// A page could not be read through its new mapping.
-    #[error(transparent)]
-    Copy(#[from] crate::CopyError),
 }
 
 /// Pages that are a part of a store.
@@ -204,7 +201,8 @@ pub fn touch(process: &Process, region: &Region, runs: &[PageRun]) -> Result<(),
 }
 
 /// Maps pages of a store over pages of a process whose guest does not run yet: `fd` is the number that the store has in the process. Whatever was
-/// there is dropped. How many of the runs were mapped, region by region in order: the kernel may have no room for more.
+/// there is dropped. How many of the runs were mapped, region by region in order: the kernel may have no room for more. The store may still
+/// be empty; none of its pages is looked at ([`touch`] does that).
 ///
 /// # Errors
 /// Nothing could be mapped at all.
@@ -231,8 +229,6 @@ pub fn map_common(
             let op = Op::MapPrivate { fd, ranges, reserve: !has("nr"), advice: advice.clone() };
             let mapped = attach.perform(process, op)?.ranges.min(chunk.len());
             done += mapped;
-            let pages: Vec<PageRun> = chunk[..mapped].iter().map(|common| common.run).collect();
-            touch(process, region, &pages)?;
             if mapped < chunk.len() {
                 return Ok(done);
             }

@@ -88,8 +88,9 @@ fn two_that_map_one_store_are_seen_to_share_frames() {
         victim.tell("fill 100 3 5");
         (victim, region)
     });
+    // A page that one of them alone has mapped is shared with nobody yet.
+    seen.iter().for_each(|(victim, region)| touch(&victim.process, region, &[run(1, 3)]).unwrap());
     let found = seen.each_ref().map(|(victim, region)| {
-        touch(&victim.process, region, &[run(1, 3)]).unwrap();
         let mut found = Vec::new();
         frames(&victim.process, region, &populated_pages(victim, region), |page, frame| {
             found.push((page, frame))

@@ -102,6 +102,10 @@ impl Collector {
     /// The target has these pages of the send-set as they are.
     pub(crate) fn is_there(&mut self, block: usize, pages: &[PageRun]) {
         self.set.pages[block] = subtract(&self.set.pages[block], pages);
+    }
+
+    /// The target shows something in these pages, whatever it is.
+    pub(crate) fn shows_something(&self, block: usize, pages: &[PageRun]) {
         self.blocks[block].sent.set_runs(pages);
     }
 

@@ -72,6 +72,14 @@ impl Groups {
 
 /// Finds the pages of all members that may be the same. A member that cannot be looked at has none.
 pub(super) fn find(members: &[Member]) -> Groups {
+    // All of them before the first is looked at: what only one has mapped looks as if it were its own.
+    for member in members.iter().filter(|member| member.dedup == Dedup::Frames) {
+        for block in member.blocks.iter() {
+            if let Err(why) = touch(&member.process, &block.region, &block.common) {
+                tracing::warn!(vm = member.vm, %why, "less of the VM is shared");
+            }
+        }
+    }
     let mut keyed = Vec::new();
     for (at, member) in (0..).zip(members) {
         let before = keyed.len();
@@ -96,7 +104,6 @@ fn keys(at: u16, member: &Member, keyed: &mut Vec<(u64, Place)>) -> Result<(), S
             hashes(member, block.region, pages, |page, hash| keyed.push((hash | OF_HASH, place(page))))?;
             continue;
         }
-        touch(&member.process, &block.region, &block.common).map_err(|why| explain(&why))?;
         let found = frames(&member.process, &block.region, pages, |page, frame| {
             keyed.push((frame, place(page)));
         });

@@ -1,6 +1,6 @@
 //! Who leaves together.
 
-use super::{Found, find, send};
+use super::{Compared, Found, Word, find, send};
 use crate::host::Host;
 use crate::model::Dedup;
 use crate::pages::SourceBlock;
@@ -41,26 +41,39 @@ pub(crate) struct Member {
     /// How many runs its target can map.
     pub(crate) room: u32,
     pub(crate) dedup: Dedup,
-    /// Taken once it was called, on a thread of the gang's.
-    pub(crate) tell: Option<Tell>,
+    pub(crate) told: Told,
 }
 
-/// Hears what was found of a VM.
-pub(crate) type Tell = Box<dyn FnOnce(Result<Found, String>) + Send>;
+/// Hears of a VM what was found, and then what came of the comparison.
+pub(crate) struct Told {
+    tell: Box<dyn Fn(Result<Word, String>) + Send>,
+    over: bool,
+}
 
-impl Member {
-    fn tell(mut self, found: Result<Found, String>) {
-        if let Some(tell) = self.tell.take() {
-            tell(found);
-        }
+impl Told {
+    pub(crate) fn by(tell: impl Fn(Result<Word, String>) + Send + 'static) -> Self {
+        Self { tell: Box::new(tell), over: false }
+    }
+
+    /// Where the pages that may be in common will lie in a store.
+    pub(super) fn found(&self, found: Found) {
+        (self.tell)(Ok(Word::Found(found)));
+    }
+
+    /// The last word.
+    pub(super) fn end(&mut self, compared: Result<Compared, String>) {
+        self.over = true;
+        (self.tell)(compared.map(Word::Compared));
     }
 }
 
-impl Drop for Member {
+impl Drop for Told {
     /// Its migration waits for a word, whatever becomes of the thread that was to say it.
     fn drop(&mut self) {
-        if let Some(tell) = self.tell.take() {
-            tell(Err("what VMs have in common could not be looked for: the agent's log may say why".into()));
+        if !self.over {
+            self.end(Err(
+                "what VMs have in common could not be looked for: the agent's log may say why".into()
+            ));
         }
     }
 }
@@ -102,25 +115,35 @@ impl Gang {
         #[cfg(feature = "holds")]
         crate::hold::before(&self.host.config().run_dir, "source-compare");
         tracing::debug!(members = members.len(), groups = groups.len(), took = ?began.elapsed(), "pages that may be the same");
-        let sent = send::send(&self.host, (&self.peer, &self.address), self.limit, &groups, &fit, &members);
+        let groups = groups.retain(|place| fit.has(place));
+        let sent =
+            send::send(&self.host, (&self.peer, &self.address), self.limit, &groups, &members, |found| {
+                for (at, (mut found, member)) in found.into_iter().zip(&members).enumerate() {
+                    found.fallbacks = fit.fallbacks(at);
+                    member.told.found(found);
+                }
+            });
         match sent {
-            Ok(found) => {
-                members.into_iter().zip(found).for_each(|(member, found)| member.tell(Ok(found)));
+            Ok(compared) => {
+                members
+                    .into_iter()
+                    .zip(compared)
+                    .for_each(|(mut member, compared)| member.told.end(Ok(compared)));
             }
-            Err(why) => members.into_iter().for_each(|member| member.tell(Err(why.clone()))),
+            Err(why) => members.into_iter().for_each(|mut member| member.told.end(Err(why.clone()))),
         }
     }
 }
 
 impl Seat {
     /// This one is ready. It hears what was found, once all are.
-    pub(crate) fn arrive(mut self, member: Member) -> Result<(), String> {
+    pub(crate) fn arrive(mut self, mut member: Member) -> Result<(), String> {
         let Some(gang) = self.gang.take() else { return Err("it has left already".into()) };
         let mut state = lock(&gang.state);
         state.awaited -= 1;
         if state.begun {
             drop(state);
-            member.tell(Err(format!(
+            member.told.end(Err(format!(
                 "those that leave with it could not wait longer than {} s",
                 WAIT.as_secs()
             )));

@@ -5,7 +5,7 @@
 //! an earlier migration) is seen in the page tables. Bytes are compared all the same before a page counts as another's: frames are used again.
 //!
 //! ```text
-//! gang   who leaves together, and waits for whom     send    bytes are compared, and each content sent once, into a store
+//! gang   who leaves together, and waits for whom     send    each content is sent once, into a store, and bytes are compared
 //! find   pages on one frame, or of one hash          store   a store at the target: filled, sealed, mapped, forgotten
 //! ```
 //!
@@ -19,7 +19,7 @@ mod store;
 
 use sterna_engine::wire::common::Run;
 
-pub(crate) use gang::{Gang, Member, Seat};
+pub(crate) use gang::{Gang, Member, Seat, Told};
 pub(crate) use send::Held;
 pub(crate) use store::{Stores, receive};
 
@@ -30,6 +30,24 @@ use sterna_memory::PageRun;
 /// How many mappings a process may have.
 const MAX_MAP_COUNT: &str = "/proc/sys/vm/max_map_count";
 
+/// What a VM's migration hears.
+pub(crate) enum Word {
+    /// Where its pages will lie: the target may map them while they come.
+    Found(Found),
+    /// All that will come has come, and which of these pages are not what lies there.
+    Compared(Compared),
+}
+
+/// What the comparison of bytes has found.
+#[derive(Default)]
+pub(crate) struct Compared {
+    /// Block by block the pages that must be sent all the same.
+    pub(crate) different: Vec<Vec<PageRun>>,
+    /// Keeps the store at the target.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    pub(crate) held: Option<Arc<Held>>,
+}
+
 /// What was found of one VM.
 #[derive(Default)]
 pub(crate) struct Found {
@@ -39,10 +57,8 @@ pub(crate) struct Found {
     pub(crate) runs: Vec<Run>,
     /// Pages that are in common and travel as bytes all the same: more mappings than these are not to be had.
     pub(crate) fallbacks: u64,
-    /// Bytes that were sent into the store because of this VM, or of it first.
+    /// Bytes that are sent into the store because of this VM, or of it first.
     pub(crate) bytes: u64,
-    /// Keeps the store at the target.
-    pub(crate) held: Option<Arc<Held>>,
 }
 
 impl Found {

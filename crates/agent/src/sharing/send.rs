@@ -1,8 +1,8 @@
 //! Comparing bytes, and sending each content once.
 
-use super::Found;
-use super::find::{Fit, Groups, Place, follows};
+use super::find::{Groups, Place, follows};
 use super::gang::Member;
+use super::{Compared, Found};
 use crate::agent::random;
 use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::host::Host;
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::common::Run;
 use sterna_engine::wire::message::Store;
-use sterna_memory::{PAGE, PageRun, Reader, Span, is_zero};
+use sterna_memory::{PAGE, PageRun, Reader, Span, append_run, is_zero};
 use sterna_transport::{Connection, Pacer};
 
 /// Contents compared and sent at once: 1 MiB.
@@ -27,33 +27,32 @@ pub(crate) struct Held {
     _connection: Mutex<Connection>,
 }
 
-/// Sends what members have in common into a store at the target; what each of them has there.
+/// Sends what members have in common into a store at the target, each content at the place of its group. `tell` hears where each member's
+/// pages will lie, as soon as the target has agreed to the store: it maps them while they come. What came of the comparison is the result.
 pub(super) fn send(
     host: &Host,
     (peer, address): (&str, &str),
     limit: Option<u64>,
     groups: &Groups,
-    fit: &Fit,
     members: &[Member],
-) -> Result<Vec<Found>, String> {
-    let groups = groups.retain(|place| fit.has(place));
-    let mut found: Vec<Found> = (0..members.len())
-        .map(|member| Found { fallbacks: fit.fallbacks(member), ..Found::default() })
-        .collect();
+    tell: impl FnOnce(Vec<Found>),
+) -> Result<Vec<Compared>, String> {
     if groups.len() == 0 {
-        return Ok(found);
+        tell(members.iter().map(|_| Found::default()).collect());
+        return Ok(members.iter().map(|_| Compared::default()).collect());
     }
     let failed = |why: String| format!("what the VMs have in common does not get to host {peer}: {why}");
     let connection = host.endpoint().connect(address, peer, CONNECT_WITHIN);
     let mut connection = connection.map_err(|why| failed(explain(&why)))?;
-    let store = random().map_err(|why| failed(why.to_string()))?.to_vec();
-    let pages = groups.len() as u64;
-    control::send(&mut connection, &Message::Store(Store { id: store.clone(), pages })).map_err(failed)?;
+    let id = random().map_err(|why| failed(why.to_string()))?.to_vec();
+    let store = Store { id: id.clone(), pages: groups.len() as u64 };
+    control::send(&mut connection, &Message::Store(store)).map_err(failed)?;
     taken(&mut connection).map_err(failed)?;
-    // Places in the store, in their order.
-    let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
-    let mut contents = 0u32;
+    let found = found(groups, members, &id);
+    let runs: Vec<usize> = found.iter().map(|found| found.runs.len()).collect();
+    tell(found);
     let began = Instant::now();
+    let mut different: Vec<Vec<Place>> = vec![Vec::new(); members.len()];
     let sent = std::thread::scope(|scope| {
         let (pieces, to_send) = sync_channel::<Vec<u8>>(PIECES_AHEAD);
         let connection = &mut connection;
@@ -68,15 +67,11 @@ pub(super) fn send(
         let mut comparing = Comparing::new(members);
         for first in (0..groups.len()).step_by(PAGES_PER_PIECE) {
             let last = (first + PAGES_PER_PIECE).min(groups.len());
-            comparing.compare((first..last).map(|group| groups.get(group)));
-            for same in comparing.same.iter().filter(|same| same.len() > 1) {
-                found[usize::from(same[0].member)].bytes += PAGE;
-                same.iter().for_each(|place| placed[usize::from(place.member)].push((*place, contents)));
-                contents += 1;
-            }
-            let piece = comparing.piece();
+            comparing.compare((first..last).map(|group| groups.get(group)), |place| {
+                different[usize::from(place.member)].push(place);
+            });
             // Who cannot send any more says why.
-            if !piece.is_empty() && pieces.send(piece.to_vec()).is_err() {
+            if pieces.send(comparing.firsts.clone()).is_err() {
                 break;
             }
         }
@@ -84,7 +79,33 @@ pub(super) fn send(
         sender.join().unwrap_or_else(|_| Err("the thread that sends it panicked".into()))
     });
     sent.and_then(|()| taken(&mut connection)).map_err(failed)?;
+    let pages: usize = different.iter().map(Vec::len).sum();
+    tracing::info!(peer, contents = groups.len(), ?runs, different = pages, took = ?began.elapsed(), "pages that VMs have in common were sent");
     let held = Arc::new(Held { _connection: Mutex::new(connection) });
+    let of = |(mut places, member): (Vec<Place>, &Member)| {
+        places.sort_unstable();
+        let mut different = vec![Vec::new(); member.blocks.len()];
+        for place in places {
+            append_run(
+                &mut different[usize::from(place.block)],
+                PageRun { first: place.page.into(), pages: 1 },
+            );
+        }
+        Compared { different, held: Some(held.clone()) }
+    };
+    Ok(different.into_iter().zip(members).map(of).collect())
+}
+
+/// Where each member's pages will lie.
+fn found(groups: &Groups, members: &[Member], id: &[u8]) -> Vec<Found> {
+    let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
+    let mut found: Vec<Found> = members.iter().map(|_| Found::default()).collect();
+    for group in 0..groups.len() {
+        found[usize::from(groups.get(group)[0].member)].bytes += PAGE;
+        for place in groups.get(group) {
+            placed[usize::from(place.member)].push((*place, group as u32));
+        }
+    }
     for ((found, mut places), member) in found.iter_mut().zip(placed).zip(members) {
         places.sort_unstable();
         found.runs = places
@@ -96,17 +117,14 @@ pub(super) fn send(
                 at: run[0].1,
             })
             .collect();
-        // Where bytes differed there are more runs than were counted before.
+        // Where groups were left out there may be more runs than were counted before.
         let excess = found.runs.split_off(found.runs.len().min(member.room as usize));
         found.fallbacks += excess.iter().map(|run| u64::from(run.pages)).sum::<u64>();
         if !found.runs.is_empty() {
-            found.store.clone_from(&store);
-            found.held = Some(held.clone());
+            found.store = id.to_vec();
         }
     }
-    let runs: Vec<usize> = found.iter().map(|found| found.runs.len()).collect();
-    tracing::info!(peer, contents, ?runs, took = ?began.elapsed(), "pages that VMs have in common were sent");
-    Ok(found)
+    found
 }
 
 /// What the target says of the store.
@@ -127,19 +145,18 @@ struct Comparing<'a> {
     /// The first page of each group, one after the other.
     firsts: Vec<u8>,
     others: Vec<u8>,
-    /// For each group its pages that are the same, the first among them.
-    same: Vec<Vec<Place>>,
 }
 
 impl<'a> Comparing<'a> {
     fn new(members: &'a [Member]) -> Self {
         let readers = members.iter().map(|member| Reader::gentle(&member.process).ok()).collect();
         let (firsts, others) = (Vec::new(), vec![0; PAGES_PER_PIECE * PAGE as usize]);
-        Self { members, readers, firsts, others, same: Vec::new() }
+        Self { members, readers, firsts, others }
     }
 
-    /// Which of the pages of each group are as its first one. What is zero is in no group: it need not travel at all.
-    fn compare<'b>(&mut self, groups: impl Iterator<Item = &'b [Place]>) {
+    /// Tells which of the pages of each group are not as its first one; those of a group whose first one is zero, or cannot be read, are all
+    /// told: what is zero need not travel at all.
+    fn compare<'b>(&mut self, groups: impl Iterator<Item = &'b [Place]>, mut tell: impl FnMut(Place)) {
         let (mut firsts, mut others) = (Vec::new(), Vec::new());
         for (group, places) in groups.enumerate() {
             firsts.push((places[0], group));
@@ -150,12 +167,12 @@ impl<'a> Comparing<'a> {
         // The groups are in the order of their first places.
         self.read(&firsts, &mut bytes);
         let pages = bytes.chunks_exact(PAGE as usize).zip(&firsts);
-        let usable = |content: &[u8], place: &Place| {
-            self.readers[usize::from(place.member)].is_some() && !is_zero(content)
-        };
-        self.same = pages
-            .map(|(content, (place, _))| if usable(content, place) { vec![*place] } else { Vec::new() })
+        let usable: Vec<bool> = pages
+            .map(|(content, (place, _))| {
+                self.readers[usize::from(place.member)].is_some() && !is_zero(content)
+            })
             .collect();
+        firsts.iter().filter(|(_, group)| !usable[*group]).for_each(|(place, _)| tell(*place));
         others.sort_unstable();
         let mut theirs = std::mem::take(&mut self.others);
         for part in others.chunks(PAGES_PER_PIECE) {
@@ -164,23 +181,12 @@ impl<'a> Comparing<'a> {
             for (content, (place, group)) in theirs.chunks_exact(PAGE as usize).zip(part) {
                 let first = &bytes[group * PAGE as usize..][..PAGE as usize];
                 let is_read = self.readers[usize::from(place.member)].is_some();
-                if is_read && !self.same[*group].is_empty() && content == first {
-                    self.same[*group].push(*place);
+                if !usable[*group] || !is_read || content != first {
+                    tell(*place);
                 }
             }
         }
         (self.firsts, self.others) = (bytes, theirs);
-    }
-
-    /// The contents of the groups that have more than one page, one after the other.
-    fn piece(&mut self) -> &[u8] {
-        let mut kept = 0;
-        for (group, _) in self.same.iter().enumerate().filter(|(_, same)| same.len() > 1) {
-            let from = group * PAGE as usize;
-            self.firsts.copy_within(from..from + PAGE as usize, kept);
-            kept += PAGE as usize;
-        }
-        &self.firsts[..kept]
     }
 
     /// Reads the pages of these places, which are in ascending order. What is read of a member that does not live then is of no use.

@@ -21,16 +21,16 @@ const STORES_MAX: usize = 64;
 /// A peer, and the identity of a store of its.
 type Key = (String, Vec<u8>);
 
-/// The stores of a host that are complete and may be referred to.
+/// The stores of a host that may be referred to: they are mapped while they are filled.
 #[derive(Debug, Default)]
 pub(crate) struct Stores {
     /// By peer and identity.
-    complete: Mutex<HashMap<Key, Arc<Complete>>>,
+    open: Mutex<HashMap<Key, Arc<Opened>>>,
 }
 
-/// A store that is sealed.
+/// A store. It is sealed once all of it has come.
 #[derive(Debug)]
-pub(crate) struct Complete {
+pub(crate) struct Opened {
     pub(crate) memory: SealedMemory,
     /// How many pages it has.
     pub(crate) pages: u64,
@@ -38,8 +38,8 @@ pub(crate) struct Complete {
 
 impl Stores {
     /// A store of this peer's.
-    pub(crate) fn find(&self, peer: &str, id: &[u8]) -> Option<Arc<Complete>> {
-        lock(&self.complete).get(&(peer.to_owned(), id.to_vec())).cloned()
+    pub(crate) fn find(&self, peer: &str, id: &[u8]) -> Option<Arc<Opened>> {
+        lock(&self.open).get(&(peer.to_owned(), id.to_vec())).cloned()
     }
 }
 
@@ -49,32 +49,31 @@ pub(crate) fn receive(host: &Arc<Host>, peer: &str, offered: &Store, mut connect
     let answer = |connection: &mut Connection, text: String| {
         control::send(connection, &Message::StoreState(Text { text }))
     };
-    let store = match take(host, &key, offered, &mut connection) {
-        Ok(store) => store,
-        Err(why) => {
-            tracing::warn!(peer, why, "pages that VMs have in common did not come");
-            return drop(answer(&mut connection, format!("host {}: {why}", host.name())));
-        }
+    let refused = |why: &str, connection: &mut Connection| {
+        tracing::warn!(peer, why, "pages that VMs have in common did not come");
+        drop(answer(connection, format!("host {}: {why}", host.name())));
     };
-    tracing::info!(peer, pages = store.pages, "pages that VMs have in common have come");
-    lock(&host.stores().complete).insert(key.clone(), Arc::new(store));
-    if answer(&mut connection, String::new()).is_ok() {
-        // Nothing more comes but its end.
-        drop(control::receive(&mut connection, KEPT_WITHIN));
+    let store = match open(host, &key, offered) {
+        Ok(store) => store,
+        Err(why) => return refused(&why, &mut connection),
+    };
+    match fill(&store, &mut connection) {
+        Err(why) => refused(&why, &mut connection),
+        Ok(()) => {
+            tracing::info!(peer, pages = store.pages, "pages that VMs have in common have come");
+            if answer(&mut connection, String::new()).is_ok() {
+                // Nothing more comes but its end.
+                drop(control::receive(&mut connection, KEPT_WITHIN));
+            }
+        }
     }
-    lock(&host.stores().complete).remove(&key);
+    lock(&host.stores().open).remove(&key);
 }
 
-fn take(host: &Host, key: &Key, offered: &Store, connection: &mut Connection) -> Result<Complete, String> {
+/// A new store, empty.
+fn open(host: &Host, key: &Key, offered: &Store) -> Result<Arc<Opened>, String> {
     if offered.id.len() != 16 || offered.pages == 0 || offered.pages > u64::from(u32::MAX) {
         return Err("its store is none".into());
-    }
-    {
-        let complete = lock(&host.stores().complete);
-        let of_peer = complete.keys().filter(|(peer, _)| *peer == key.0).count();
-        if complete.contains_key(key) || of_peer >= STORES_MAX {
-            return Err("it has that store already, or too many of this host's".into());
-        }
     }
     let bytes = offered.pages * PAGE;
     let available = sterna_vmm::qemu::available_bytes().unwrap_or(0);
@@ -84,6 +83,18 @@ fn take(host: &Host, key: &Key, offered: &Store, connection: &mut Connection) ->
         ));
     }
     let memory = common_store(offered.pages).map_err(|why| explain(&why))?;
+    let mut open = lock(&host.stores().open);
+    let of_peer = open.keys().filter(|(peer, _)| *peer == key.0).count();
+    if open.contains_key(key) || of_peer >= STORES_MAX {
+        return Err("it has that store already, or too many of them here".into());
+    }
+    let store = Arc::new(Opened { memory, pages: offered.pages });
+    open.insert(key.clone(), store.clone());
+    Ok(store)
+}
+
+/// Takes its pages, and seals it.
+fn fill(store: &Opened, connection: &mut Connection) -> Result<(), String> {
     control::send(connection, &Message::StoreState(Text::default()))?;
     let mut pages = 0;
     loop {
@@ -92,12 +103,11 @@ fn take(host: &Host, key: &Key, offered: &Store, connection: &mut Connection) ->
             break;
         }
         let more = piece.len() as u64 / PAGE;
-        if !piece.len().is_multiple_of(PAGE as usize) || pages + more > offered.pages {
+        if !piece.len().is_multiple_of(PAGE as usize) || pages + more > store.pages {
             return Err("it sent other pages than it said".into());
         }
-        memory.write(&piece, pages * PAGE).map_err(|why| explain(&why))?;
+        store.memory.write(&piece, pages * PAGE).map_err(|why| explain(&why))?;
         pages += more;
     }
-    memory.seal().map_err(|why| explain(&why))?;
-    Ok(Complete { memory, pages })
+    store.memory.seal().map_err(|why| explain(&why))
 }

@@ -2,7 +2,8 @@
 
 use super::{Event, Outgoing};
 use crate::model::Dedup;
-use crate::sharing::{Found, Member, Seat};
+use crate::pages::subtract;
+use crate::sharing::{Compared, Found, Member, Seat, Told, Word};
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::source::{Postcopy, SourceInput};
@@ -25,8 +26,12 @@ pub(super) struct Sharing {
     room: u32,
     /// Since when the target has heard nothing, as long as it is not over.
     told: Option<Instant>,
-    /// What the target is to map, until it says that it has.
+    /// What the target is to map, from when it was asked to.
     asked: Option<Found>,
+    /// How many runs it has mapped, once it says so.
+    mapped: Option<u32>,
+    /// Which pages are not what they were taken for, once that is known.
+    compared: Option<Compared>,
     /// Where no page travels before the stop: what is missing at the target all the same, and not in common.
     held: Vec<Vec<PageRun>>,
 }
@@ -49,7 +54,7 @@ impl Sharing {
 
     /// It waits for nobody any more, and nobody for it.
     pub(super) fn leave(&mut self) {
-        (self.seat, self.told, self.asked) = (None, None, None);
+        (self.seat, self.told, self.asked, self.mapped, self.compared) = (None, None, None, None, None);
     }
 
     pub(super) fn accepted(&mut self, accepted: &Accepted) {
@@ -76,7 +81,7 @@ impl Outgoing {
             pages,
             room: self.sharing.room,
             dedup: self.sharing.dedup,
-            tell: Some(Box::new(move |found| drop(tell.send(Event::Shared(found))))),
+            told: Told::by(move |word| drop(tell.send(Event::Shared(word)))),
         };
         seat.arrive(member)
     }
@@ -92,44 +97,81 @@ impl Outgoing {
     }
 
     /// What there is in common, or why that is not known: then everything travels.
-    pub(super) fn shared(&mut self, machine: &mut Source, found: Result<Found, String>) {
-        if self.sharing.told.take().is_none() {
+    pub(super) fn shared(&mut self, machine: &mut Source, word: Result<Word, String>) {
+        if self.sharing.told.is_none() {
             return;
         }
-        let found = found.unwrap_or_else(|why| {
-            self.view.notice(&format!("nothing is shared: {why}"));
-            Found::default()
-        });
+        match word {
+            Ok(Word::Found(found)) => self.ask_to_map(machine, found),
+            Ok(Word::Compared(compared)) => self.compared(machine, compared),
+            Err(why) => {
+                self.view.notice(&format!("nothing is shared: {why}"));
+                if self.sharing.asked.is_none() {
+                    self.ask_to_map(machine, Found::default());
+                }
+                // What was to be mapped may be mapped: nobody knows what lies there.
+                let blocks = self.tracked();
+                let all = self.sharing.asked.as_ref().map(|found| found.pages(&blocks, usize::MAX));
+                self.compared(machine, Compared { different: all.unwrap_or_default(), held: None });
+            }
+        }
+    }
+
+    fn ask_to_map(&mut self, machine: &mut Source, found: Found) {
         self.view.fallbacks(found.fallbacks, found.bytes);
         let common = Common { store: found.store.clone(), runs: common::encode(&found.runs), pending: false };
         self.sharing.asked = Some(found);
-        match self.message(&Message::Common(common)) {
-            Some(lost) => self.feed(machine, lost),
-            None => self.feed(machine, SourceInput::Sharing),
+        if let Some(lost) = self.message(&Message::Common(common)) {
+            self.feed(machine, lost);
         }
     }
 
-    /// The target has mapped so many runs; what is in them need not be sent.
-    pub(super) fn mapped(&mut self, runs: u32) -> SourceInput {
-        let Some(found) = self.sharing.asked.take() else {
-            return SourceInput::Disconnected("the target has mapped what nobody asked for".into());
-        };
-        match self.take_out(&found, runs as usize) {
+    fn compared(&mut self, machine: &mut Source, compared: Compared) {
+        self.sharing.compared = Some(compared);
+        // From now on only the target is waited for.
+        self.feed(machine, SourceInput::Sharing);
+        if let Some(done) = self.both_are_known() {
+            self.feed(machine, done);
+        }
+    }
+
+    /// The target has mapped so many runs.
+    pub(super) fn mapped(&mut self, runs: u32) -> Option<SourceInput> {
+        if self.sharing.asked.is_none() || self.sharing.mapped.is_some() {
+            let why = "the target has mapped what nobody asked for".to_owned();
+            return Some(SourceInput::Disconnected(why));
+        }
+        self.sharing.mapped = Some(runs);
+        self.both_are_known()
+    }
+
+    /// Once it is known what is mapped, and what it is: the rest is sent.
+    fn both_are_known(&mut self) -> Option<SourceInput> {
+        let Sharing { mapped: Some(runs), compared: Some(_), .. } = self.sharing else { return None };
+        let (asked, compared) = (self.sharing.asked.take()?, self.sharing.compared.take()?);
+        self.sharing.told = None;
+        Some(match self.take_out(&asked, runs as usize, &compared) {
             Ok(pages) => SourceInput::Shared(pages),
             Err(why) => SourceInput::Failed(why),
-        }
+        })
     }
 
-    fn take_out(&mut self, found: &Found, runs: usize) -> Result<Pages, String> {
+    fn take_out(&mut self, found: &Found, runs: usize, compared: &Compared) -> Result<Pages, String> {
         let blocks = self.tracked();
         let mapped = found.pages(&blocks, runs);
-        let count: u64 = mapped.iter().flatten().map(|run| run.pages).sum();
-        let all: u64 = found.runs.iter().map(|run| u64::from(run.pages)).sum();
-        self.view.common(count, all - count);
+        let count = |lists: &[Vec<PageRun>]| lists.iter().flatten().map(|run| run.pages).sum::<u64>();
+        let none = Vec::new();
+        let same = mapped.iter().enumerate();
+        let same = same.map(|(at, pages)| subtract(pages, compared.different.get(at).unwrap_or(&none)));
+        let same: Vec<Vec<PageRun>> = same.collect();
+        let asked: u64 = found.runs.iter().map(|run| u64::from(run.pages)).sum();
+        self.view.common(count(&same), asked - count(&mapped));
         let at_once = self.lazy.when == Postcopy::AtOnce;
         let eager: Vec<bool> = blocks.iter().map(|block| self.is_eager(block)).collect();
         let collector = self.collector()?;
-        mapped.iter().enumerate().for_each(|(at, pages)| collector.is_there(at, pages));
+        // What is different is covered, and what became zero is told: something lies there.
+        mapped.iter().enumerate().for_each(|(at, pages)| collector.shows_something(at, pages));
+        same.iter().enumerate().for_each(|(at, pages)| collector.is_there(at, pages));
         let mut held = vec![Vec::new(); blocks.len()];
         if at_once {
             for at in (0..blocks.len()).filter(|at| !eager[*at]) {

@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 use sterna_engine::target::TargetInput;
 use sterna_engine::wire::common;
 use sterna_engine::wire::message::Common;
-use sterna_memory::{CommonRun, PAGE, PageRun, common_room};
+use sterna_memory::{CommonRun, PAGE, PageRun, Region, common_room};
 use sterna_vmm::Vmm;
 
 impl Arriving<'_> {
@@ -17,6 +17,21 @@ impl Arriving<'_> {
         let Some(Ok(process)) = self.qemu.as_ref().map(process_of) else { return 0 };
         let room = common_room(&process).unwrap_or(0).min(common::RUNS_MAX as u64);
         room.min(self.host.config().sharing.max_runs.into()) as u32
+    }
+
+    /// Has the kernel map what the VM has in common with others, which runs here by now: it need not come to it page by page.
+    pub(super) fn touch_common(&self) {
+        let Some(vm) = self.vm.as_ref().filter(|vm| self.mapped > 0 && vm.is_alive()) else { return };
+        let regions: Vec<Region> = self.lazy.plain_regions();
+        let touched = self.host.process_of(vm).and_then(|process| {
+            let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
+            regions.iter().zip(&common).try_for_each(|(region, runs)| {
+                sterna_memory::touch(&process, region, runs).map_err(|why| explain(&why))
+            })
+        });
+        if let Err(why) = touched {
+            tracing::debug!(vm = vm.name(), why, "pages in common are mapped as they are touched");
+        }
     }
 
     pub(super) fn map(&mut self, asked: &Common) -> TargetInput {
@@ -74,6 +89,7 @@ impl Arriving<'_> {
                 all.iter().zip(&mapped).map(|(all, mapped)| subtract(all, mapped)).collect();
             self.get_ready(&missing)?;
         }
+        self.mapped = count;
         tracing::debug!(vm = self.offer.vm, runs = count, "pages in common are mapped");
         Ok(count as u32)
     }

@@ -59,6 +59,10 @@ pub(super) struct Lazy {
 }
 
 impl Lazy {
+    pub(super) fn plain_regions(&self) -> Vec<Region> {
+        self.regions.iter().map(FetchRegion::region).collect()
+    }
+
     /// All pages of each region.
     pub(super) fn whole_regions(&self) -> Vec<Vec<PageRun>> {
         self.regions.iter().map(|region| vec![whole(region.bytes)]).collect()
