@@ -59,7 +59,8 @@ pub use preflight::preflight;
 pub use process::{Process, ProcessError, Usage};
 pub use sealed::SealedMemory;
 pub use shared::{
-    CommonRun, SharedError, common, common_room, common_store, frames, map_common, may_merge, merged, touch,
+    CommonRun, SharedError, common, common_room, common_store, frames, map_common, may_merge, merged,
+    touch_common,
 };
 pub use throttle::{Throttle, first_writes};
 pub use track::{Peeker, TrackError, Tracker, WpAsyncTracker};

@@ -59,6 +59,9 @@ pub enum SharedError {
     /// The mappings behind a region could not be read.
     #[error(transparent)]
     Backing(#[from] BackingError),
+    /// A page could not be looked at.
+    #[error(transparent)]
+    Copy(#[from] crate::CopyError),
 }
 
 /// Pages that are a part of a store.
@@ -182,27 +185,29 @@ fn each_entry(
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
-/// Has the kernel map what the file of these pages has in memory already, by a look at each: present pages have frames.
+/// Has the kernel map in a process what it has in common with others, by a look at each mapping of it: only pages that are present have frames.
 ///
 /// # Errors
 /// The process has ended, or its layout has changed.
-pub fn touch(process: &Process, region: &Region, runs: &[PageRun]) -> Result<(), crate::CopyError> {
+pub fn touch_common(process: &Process, regions: &[Region]) -> Result<(), SharedError> {
+    let mappings = Mappings::of(process)?;
     let mut spans = Vec::new();
-    for run in runs {
-        let mut at = run.first;
-        while at < run.end() {
-            spans.push(Span { addr: region.span(PageRun { first: at, pages: 1 }).addr, len: 1 });
-            // The kernel maps what lies in the same aligned block of addresses.
-            let page = region.base / PAGE + at;
-            at += PAGES_PER_FAULT - page % PAGES_PER_FAULT;
+    for region in regions {
+        // A fault maps what lies around it, but nothing of another mapping.
+        for segment in mappings.segments(region)?.iter().filter(|segment| segment.kind == Kind::Common) {
+            let mut page = segment.start / PAGE;
+            while page * PAGE < segment.end {
+                spans.push(Span { addr: page * PAGE, len: 1 });
+                page += PAGES_PER_FAULT - page % PAGES_PER_FAULT;
+            }
         }
     }
-    copy::touch(process, &spans)
+    Ok(copy::touch(process, &spans)?)
 }
 
 /// Maps pages of a store over pages of a process whose guest does not run yet: `fd` is the number that the store has in the process. Whatever was
 /// there is dropped. How many of the runs were mapped, region by region in order: the kernel may have no room for more. The store may still
-/// be empty; none of its pages is looked at ([`touch`] does that).
+/// be empty; none of its pages is looked at ([`touch_common`] does that).
 ///
 /// # Errors
 /// Nothing could be mapped at all.

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 use sterna_memory::{
     Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Process, Reader, Region, SealedMemory,
-    Tracker, WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch,
+    Tracker, WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch_common,
 };
 
 const PAGES: u64 = 1024;
@@ -83,13 +83,14 @@ fn two_that_map_one_store_are_seen_to_share_frames() {
         let region = victim.map("anon", PAGES, "");
         let fd = lend(&mut victim, &store);
         let mut installer = Installer::open(&victim.process, vec![region], &attach()).unwrap();
-        installer.map_common(fd, &[(0, vec![at(1, 3, 0)])]).unwrap();
+        // Side by side, and each a mapping of its own.
+        installer.map_common(fd, &[(0, vec![at(1, 1, 2), at(2, 1, 0), at(3, 1, 1)])]).unwrap();
         victim.tell("fill 2 1 5");
         victim.tell("fill 100 3 5");
         (victim, region)
     });
     // A page that one of them alone has mapped is shared with nobody yet.
-    seen.iter().for_each(|(victim, region)| touch(&victim.process, region, &[run(1, 3)]).unwrap());
+    seen.iter().for_each(|(victim, region)| touch_common(&victim.process, &[*region]).unwrap());
     let found = seen.each_ref().map(|(victim, region)| {
         let mut found = Vec::new();
         frames(&victim.process, region, &populated_pages(victim, region), |page, frame| {

@@ -4,7 +4,7 @@ use super::gang::Member;
 use crate::control::explain;
 use crate::model::Dedup;
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
-use sterna_memory::{Backing, PAGE, PageRun, Reader, frames, touch};
+use sterna_memory::{Backing, PAGE, PageRun, Reader, Region, frames, touch_common};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Marks keys that are hashes: numbers of frames do not have this bit.
@@ -74,10 +74,12 @@ impl Groups {
 pub(super) fn find(members: &[Member]) -> Groups {
     // All of them before the first is looked at: what only one has mapped looks as if it were its own.
     for member in members.iter().filter(|member| member.dedup == Dedup::Frames) {
-        for block in member.blocks.iter() {
-            if let Err(why) = touch(&member.process, &block.region, &block.common) {
-                tracing::warn!(vm = member.vm, %why, "less of the VM is shared");
-            }
+        let common = member.blocks.iter().filter(|block| !block.common.is_empty());
+        let regions: Vec<Region> = common.map(|block| block.region).collect();
+        if !regions.is_empty()
+            && let Err(why) = touch_common(&member.process, &regions)
+        {
+            tracing::warn!(vm = member.vm, %why, "less of the VM is shared");
         }
     }
     let mut keyed = Vec::new();

@@ -23,12 +23,10 @@ impl Arriving<'_> {
     pub(super) fn touch_common(&self) {
         let Some(vm) = self.vm.as_ref().filter(|vm| self.mapped > 0 && vm.is_alive()) else { return };
         let regions: Vec<Region> = self.lazy.plain_regions();
-        let touched = self.host.process_of(vm).and_then(|process| {
-            let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
-            regions.iter().zip(&common).try_for_each(|(region, runs)| {
-                sterna_memory::touch(&process, region, runs).map_err(|why| explain(&why))
-            })
-        });
+        let touched = self
+            .host
+            .process_of(vm)
+            .and_then(|process| sterna_memory::touch_common(&process, &regions).map_err(|why| explain(&why)));
         if let Err(why) = touched {
             tracing::debug!(vm = vm.name(), why, "pages in common are mapped as they are touched");
         }
