@@ -4,6 +4,7 @@
 //! QEMU-named fields; instants are RFC 3339.
 
 use serde::{Deserialize, Serialize};
+use sterna_engine::Reference;
 
 mod working_set;
 
@@ -523,6 +524,24 @@ pub struct RamView {
     /// Bytes in a page.
     #[serde(rename = "page-size")]
     pub page_size: u64,
+}
+
+impl RamView {
+    /// How many pages travelled as such a reference, and how many bytes that saved beside sending them whole. A page that came again counts
+    /// each time.
+    pub fn references(&self, reference: Reference) -> (u64, u64) {
+        let whole = |pages: u64| (pages, pages.saturating_mul(self.page_size));
+        match reference {
+            Reference::Zero => whole(self.duplicate),
+            Reference::Template => whole(self.template_pages),
+            Reference::Common => {
+                let (pages, bytes) = whole(self.common_pages);
+                (pages, bytes.saturating_sub(self.common_bytes))
+            }
+            Reference::Patch => (self.delta_pages, self.delta_saved_bytes),
+            Reference::Bytes => (self.normal.saturating_sub(self.delta_pages), self.compression_saved_bytes),
+        }
+    }
 }
 
 /// A named stretch of time.

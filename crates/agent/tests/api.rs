@@ -266,6 +266,11 @@ fn metrics_follow_the_migrations() {
     {
         assert!(text.contains(&format!("sterna_migration_{name}_bytes{labels}")), "{name}: {text}");
     }
+    for reference in ["zero", "template", "common", "patch", "bytes"] {
+        let labels = format!("{{vm=\"stuck\",source=\"hosta\",target=\"hostb\",reference=\"{reference}\"}}");
+        assert!(text.contains(&format!("sterna_migration_pages{labels} ")), "{reference}: {text}");
+        assert!(text.contains(&format!("sterna_migration_saved_bytes{labels} ")), "{reference}: {text}");
+    }
     assert!(text.contains("sterna_vms{state=\"running\"} 12"), "{text}");
     assert!(text.contains("sterna_agent_info{host=\"hosta\""), "{text}");
     ask(&server, request(Method::DELETE, "/v1/migrations/m1", &[], ""));

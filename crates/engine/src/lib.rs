@@ -10,6 +10,7 @@
 pub mod handoff;
 pub mod policy;
 pub mod progress;
+pub mod reference;
 pub mod source;
 pub mod target;
 pub mod units;
@@ -17,5 +18,6 @@ pub mod wire;
 
 pub use handoff::{Generation, Journal, MigrationId, Record, Role, Step};
 pub use progress::{Progress, Status};
+pub use reference::Reference;
 pub use source::{Outcome, Postcopy, Source, SourceAction, SourceInput, SourceParameters};
 pub use target::{Lazily, Target, TargetAction, TargetInput};

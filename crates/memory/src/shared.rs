@@ -38,9 +38,6 @@ const FRAME_ZERO: u64 = 1 << 24;
 /// Pagemap entries looked at in one read: 512 kB.
 const ENTRIES_PER_READ: u64 = 1 << 16;
 
-/// How many pages one fault maps where the file has them (`fault_around_bytes`, mm/memory.c).
-const PAGES_PER_FAULT: u64 = 16;
-
 /// Mappings that a process is left for its own needs: a thread takes two, a library five.
 const ROOM_KEPT: u64 = 4096;
 
@@ -59,6 +56,9 @@ pub enum SharedError {
     /// The mappings behind a region could not be read.
     #[error(transparent)]
     Backing(#[from] BackingError),
+    /// The page tables could not be read.
+    #[error(transparent)]
+    Populated(#[from] PopulatedError),
     /// A page could not be looked at.
     #[error(transparent)]
     Copy(#[from] crate::CopyError),
@@ -185,22 +185,19 @@ fn each_entry(
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
-/// Has the kernel map in a process what it has in common with others, by a look at each mapping of it: only pages that are present have frames.
+/// Has the kernel map in a process what it has in common with others, by a look at each page that is not mapped: only those that are have frames.
 ///
 /// # Errors
 /// The process has ended, or its layout has changed.
 pub fn touch_common(process: &Process, regions: &[Region]) -> Result<(), SharedError> {
-    let mappings = Mappings::of(process)?;
     let mut spans = Vec::new();
-    for region in regions {
-        // A fault maps what lies around it, but nothing of another mapping.
-        for segment in mappings.segments(region)?.iter().filter(|segment| segment.kind == Kind::Common) {
-            let mut page = segment.start / PAGE;
-            while page * PAGE < segment.end {
-                spans.push(Span { addr: page * PAGE, len: 1 });
-                page += PAGES_PER_FAULT - page % PAGES_PER_FAULT;
+    for (region, runs) in regions.iter().zip(common(process, regions)?) {
+        // A fault maps what lies around it, but nothing of another mapping, and where a page is there none happens.
+        each_entry(process, region, &runs, |page, entry| {
+            if entry & ENTRY_PRESENT == 0 {
+                spans.push(Span { addr: region.base + page * PAGE, len: 1 });
             }
-        }
+        })?;
     }
     Ok(copy::touch(process, &spans)?)
 }

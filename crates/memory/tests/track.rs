@@ -139,7 +139,7 @@ fn holes_stay_holes_while_tracked_and_read() {
         let (mut victim, region, _dir) = made(kind, PAGES);
         victim.tell("fill 10 5 1");
         let tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
-        let (blocks, pss) = (victim.blocks(), victim.process.pss_bytes().unwrap());
+        let (blocks, rss) = (victim.blocks(), victim.process.usage().unwrap().rss);
         let mut runs = Vec::new();
         populated(&victim.process, &region, &mut runs).unwrap();
         let whole = snapshot(&victim, &region);
@@ -155,7 +155,7 @@ fn holes_stay_holes_while_tracked_and_read() {
         );
         let set = whole.chunks(PAGE as usize).filter(|p| !is_zero(p)).count();
         assert_eq!(set, 5, "{kind}");
-        let grown = victim.process.pss_bytes().unwrap().saturating_sub(pss);
+        let grown = victim.process.usage().unwrap().rss.saturating_sub(rss);
         assert!(grown < 64 * PAGE, "{kind}: reading made the process grow by {grown}");
         drop(tracker);
     }

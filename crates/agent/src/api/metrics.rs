@@ -16,6 +16,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::{Registry, Unit};
+use sterna_engine::Reference;
 
 /// Media type of the OpenMetrics text that prometheus-client writes.
 const OPEN_METRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -31,6 +32,14 @@ struct Which {
     vm: String,
     source: String,
     target: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct As {
+    vm: String,
+    source: String,
+    target: String,
+    reference: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -92,6 +101,24 @@ fn progress(registry: &mut Registry, migrations: &[MigrationView]) {
     gauges(registry, &FIGURES, migrations.iter().filter(|view| goes_on(view)));
     let served = |view: &&MigrationView| goes_on(view) && view.postcopy.is_some();
     gauges(registry, &SERVED, migrations.iter().filter(served));
+    references(registry, migrations.iter().filter(|view| goes_on(view)));
+}
+
+/// What pages of migrations that go on travelled as.
+fn references<'a>(registry: &mut Registry, views: impl Iterator<Item = &'a MigrationView>) {
+    let (pages, saved) = (Family::<As, Gauge>::default(), Family::<As, Gauge>::default());
+    for view in views {
+        let Which { vm, source, target } = which(view);
+        for reference in Reference::ALL {
+            let (vm, source, target) = (vm.clone(), source.clone(), target.clone());
+            let as_it = As { vm, source, target, reference: reference.word().into() };
+            let (count, bytes) = view.ram.references(reference);
+            pages.get_or_create(&as_it).set(i64::try_from(count).unwrap_or(i64::MAX));
+            saved.get_or_create(&as_it).set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        }
+    }
+    registry.register("pages", "Pages by what they travelled as", pages);
+    registry.register_with_unit("saved", "What that saved beside sending them whole", Unit::Bytes, saved);
 }
 
 fn gauges<'a>(

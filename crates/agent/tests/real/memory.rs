@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use crate::support::scene::until;
 use crate::support::{BOOT, MOVE, World, count, load, migrate, pids_naming, request, wait};
 use serde_json::json;
-use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, SetRequest};
+use sterna_agent::model::{CompressionMode, MigrateRequest, MigrationView, RunRequest, SetRequest};
 use sterna_agent::{Agent, Mechanism};
 use sterna_lab::HugePages;
 use sterna_lab::guest::{GuestSpec, Program, Ram};
@@ -310,8 +310,15 @@ fn move_under_discards(
         Giving::ByReports => write_file(world, number, FILE_MIB),
         Giving::ByBalloon => write_what_is_free(world, number),
     }
-    let slowly =
-        MigrateRequest { max_bandwidth: Some(FIRST), downtime_limit: 0, timeout: None, ..request("vm", "b") };
+    // Pages go whole: where only what has changed goes, rounds are so short that the guest writes nothing in one, and it is stopped.
+    let slowly = MigrateRequest {
+        max_bandwidth: Some(FIRST),
+        downtime_limit: 0,
+        timeout: None,
+        delta_cache: Some(0),
+        compression: CompressionMode::None,
+        ..request("vm", "b")
+    };
     let id = a.migrate(slowly, None).unwrap().id;
     a_round_passes(a, &id);
     a_round_passes(a, &id);

@@ -8,7 +8,8 @@ use crate::support::scene::until;
 use crate::support::{BOOT, MOVE, World, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::{
-    Dedup, GangRequest, MigrateRequest, MigrationView, RunRequest, SetRequest, TemplateRequest,
+    CompressionMode, Dedup, GangRequest, MigrateRequest, MigrationView, RunRequest, SetRequest,
+    TemplateRequest,
 };
 use sterna_lab::Ksm;
 use sterna_lab::guest::{GuestSpec, Program};
@@ -358,6 +359,8 @@ fn what_a_guest_gives_back_of_common_pages() {
         max_bandwidth: Some(60_000_000),
         downtime_limit: 0,
         timeout: None,
+        delta_cache: Some(0),
+        compression: CompressionMode::None,
         ..request("one", "a")
     };
     let id = scene.b.migrate(slowly, None).unwrap().id;

@@ -74,9 +74,11 @@ fn memory_of(agent: &Agent, vm: &str) -> (Process, Region, std::fs::File) {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
     let line = maps.lines().find(|line| line.contains("memfd:sterna-template")).expect("it is a clone");
     assert_eq!(line.split(' ').nth(1), Some("rw-p"), "copy-on-write");
-    let (from, to) = line.split(' ').next().unwrap().split_once('-').unwrap();
-    let number = |text| u64::from_str_radix(text, 16).unwrap();
-    let region = Region { base: number(from), bytes: number(to) - number(from) };
+    // It may be a piece of it: what the clone has in common with others lies between.
+    let mut words = line.split(' ');
+    let number = |text: &str| u64::from_str_radix(text, 16).unwrap();
+    let from = number(words.next().unwrap().split_once('-').unwrap().0);
+    let region = Region { base: from - number(words.nth(1).unwrap()), bytes: RAM };
     let file = std::fs::File::options().read(true).write(true).open(format!("/proc/{pid}/fd/0")).unwrap();
     (Process::open(pid).unwrap(), region, file)
 }
