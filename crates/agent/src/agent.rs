@@ -213,7 +213,7 @@ impl Agent {
         generation_after(known, jiff::Timestamp::now().as_second())
     }
 
-    /// All VMs.
+    /// All VMs of this host, with what memory each uses.
     pub fn vms_with_memory(&self) -> Vec<VmView> {
         let mut views = self.vms();
         for view in &mut views {

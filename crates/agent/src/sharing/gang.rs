@@ -19,6 +19,8 @@ pub(crate) struct Gang {
     address: String,
     /// Most bytes per second for what they have in common.
     limit: Option<u64>,
+    /// How many places there are.
+    count: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -93,7 +95,7 @@ impl Gang {
     ) -> Vec<Seat> {
         let state = Mutex::new(State { awaited: count, ..State::default() });
         let (host, peer, address) = (host.clone(), peer.to_owned(), address.to_owned());
-        let gang = Arc::new(Self { host, peer, address, limit, state, changed: Condvar::new() });
+        let gang = Arc::new(Self { host, peer, address, limit, count, state, changed: Condvar::new() });
         (0..count).map(|_| Seat { gang: Some(gang.clone()) }).collect()
     }
 
@@ -119,7 +121,7 @@ impl Gang {
         let sent =
             send::send(&self.host, (&self.peer, &self.address), self.limit, &groups, &members, |found| {
                 for (at, (mut found, member)) in found.into_iter().zip(&members).enumerate() {
-                    found.fallbacks = fit.fallbacks(at);
+                    found.fallbacks += fit.fallbacks(at);
                     member.told.found(found);
                 }
             });
@@ -136,6 +138,11 @@ impl Gang {
 }
 
 impl Seat {
+    /// Whether nobody else leaves with it.
+    pub(crate) fn is_alone(&self) -> bool {
+        self.gang.as_ref().is_none_or(|gang| gang.count == 1)
+    }
+
     /// This one is ready. It hears what was found, once all are.
     pub(crate) fn arrive(mut self, mut member: Member) -> Result<(), String> {
         let Some(gang) = self.gang.take() else { return Err("it has left already".into()) };

@@ -7,6 +7,7 @@ use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
 use crate::model::{Dedup, MigrateRequest};
 use crate::offer;
+use crate::pages::SourceBlock;
 use crate::progress::View;
 use crate::registry::{UsedTemplate, Vm};
 use crate::sharing::Seat;
@@ -16,6 +17,7 @@ use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::{Outcome, Postcopy, SourceParameters};
+use sterna_memory::{Process, may_merge};
 
 /// When it switches to post-copy, as the request says.
 fn postcopy_of(request: &MigrateRequest) -> Postcopy {
@@ -27,10 +29,24 @@ fn postcopy_of(request: &MigrateRequest) -> Postcopy {
     }
 }
 
-/// Whether pages of it may be mapped that others have too. A guest that reports free pages counts on zeros where it gave one away, and there
-/// it would see again what is in common.
-fn may_share(host: &Host, vm: &Arc<Vm>, request: &MigrateRequest) -> Result<bool, String> {
-    Ok(request.dedup != Dedup::None && !host.with_qemu(vm, |qemu| qemu.reports_free_pages())?)
+/// Whether to look for pages that it has in common with others. One that leaves alone can have them with itself only where the kernel merges
+/// pages, or where an earlier move left them. And a guest that reports free pages counts on zeros where it gave one away: there it would see
+/// again what is in common.
+fn may_share(
+    host: &Host,
+    vm: &Arc<Vm>,
+    dedup: Dedup,
+    seat: &Seat,
+    (process, blocks): (&Process, &[SourceBlock]),
+) -> Result<bool, Outcome> {
+    let likely = match dedup {
+        Dedup::None => false,
+        Dedup::Hash => true,
+        Dedup::Frames => {
+            !seat.is_alone() || may_merge(process) || blocks.iter().any(|block| !block.common.is_empty())
+        }
+    };
+    Ok(likely && !host.with_qemu(vm, |qemu| qemu.reports_free_pages()).map_err(Outcome::Failed)?)
 }
 
 /// A clone's template goes first, where the target does not have it.
@@ -86,7 +102,7 @@ impl Outgoing {
         send_template(host, vm, request, (&peer, &address), (orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
-        checked.offer.common = may_share(host, vm, request).map_err(Outcome::Failed)?;
+        checked.offer.common = may_share(host, vm, request.dedup, &seat, (&process, &checked.blocks))?;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,
