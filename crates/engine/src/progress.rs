@@ -77,7 +77,7 @@ pub struct Progress {
     pub normal: Pages,
     /// Pages that needed no bytes because they are zero or a hole (QEMU's `duplicate`).
     pub duplicate: Pages,
-    /// The part of its time that is taken from the guest, in percent (QEMU's `cpu-throttle-percentage`).
+    /// The part of its time that is taken from the guest, in whole percent (QEMU's `cpu-throttle-percentage`).
     pub throttle: u32,
     /// Pages written per second in the last round.
     pub dirty_pages_rate: u64,

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use std::collections::VecDeque;
 use std::time::Duration;
 use sterna_engine::handoff::{Activity, Generation, MigrationId, Ownership, Record, Step, answer};
-use sterna_engine::policy::RateLimits;
+use sterna_engine::policy::{KEEP_ALL, RateLimits};
 use sterna_engine::source::{Outcome, Postcopy, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::target::{Lazily, Target, TargetAction, TargetInput};
 use sterna_engine::units::{Bytes, Pages};
@@ -177,7 +177,7 @@ impl SourceDriver {
             proof: false,
             owned_by_target: false,
             needed: false,
-            keep: 100,
+            keep: KEEP_ALL,
             overs: 0,
         }
     }
@@ -235,13 +235,13 @@ impl SourceDriver {
             }
             SourceAction::Reattach => self.honest.push_back(In::Reattached),
             SourceAction::Stun(keep) => {
-                assert!((1..=100).contains(&keep), "below the floor");
+                assert!((1..=KEEP_ALL).contains(&keep), "below the floor");
                 self.keep = keep;
             }
             SourceAction::Scan => self.honest.push_back(In::Scanned(Pages(0))),
             SourceAction::Settle => self.honest.push_back(In::Settled(Pages(0))),
             SourceAction::Stop => {
-                assert_eq!(self.keep, 100, "a guest that has little time stops late");
+                assert_eq!(self.keep, KEEP_ALL, "a guest that has little time stops late");
                 self.honest.push_back(In::Stopped(Pages(1)));
             }
             SourceAction::Resume => {
@@ -258,7 +258,7 @@ impl SourceDriver {
             }
             SourceAction::Over(outcome) => {
                 self.overs += 1;
-                assert_eq!(self.keep, 100, "the guest was left stunned");
+                assert_eq!(self.keep, KEEP_ALL, "the guest was left stunned");
                 let lost = matches!(outcome, Outcome::PagesLost(_) | Outcome::EndedThere(_));
                 assert!(!lost || self.owned_by_target, "pages that nobody needs");
                 let kept = outcome != Outcome::Completed && !lost;

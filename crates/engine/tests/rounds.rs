@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use std::time::Duration;
 use sterna_engine::Status;
 use sterna_engine::handoff::{Activity, MigrationId};
-use sterna_engine::policy::RateLimits;
+use sterna_engine::policy::{KEEP_ALL, RateLimits};
 use sterna_engine::source::{Postcopy, Source, SourceAction, SourceInput, SourceParameters};
 use sterna_engine::units::{Pages, Rate};
 use sterna_engine::wire::message::{Accepted, Barrier, Block, Offer, Welcome};
@@ -28,7 +28,9 @@ struct Guest {
 impl Guest {
     /// Different pages written in so much time, with this part of the guest's own.
     fn written(&self, time: Duration, keep: u32) -> u64 {
-        let all = time.as_secs_f64() * self.bytes_per_second as f64 * f64::from(keep) / 100.0 / 4096.0;
+        let all = time.as_secs_f64() * self.bytes_per_second as f64 * f64::from(keep)
+            / f64::from(KEEP_ALL)
+            / 4096.0;
         (all as u64).min(self.pages)
     }
 }
@@ -68,7 +70,7 @@ fn assert_let_go(source: &mut Source, now: Duration, mut keep: u32) {
             keep = part;
         }
     }
-    assert_eq!(keep, 100, "the guest was left slow");
+    assert_eq!(keep, KEEP_ALL, "the guest was left slow");
 }
 
 /// Drives a migration of `guest` until its stop or the end of its time.
@@ -77,7 +79,7 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
     let mut now = Duration::ZERO;
     let mut source = Source::new(parameters, now);
     let mut seen = Seen { paces: vec![rate.max], ..Seen::default() };
-    let (mut to_send, mut sent, mut keep, mut since_scan) = (RAM, 0u64, 100, Duration::ZERO);
+    let (mut to_send, mut sent, mut keep, mut since_scan) = (RAM, 0u64, KEEP_ALL, Duration::ZERO);
     let mut inputs = std::collections::VecDeque::new();
     while now < at_most {
         while let Some(action) = source.poll() {
@@ -122,7 +124,7 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
                 }
                 SourceAction::Stop => {
                     seen.stopped = Some(to_send);
-                    assert_eq!(keep, 100, "a guest that has little time stops late");
+                    assert_eq!(keep, KEEP_ALL, "a guest that has little time stops late");
                     return seen;
                 }
                 other => panic!("{other:?} has no place in a migration that goes well"),
@@ -221,7 +223,7 @@ fn a_guest_that_outruns_the_link_converges_only_when_it_is_slowed() {
     assert!(free.stopped.is_none() && free.keeps.is_empty(), "{free:?}");
     let slowed = drive(muncher, RateLimits::default(), true, limit, Duration::from_millis(6500));
     assert!(slowed.stopped.is_some(), "{slowed:?}");
-    assert_eq!(slowed.keeps.last(), Some(&100), "{slowed:?}");
+    assert_eq!(slowed.keeps.last(), Some(&KEEP_ALL), "{slowed:?}");
 }
 
 /// Who takes the permission back has his guest back at once, in the middle of a round.
@@ -256,9 +258,9 @@ fn a_guest_that_may_not_be_slowed_any_more_is_let_go_at_once() {
             source.handle(input, now);
         }
     }
-    assert!(keep.len() == 1 && keep[0] < 100, "{keep:?}");
+    assert!(keep.len() == 1 && keep[0] < KEEP_ALL, "{keep:?}");
     source.handle(SourceInput::AutoConverge(false), Duration::from_secs(20));
-    assert_eq!(source.poll(), Some(SourceAction::Stun(100)));
+    assert_eq!(source.poll(), Some(SourceAction::Stun(KEEP_ALL)));
     assert_eq!(source.progress().throttle, 0);
 }
 

@@ -41,13 +41,13 @@ impl Throttle {
         Ok(Throttle { stream: BufReader::new(stream) })
     }
 
-    /// Lets the threads have this part of their time, in percent (1 to 100): each of them on average, and a busy one more while
+    /// Lets the threads have this part of their time, in thousandths (1 to 1000): each of them on average, and a busy one more while
     /// another does not need its own.
     ///
     /// # Errors
     /// What the kernel says, or that the helper is gone: then the threads have all of their time.
-    pub fn keep(&mut self, percent: u32) -> io::Result<()> {
-        self.stream.get_mut().write_all(format!("{}\n", percent.clamp(1, KEEP_ALL)).as_bytes())?;
+    pub fn keep(&mut self, part: u32) -> io::Result<()> {
+        self.stream.get_mut().write_all(format!("{}\n", part.clamp(1, KEEP_ALL)).as_bytes())?;
         let mut answer = String::new();
         self.stream.read_line(&mut answer)?;
         match answer.trim_end() {

@@ -77,10 +77,14 @@ fn a_thread_is_slowed_and_let_go() {
     let (busy, process) = Busy::start();
     let before = busy.groups();
     let mut throttle = Throttle::start(&process, &[busy.pid()], &attach()).unwrap();
-    throttle.keep(10).unwrap();
+    throttle.keep(100).unwrap();
     let slow = busy.gets();
     assert!(slow <= 20, "it got {slow} %");
-    throttle.keep(100).unwrap();
+    // The least there is: a millisecond of each second.
+    throttle.keep(1).unwrap();
+    let least = busy.gets();
+    assert!(least <= 5, "it got {least} %");
+    throttle.keep(1000).unwrap();
     drop(throttle);
     wait_until("it is where it was", || busy.groups() == before);
 }
@@ -90,12 +94,12 @@ fn what_a_killed_helper_leaves_is_taken_over_and_removed() {
     let (busy, process) = Busy::start();
     let before = busy.groups();
     let mut first = Throttle::start(&process, &[busy.pid()], &attach()).unwrap();
-    first.keep(5).unwrap();
+    first.keep(50).unwrap();
     for helper in helpers() {
         let pid = helper.file_name().unwrap().to_str().unwrap().parse().unwrap();
         Process::open(pid).unwrap().kill().unwrap();
     }
-    assert!(first.keep(50).is_err(), "nobody is there to do it");
+    assert!(first.keep(500).is_err(), "nobody is there to do it");
     assert_ne!(busy.groups(), before, "what nobody undid stays");
     drop(Throttle::start(&process, &[busy.pid()], &attach()).unwrap());
     wait_until("it is where it was", || busy.groups() == before);

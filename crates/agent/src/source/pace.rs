@@ -130,14 +130,14 @@ impl Outgoing {
             self.vm.guest().unstun();
         }
         let first = keep < KEEP_ALL && self.slowed.asked.is_none() && self.slowed.throttle.is_none();
-        if (first || self.helper_is_at_it()) && self.ask_helper(KEEP_ALL - keep) {
+        if (first || self.helper_is_at_it()) && self.ask_helper(keep) {
             return None;
         }
         let done = self.try_stun(keep);
         if keep < KEEP_ALL && self.slowed.asked.is_some() && (done.is_err() || self.slowed.failed) {
             // What can be done inside of the guest is done.
             self.slowed.failed = true;
-            self.ask_helper(KEEP_ALL - keep);
+            self.ask_helper(keep);
             return None;
         }
         if let Err(why) = done
@@ -152,7 +152,9 @@ impl Outgoing {
         None
     }
 
-    fn ask_helper(&mut self, percent: u32) -> bool {
+    /// Helpers know whole percents.
+    fn ask_helper(&mut self, keep: u32) -> bool {
+        let percent = (KEEP_ALL - keep) * 100 / KEEP_ALL;
         let guest = self.vm.guest();
         // One that was heard of before: a guest that computes all the time may take long to say so again.
         let there = guest.helper().is_some_and(|helper| helper.can("stun"));

@@ -6,10 +6,12 @@
 
 use crate::units::Rate;
 
-/// The smallest part of its time that a stunned processor keeps, in percent: QEMU's `max-cpu-throttle` leaves as much.
+/// The smallest part of its time that a stunned processor keeps, in thousandths. QEMU's `max-cpu-throttle` leaves ten times as much, in which
+/// a guest still writes some 70 MB/s: it serves nobody any more, and outruns a slow link all the same. Less cannot be told
+/// the kernel, whose shortest quota is a millisecond and whose longest period is a second.
 pub const KEEP_MIN: u32 = 1;
 /// All of it.
-pub const KEEP_ALL: u32 = 100;
+pub const KEEP_ALL: u32 = 1000;
 /// Rounds that may fail to converge before a guest is slowed that writes slower than the link: the second round sends what was written
 /// during the long first one, and may suffice. One that writes faster than the link never converges.
 const PATIENCE: u32 = 3;
@@ -50,7 +52,7 @@ impl Stun {
         self.allowed = allowed;
     }
 
-    /// The part of its time that the guest has, in percent.
+    /// The part of its time that the guest has, in thousandths.
     pub fn keep(&self) -> u32 {
         self.keep
     }
@@ -134,23 +136,23 @@ mod tests {
     #[test]
     fn a_guest_that_outruns_the_link_is_slowed_to_a_quarter_of_it() {
         let mut rule = Stun::new(true);
-        assert_eq!(rule.decide(seen(119_000_000, false)), Some(25), "it would never converge");
+        assert_eq!(rule.decide(seen(119_000_000, false)), Some(250), "it would never converge");
         assert_eq!(rule.decide(seen(29_000_000, false)), None, "slow enough");
         assert_eq!(rule.end(), Some(KEEP_ALL));
         assert_eq!(rule.end(), None, "once");
         let mut patient = Stun::new(true);
         assert_eq!(patient.decide(seen(60_000_000, false)), None, "it may converge by itself");
         assert_eq!(patient.decide(seen(60_000_000, false)), None);
-        assert_eq!(patient.decide(seen(60_000_000, false)), Some(49), "it did not");
+        assert_eq!(patient.decide(seen(60_000_000, false)), Some(495), "it did not");
     }
 
     #[test]
     fn a_step_is_bounded_and_so_is_the_part() {
         let mut rule = Stun::new(true);
-        let steps: Vec<u32> = (0..5).filter_map(|_| rule.decide(seen(u64::MAX, false))).collect();
+        let steps: Vec<u32> = (0..7).filter_map(|_| rule.decide(seen(u64::MAX, false))).collect();
         assert_eq!(
             steps,
-            [25, 6, KEEP_MIN, KEEP_MIN, KEEP_MIN],
+            [250, 62, 15, 3, KEEP_MIN, KEEP_MIN, KEEP_MIN],
             "the floor is told again while it does not suffice"
         );
         assert_eq!(rule.decide(seen(29_000_000, false)), None);
@@ -200,9 +202,9 @@ mod tests {
         fn a_guest_whose_writes_follow_its_time_converges(full in 30_000_001u64..1_000_000_000) {
             let mut rule = Stun::new(true);
             for _ in 0..8 {
-                rule.decide(seen(full * u64::from(rule.keep()) / 100, false));
+                rule.decide(seen(full * u64::from(rule.keep()) / u64::from(KEEP_ALL), false));
             }
-            let written = full * u64::from(rule.keep()) / 100;
+            let written = full * u64::from(rule.keep()) / u64::from(KEEP_ALL);
             prop_assert!(written <= LINK.0 / WRITES_PART || rule.keep() == KEEP_MIN);
         }
     }

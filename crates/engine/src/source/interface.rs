@@ -144,7 +144,7 @@ pub enum SourceAction {
     Share,
     /// From now on send at this rate; `None` is as fast as the link takes it. A migration begins at its maximum.
     Pace(Option<Rate>),
-    /// Let the guest's processors that write most have this part of their time, in percent; 100 is all, and needs no answer. Where it
+    /// Let the guest's processors that write most have this part of their time, in thousandths; `KEEP_ALL` is all, and needs no answer. Where it
     /// cannot be done the migration goes on without.
     Stun(u32),
     /// Move the send-set to the streams as this round, and end the round on each.

@@ -169,7 +169,7 @@ impl Source {
     /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.
     fn go_on(&mut self, pages: Pages, seen: Seen, now: Duration, round_time: Duration) {
         if let Some(keep) = self.stun.decide(seen) {
-            self.progress.throttle = KEEP_ALL - keep;
+            self.progress.throttle = (KEEP_ALL - keep) * 100 / KEEP_ALL;
             self.rounds.stunned |= keep != KEEP_ALL;
             self.actions.push_back(SourceAction::Stun(keep));
         }

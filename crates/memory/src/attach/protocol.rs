@@ -17,8 +17,8 @@ pub(crate) const MAX_CLOSED: usize = 1024;
 /// Threads that are slowed together: QEMU's own limit of processors is below.
 pub(crate) const MAX_THREADS: usize = 1024;
 
-/// All of a thread's time, in percent.
-pub(crate) const KEEP_ALL: u32 = 100;
+/// All of a thread's time, in thousandths.
+pub(crate) const KEEP_ALL: u32 = 1000;
 
 /// What the helper shall do.
 #[derive(Debug, Serialize, Deserialize)]

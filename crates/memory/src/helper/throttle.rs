@@ -17,7 +17,8 @@ use crate::attach::protocol::{Failure, KEEP_ALL};
 
 /// Least length of a period in microseconds: short enough that a guest feels slow and not stuck.
 const PERIOD_US_MIN: u64 = 20_000;
-/// The least quota that the kernel takes (`min_cfs_quota_period` of kernel/sched/core.c): a small part of the time needs a longer period.
+/// The least quota that the kernel takes (`min_cfs_quota_period` of kernel/sched/core.c): a small part of the time needs a longer period. The
+/// smallest part that can be asked for makes it a second, which is the most that the kernel takes.
 const QUOTA_US_MIN: u64 = 1_000;
 
 /// How often the threads are moved back before the group is given up: one that is being made at that moment is missed.
@@ -77,11 +78,13 @@ impl Group {
         threads.iter().try_for_each(|thread| fs::write(self.members(&self.dir), thread.to_string()))
     }
 
-    /// Lets the threads have this part of their time, in percent.
-    pub(super) fn keep(&self, percent: u32) -> io::Result<()> {
-        let period = (QUOTA_US_MIN * 100 / u64::from(percent.max(1))).max(PERIOD_US_MIN);
-        let quota = period * u64::from(percent) / 100 * self.threads;
-        match (self.version, percent < KEEP_ALL) {
+    /// Lets the threads have this part of their time, in thousandths.
+    pub(super) fn keep(&self, part: u32) -> io::Result<()> {
+        let (part, all) = (u64::from(part), u64::from(KEEP_ALL));
+        // Rounded up: one less would be a quota that is too short.
+        let period = (QUOTA_US_MIN * all).div_ceil(part.max(1)).max(PERIOD_US_MIN);
+        let quota = period * part / all * self.threads;
+        match (self.version, part < all) {
             (Version::One, true) => {
                 // Two files: in between it has more, and never less than the kernel takes.
                 fs::write(self.dir.join("cpu.cfs_quota_us"), "-1")?;
@@ -126,14 +129,14 @@ impl Drop for Group {
     }
 }
 
-/// Obeys until the asker goes away: a line with a number of percent each, answered by `ok` or by what went wrong.
+/// Obeys until the asker goes away: a line with a number of thousandths each, answered by `ok` or by what went wrong.
 pub(super) fn obey(stream: &UnixStream, group: &Group) {
     if stream.set_read_timeout(None).is_err() {
         return;
     }
     for line in BufReader::new(stream).lines() {
-        let Some(percent) = line.ok().and_then(|line| line.parse::<u32>().ok()) else { return };
-        let answer = match group.keep(percent.clamp(1, KEEP_ALL)) {
+        let Some(part) = line.ok().and_then(|line| line.parse::<u32>().ok()) else { return };
+        let answer = match group.keep(part.clamp(1, KEEP_ALL)) {
             Ok(()) => "ok\n".to_owned(),
             Err(why) => format!("{why}\n"),
         };
