@@ -7,7 +7,9 @@ use crate::registry::FetchRegion;
 use std::sync::{Mutex, PoisonError, RwLock};
 use sterna_engine::wire::batch::{self, PAYLOAD_BYTES_MAX};
 use sterna_engine::wire::message::{BlockDigest, Offer, StateEnd};
-use sterna_memory::{Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, own, populated};
+use sterna_memory::{
+    Installer, PAGE, PageRun, Process, Reader, Region, digest, is_zero, lone_block, own, populated,
+};
 use sterna_vmm::Layout;
 
 /// RAM that may be kept aside because QEMU does not yet say where it belongs: video memory.
@@ -23,7 +25,9 @@ pub(crate) fn sinks(
     layout: &Layout,
     template: Option<usize>,
 ) -> Result<Sinks, String> {
-    let (mut regions, mut blocks, mut staged) = (Vec::new(), Vec::new(), 0u64);
+    let (mut regions, mut guessed, mut blocks, mut staged) = (Vec::new(), Vec::new(), Vec::new(), 0u64);
+    let hvas = layout.blocks.iter().filter_map(|block| Some((block.hva?, block.bytes)));
+    let taken: Vec<Region> = hvas.map(|(base, bytes)| Region { base, bytes }).collect();
     for offered in &offer.blocks {
         let here = layout.block(&offered.name).filter(|block| block.bytes == offered.bytes);
         let here = here.ok_or_else(|| format!("its RAM block {} is not there in this size", offered.name))?;
@@ -35,13 +39,21 @@ pub(crate) fn sinks(
                 Sink::Region(regions.len() - 1)
             }
             None if here.is_rebuilt() => Sink::Rebuilt,
-            None => {
-                staged += here.bytes;
-                if staged > STAGED_BYTES_MAX {
-                    return Err(format!("this QEMU does not tell where its RAM block {} is", here.name));
+            None => match lone_block(process, here.bytes, &taken).map_err(|why| explain(&why))? {
+                Some(base) => {
+                    let place = blocks.len() as u16;
+                    guessed.push(FetchRegion { place, base, bytes: here.bytes, template: false });
+                    regions.extend(guessed.last());
+                    Sink::Region(regions.len() - 1)
                 }
-                Sink::Staged(Mutex::new(vec![0; here.bytes as usize]))
-            }
+                None => {
+                    staged += here.bytes;
+                    if staged > STAGED_BYTES_MAX {
+                        return Err(format!("this QEMU does not tell where its RAM block {} is", here.name));
+                    }
+                    Sink::Staged(Mutex::new(vec![0; here.bytes as usize]))
+                }
+            },
         });
     }
     let plain: Vec<Region> = regions.iter().map(FetchRegion::region).collect();
@@ -55,7 +67,7 @@ pub(crate) fn sinks(
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
     let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
     let installer = RwLock::new(installer);
-    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, regions, missing })
+    Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, regions, guessed, missing })
 }
 
 /// Makes a block read as zero: what the source never sends is zero there. A fresh QEMU has little that is not, firmware.
@@ -95,14 +107,23 @@ pub(crate) fn pieces(run: PageRun) -> impl Iterator<Item = PageRun> {
         .map(move |first| PageRun { first, pages: most.min(run.end() - first) })
 }
 
-/// Writes blocks whose address QEMU tells only after the load.
-pub(crate) fn install_staged(
+/// Sees to blocks whose address QEMU tells only after the load: writes those that were kept aside, and makes sure that the others
+/// are where they were believed to be. Where one is not, this QEMU is worth nothing, and the VM runs on where it was.
+pub(crate) fn settle_late(
     host: &Host,
     process: &Process,
     offer: &Offer,
     layout: &Layout,
     blocks: Vec<Sink>,
+    guessed: &[FetchRegion],
 ) -> Result<(), String> {
+    for region in guessed {
+        let name = &offer.blocks[usize::from(region.place)].name;
+        let told = layout.block(name).and_then(|block| block.hva);
+        if told != Some(region.base) {
+            return Err(format!("QEMU does not have its RAM block {name} where it seemed to"));
+        }
+    }
     for (offered, sink) in offer.blocks.iter().zip(blocks) {
         let Sink::Staged(buffer) = sink else { continue };
         let bytes = buffer.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -158,9 +179,10 @@ pub(crate) fn check_digests(end: &StateEnd) -> Result<(), String> {
     }
 }
 
-/// Whether a digest is of a block that is written only after the load.
-pub(crate) fn is_staged(blocks: &[Sink], digest: &BlockDigest) -> bool {
-    matches!(blocks.get(digest.block as usize), Some(Sink::Staged(_)))
+/// Whether a digest is of a block of which it is known only after the load where it is.
+pub(crate) fn is_late(blocks: &[Sink], guessed: &[FetchRegion], digest: &BlockDigest) -> bool {
+    let is_guessed = guessed.iter().any(|region| u32::from(region.place) == digest.block);
+    is_guessed || matches!(blocks.get(digest.block as usize), Some(Sink::Staged(_)))
 }
 
 /// Compares the digests that the source took after its stop with what is here now; returns how many blocks were equal.

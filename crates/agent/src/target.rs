@@ -2,7 +2,7 @@
 
 use crate::config::PageStreams;
 use crate::control::{Arrival, Control, explain};
-use crate::fit::{check_digests, install_staged, is_staged, sinks, verify};
+use crate::fit::{check_digests, is_late, settle_late, sinks, verify};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
@@ -556,7 +556,7 @@ impl Arriving<'_> {
             return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
         }
         let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
-        let Sinks { layout, blocks, installer, missing, .. } = sinks;
+        let Sinks { layout, blocks, installer, missing, guessed, .. } = sinks;
         let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
@@ -567,8 +567,8 @@ impl Arriving<'_> {
         }
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
-        let (staged, there): (Vec<_>, Vec<_>) =
-            end.digests.iter().partition(|digest| is_staged(&blocks, digest));
+        let (late, there): (Vec<_>, Vec<_>) =
+            end.digests.iter().partition(|digest| is_late(&blocks, &guessed, digest));
         // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
         let mut verified = 0;
         if !there.is_empty() && !end.postcopy {
@@ -578,14 +578,22 @@ impl Arriving<'_> {
         let ready = began.elapsed();
         qemu.load(&state).map_err(|why| explain(&why))?;
         let loaded = began.elapsed();
-        tracing::debug!(vm = self.offer.vm, ?closed, ?ready, ?loaded, "target: the parts of the load");
-        if blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
+        if !guessed.is_empty() || blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
-            install_staged(&self.host, &process, &self.offer, &layout, blocks)?;
+            settle_late(&self.host, &process, &self.offer, &layout, blocks, &guessed)?;
             if !end.postcopy {
-                verified += verify(&process, &self.offer, &layout, &staged)?;
+                verified += verify(&process, &self.offer, &layout, &late)?;
             }
         }
+        let settled = began.elapsed();
+        tracing::debug!(
+            vm = self.offer.vm,
+            ?closed,
+            ?ready,
+            ?loaded,
+            ?settled,
+            "target: the parts of the load"
+        );
         Ok(verified)
     }
 

@@ -17,6 +17,9 @@ const TMPFS_MAGIC: i64 = 0x0102_1994;
 /// File system type of memory in huge pages (`HUGETLBFS_MAGIC` of linux/magic.h).
 const HUGETLBFS_MAGIC: i64 = 0x9584_58f6;
 
+/// How QEMU aligns blocks of anonymous memory on this architecture (`QEMU_VMALLOC_ALIGN`).
+const BLOCK_ALIGN: u64 = 2 << 20;
+
 /// Why the mappings behind a region could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum BackingError {
@@ -114,6 +117,25 @@ impl Mappings {
     /// How many there are.
     pub(crate) fn count(&self) -> usize {
         self.maps.len()
+    }
+
+    /// Where QEMU has put a block of so many bytes, if there is one place only that it can be: an anonymous private mapping of just this length,
+    /// aligned and with a page behind it that nobody may touch, as `qemu_ram_mmap` (util/mmap-alloc.c) makes them.
+    pub(crate) fn lone_block(&self, bytes: u64, taken: &[Region]) -> Option<u64> {
+        let fits = |pair: &&[MemoryMap]| {
+            let (block, guard) = (&pair[0], &pair[1]);
+            let (from, to) = block.address;
+            let (read_write, nothing) =
+                (MMPermissions::READ | MMPermissions::WRITE | MMPermissions::PRIVATE, MMPermissions::PRIVATE);
+            to - from == bytes
+                && from % BLOCK_ALIGN == 0
+                && (block.perms, block.inode) == (read_write, 0)
+                && (guard.perms, guard.address) == (nothing, (to, to + PAGE))
+                && !taken.iter().any(|region| region.base < to && from < region.end())
+        };
+        let mut found = self.maps.windows(2).filter(fits);
+        let place = found.next()?[0].address.0;
+        found.next().is_none().then_some(place)
     }
 
     /// The segments of a region, ascending, without a gap.
@@ -242,5 +264,44 @@ impl Segment {
 
     pub(crate) fn failed(&self, process: &Process, source: io::Error) -> BackingError {
         BackingError::File { pid: process.pid(), addr: self.start, source }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use procfs::FromRead as _;
+
+    fn mappings(text: &str) -> Mappings {
+        Mappings { pid: 1, maps: procfs::process::MemoryMaps::from_read(text.as_bytes()).unwrap().0 }
+    }
+
+    /// As QEMU 7.2 has them: main memory, video memory, both with their guards; a thread's stack; what a library has mapped.
+    const QEMU: &str = "7f0000000000-7f0020000000 rw-p 00000000 00:00 0 \n\
+                        7f0020000000-7f0020001000 ---p 00000000 00:00 0 \n\
+                        7f0021000000-7f0022000000 rw-p 00000000 00:00 0 \n\
+                        7f0022000000-7f0022001000 ---p 00000000 00:00 0 \n\
+                        7f0023000000-7f0023800000 rw-p 00000000 00:00 0 \n\
+                        7f0024000000-7f0025000000 rw-s 00000000 00:01 7 /memfd:other (deleted)\n\
+                        7f0025000000-7f0025001000 ---p 00000000 00:00 0 \n";
+
+    #[test]
+    fn a_block_is_found_where_it_alone_can_be() {
+        let all = mappings(QEMU);
+        assert_eq!(all.lone_block(16 << 20, &[]), Some(0x7f00_2100_0000));
+        assert_eq!(all.lone_block(512 << 20, &[]), Some(0x7f00_0000_0000));
+        assert_eq!(all.lone_block(8 << 20, &[]), None, "nothing is behind it");
+        assert_eq!(all.lone_block(4 << 20, &[]), None, "none is of this length");
+        let taken = Region { base: 0x7f00_21f0_0000, bytes: 0x10_0000 };
+        assert_eq!(all.lone_block(16 << 20, &[taken]), None, "it is another block's");
+        let second = "7f0031000000-7f0032000000 rw-p 00000000 00:00 0 \n7f0032000000-7f0032001000 ---p 00000000 00:00 0 \n";
+        let two = mappings(&format!("{QEMU}{second}"));
+        assert_eq!(two.lone_block(16 << 20, &[]), None, "who knows which");
+        let crooked = mappings(
+            &QEMU
+                .replace("7f0021000000-7f0022000000", "7f0021001000-7f0022001000")
+                .replace("7f0022000000-7f0022001000", "7f0022001000-7f0022002000"),
+        );
+        assert_eq!(crooked.lone_block(16 << 20, &[]), None, "QEMU aligns what it maps");
     }
 }

@@ -54,7 +54,9 @@ pub use helper::helper_main;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use pager::{Fault, Installed, Pager, PagerError, Resolved};
-pub use populated::{Backing, PopulatedError, mapped, own, own_within, populated, populated_all, with_data};
+pub use populated::{
+    Backing, PopulatedError, lone_block, mapped, own, own_within, populated, populated_all, with_data,
+};
 pub use preflight::preflight;
 pub use process::{Process, ProcessError, Usage};
 pub use sealed::SealedMemory;

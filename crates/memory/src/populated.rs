@@ -134,6 +134,19 @@ pub fn own_within(
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
+/// Where a QEMU has the one block of so many bytes of which it does not tell that yet: video memory, of which QEMU before 8.2 says where it is
+/// once the guest has mapped it. `taken` is what belongs to other blocks. Nothing where there is more than one place that it can be, or
+/// something is there already. It is a guess all the same: QEMU's own word has to be asked as soon as it gives it.
+///
+/// # Errors
+/// The list of mappings or the page tables cannot be read.
+pub fn lone_block(process: &Process, bytes: u64, taken: &[Region]) -> Result<Option<u64>, PopulatedError> {
+    let Some(base) = Mappings::of(process)?.lone_block(bytes, taken) else { return Ok(None) };
+    let mut present = Vec::new();
+    populated(process, &Region { base, bytes }, &mut present)?;
+    Ok(present.is_empty().then_some(base))
+}
+
 /// Of these pages those that have data in the file behind them, mapped or not; as runs that ascend and do not touch.
 pub fn with_data(
     process: &Process,

@@ -25,7 +25,7 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 pub(crate) enum Sink {
     /// Into the QEMU: the installer's region.
     Region(usize),
-    /// Into a buffer: QEMU does not say where the block is before the device state is loaded.
+    /// Into a buffer: QEMU does not say where the block is before the device state is loaded, nor is there just one place for it.
     Staged(Mutex<Vec<u8>>),
     /// Nowhere: the target rebuilds this block.
     Rebuilt,
@@ -70,6 +70,8 @@ pub(crate) struct Sinks {
     pub(crate) installer: RwLock<Installer>,
     /// The installer's regions, with the places of their blocks in the offer.
     pub(crate) regions: Vec<FetchRegion>,
+    /// Those of them of which QEMU tells only after the load whether they are where we believe.
+    pub(crate) guessed: Vec<FetchRegion>,
     /// What the source says is missing, block by block, when the VM is handed over before all is here.
     pub(crate) missing: Mutex<Vec<Vec<PageRun>>>,
 }

@@ -2,9 +2,9 @@
 
 use super::{StoredBlock, Template};
 use crate::control::explain;
-use crate::fit::{install_staged, sinks};
+use crate::fit::{settle_late, sinks};
 use crate::host::{Host, fingerprint_of};
-use crate::pages::{Install as _, PAGES_PER_STRIPE, Received, Sinks};
+use crate::pages::{Install as _, PAGES_PER_STRIPE, Received, Sink, Sinks};
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -113,14 +113,14 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
     is_untouched(&process, &layout, manifest.main_block())?;
     let sinks = sinks(host, &process, &offer, &layout, None)?;
     fill(template, &sinks)?;
-    let Sinks { blocks, installer, .. } = sinks;
+    let Sinks { blocks, installer, guessed, .. } = sinks;
     let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     installer.finish().map_err(|why| explain(&why))?;
     let state = template.pages.state().map_err(|why| explain(&why))?;
     qemu.load(&state).map_err(failed)?;
-    if blocks.iter().any(|sink| matches!(sink, crate::pages::Sink::Staged(_))) {
+    if !guessed.is_empty() || blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
         let layout = qemu.layout().map_err(failed)?;
-        install_staged(host, &process, &offer, &layout, blocks)?;
+        settle_late(host, &process, &offer, &layout, blocks, &guessed)?;
     }
     qemu.resume().map_err(failed)
 }
