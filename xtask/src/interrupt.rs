@@ -27,6 +27,7 @@ pub(crate) fn clean_up_when_interrupted() -> anyhow::Result<()> {
         });
         eprintln!("\ninterrupted: removing the lab");
         remove_own_labs();
+        sterna_lab::setting::put_all_back();
         exit(INTERRUPTED);
     });
     Ok(())

@@ -28,6 +28,8 @@ pub struct HostFacts {
     pub qemu: String,
     /// Where the agents' records lie: on tmpfs, syncing them costs nothing.
     pub records_on: String,
+    /// Whether the machine kept its free memory while it was measured, or may have given it back to its own host.
+    pub free_memory_kept: bool,
     /// The version of Sterna.
     pub sterna: String,
 }
@@ -45,6 +47,7 @@ impl HostFacts {
             load_before: load_average(),
             qemu: qemu_version(qemu).unwrap_or_default(),
             records_on: filesystem_of(Path::new("/run/sterna-lab")),
+            free_memory_kept: crate::load::is_memory_kept(),
             sterna: version(kit),
         }
     }

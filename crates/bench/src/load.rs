@@ -10,7 +10,7 @@ use memmap2::{Advice, MmapMut};
 use serde::{Deserialize, Serialize};
 use sterna_lab::client::{BEACON_PORT, BeaconReport, Client, ClientReport, GameReport, Gap};
 use sterna_lab::guest::{Nic, Program};
-use sterna_lab::{GuestSpec, run};
+use sterna_lab::{GuestSpec, Setting, run};
 
 use crate::BenchError;
 use crate::figures::Summary;
@@ -270,12 +270,30 @@ pub fn listen(stage: &Stage) -> Result<Client, BenchError> {
     Ok(client)
 }
 
+/// From which order on free pages are reported to the machine's host, and what is more than any order (`MAX_PAGE_ORDER` of linux/mmzone.h).
+const REPORTED_ORDER: &str = "/sys/module/page_reporting/parameters/page_reporting_order";
+const NO_ORDER: u32 = 11;
+
+/// Keeps the machine from giving free memory back to its own host as long as what is returned lives, where the kernel lets us.
+///
+/// A move takes seconds, and what a load touches at its end for the first time is cold by then, however warm it was at the beginning:
+/// a single huge page of it costs 5 to 10 ms, the downtime of a whole move.
+pub fn keep_memory() -> Option<Setting> {
+    Setting::change(Path::new(REPORTED_ORDER), &NO_ORDER.to_string()).ok()
+}
+
+/// Whether free memory stays where it is.
+pub(crate) fn is_memory_kept() -> bool {
+    std::fs::read_to_string(REPORTED_ORDER)
+        .is_ok_and(|order| order.trim().parse().is_ok_and(|order: u32| order >= NO_ORDER))
+}
+
 /// Touches memory and gives it back, right before a target starts: the first touch of a page that the machine has to get
 /// from its own host costs 2 to 10 us, for us and for stock QEMU alike, and says nothing about either.
 ///
 /// In huge pages, as QEMU asks for its guest's memory: small ones would leave the machine's huge ones cold. A machine that
-/// reports free pages to its host (mm/page_reporting.c) does so every two seconds: where it counts its passes, the memory is
-/// kept until one is over, so that the next is far.
+/// reports free pages to its host (mm/page_reporting.c) does so every two seconds, if it could not be kept from that
+/// ([`keep_memory`]): where it counts its passes, the memory is kept until one is over, so that the next is far.
 pub fn warm_memory(memory_mib: u32) {
     /// What a move takes beside the guest's memory.
     const BESIDE_MIB: u32 = 256;
@@ -286,7 +304,7 @@ pub fn warm_memory(memory_mib: u32) {
     let _ = memory.advise(Advice::HugePage);
     memory.iter_mut().step_by(4096).for_each(|byte| *byte = std::hint::black_box(1));
     let passes = || std::fs::read_to_string("/sys/module/page_reporting/parameters/passes").ok();
-    if let Some(before) = passes() {
+    if let Some(before) = passes().filter(|_| !is_memory_kept()) {
         // Not to see one is as good as to see its end.
         let _ = run::until("a pass", PASS_WITHIN, || passes().is_none_or(|now| now != before));
     }

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::LabError;
+use crate::{LabError, Setting};
 
 /// What it is told by (Documentation/admin-guide/mm/ksm.rst).
 const FOLDER: &str = "/sys/kernel/mm/ksm";
@@ -17,7 +17,7 @@ const SETTINGS: [(&str, &str); 4] =
 /// Merges pages as fast as it can as long as this lives. There is one such thing in a machine: the second waits for the first.
 #[derive(Debug)]
 pub struct Ksm {
-    before: Vec<(&'static str, String)>,
+    changed: Vec<Setting>,
     _turn: File,
 }
 
@@ -30,12 +30,9 @@ impl Ksm {
         let path = std::env::temp_dir().join(TURN);
         let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
         let turn = locked.map_err(|source| LabError::File { action: "lock", path, source })?;
-        let mut ksm = Self { before: Vec::new(), _turn: turn };
-        for (name, value) in SETTINGS {
-            ksm.before.push((name, read(name)?));
-            write(name, value)?;
-        }
-        Ok(ksm)
+        let changed: Result<_, LabError> =
+            SETTINGS.iter().map(|(name, value)| Setting::change(&file(name), value)).collect();
+        Ok(Self { changed: changed?, _turn: turn })
     }
 
     /// Has nobody merge anything as long as this lives.
@@ -43,8 +40,8 @@ impl Ksm {
     /// # Errors
     /// As [`Ksm::run`].
     pub fn none() -> Result<Self, LabError> {
-        let ksm = Self::run()?;
-        write("run", "0")?;
+        let mut ksm = Self::run()?;
+        ksm.changed.push(Setting::change(&file("run"), "0")?);
         Ok(ksm)
     }
 
@@ -72,13 +69,6 @@ impl Ksm {
     }
 }
 
-impl Drop for Ksm {
-    fn drop(&mut self) {
-        // There is nobody left to tell of an error.
-        self.before.drain(..).rev().for_each(|(name, value)| drop(write(name, &value)));
-    }
-}
-
 fn file(name: &str) -> PathBuf {
     Path::new(FOLDER).join(name)
 }
@@ -87,12 +77,4 @@ fn read(name: &str) -> Result<String, LabError> {
     let text = fs::read_to_string(file(name));
     let text = text.map_err(|source| LabError::File { action: "read", path: file(name), source })?;
     Ok(text.trim().to_owned())
-}
-
-fn write(name: &str, value: &str) -> Result<(), LabError> {
-    fs::write(file(name), value).map_err(|source| LabError::File {
-        action: "write",
-        path: file(name),
-        source,
-    })
 }

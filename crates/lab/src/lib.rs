@@ -22,6 +22,7 @@ pub mod place;
 pub mod process;
 pub mod qmp;
 pub mod run;
+pub mod setting;
 pub mod state;
 pub mod stock;
 
@@ -32,3 +33,4 @@ pub use ksm::Ksm;
 pub use net::{Host, Lab, LabSpec, LinkBytes, Wiring};
 pub use packages::Packages;
 pub use place::LabDir;
+pub use setting::Setting;

@@ -166,12 +166,23 @@ fn section(files: &[File<'_>], newest: &Newest<'_>) -> Result<String, BenchError
 
 /// The machine, and when.
 fn facts(file: &File<'_>) -> String {
-    let HostFacts { kernel, cpu, cores, memory_mib, qemu, sterna, load_before, records_on, .. } =
-        &file.results.host;
+    let HostFacts {
+        kernel,
+        cpu,
+        cores,
+        memory_mib,
+        qemu,
+        sterna,
+        load_before,
+        records_on,
+        free_memory_kept,
+        ..
+    } = &file.results.host;
+    let kept = if *free_memory_kept { "; free memory stayed in the machine" } else { "" };
     let pairs = file.results.pairs.map_or("a quick run".to_owned(), |pairs| format!("{pairs} pairs"));
     let text = format!(
         "{}, measured {}, {pairs}. {sterna}, {qemu}; {cores} cores of {cpu}, {memory_mib} MiB, Linux {kernel}, records on \
-         {records_on}; load average before {load_before}.",
+         {records_on}; load average before {load_before}{kept}.",
         file.title,
         date(file)
     );

@@ -287,6 +287,7 @@ pub fn run(
     tell: &dyn Fn(&str),
     done: &dyn Fn(&RowResult),
 ) -> Results {
+    let _kept = crate::load::keep_memory();
     let host = HostFacts::gather(kit, &kit.packages.qemu_72);
     let abilities = Abilities::of(kit);
     let mut results = Results { host, pairs: (!extent.quick).then_some(extent.pairs), rows: Vec::new() };
