@@ -5,8 +5,8 @@ use crate::control::explain;
 use crate::guest::Guests;
 use crate::host::{Host, ram_of};
 use crate::model::{
-    GangRefusal, GangRequest, GangView, HostView, MemoryView, MigrateRequest, MigrationView, ReasonView,
-    RecoverRequest, RecoverView, RunRequest, SetRequest, Side, VmView, WorkingSetEvent, WorkingSetRequest,
+    GangRefusal, GangRequest, GangView, HostView, MigrateRequest, MigrationView, ReasonView, RecoverRequest,
+    RecoverView, RunRequest, SetRequest, Side, VmView, WorkingSetEvent, WorkingSetRequest,
 };
 use crate::registry::{Decision, Leaving, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::sharing::{Gang, Seat};
@@ -18,7 +18,6 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::STREAMS_MAX;
-use sterna_memory::Usage;
 use sterna_transport::{Limits, Listener, ServerHandle};
 use sterna_vmm::Vmm;
 use sterna_vmm::qemu::{CommandLine, Qemu, expand};
@@ -218,10 +217,7 @@ impl Agent {
         let mut views = self.vms();
         for view in &mut views {
             let process = self.host.registry().find(&view.name).and_then(|vm| self.host.process_of(&vm).ok());
-            view.memory = process.and_then(|process| process.usage().ok()).map(|usage| {
-                let Usage { rss, pss, shared, own } = usage;
-                MemoryView { rss, pss, shared, own }
-            });
+            view.memory = process.as_ref().and_then(crate::room::view_of);
         }
         views
     }

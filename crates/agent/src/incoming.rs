@@ -1,6 +1,7 @@
 //! Incoming migrations that go on, so that page streams, questions and later tries find them.
 
 use crate::registry::lock;
+use crate::room::Promise;
 use crate::target::Event;
 use std::collections::HashMap;
 use std::sync::{Mutex, mpsc};
@@ -8,6 +9,7 @@ use std::time::{Duration, Instant};
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::target::TargetInput;
 use sterna_engine::wire::message::{Offer, Purpose};
+use sterna_memory::Process;
 use sterna_transport::Connection;
 
 /// How long a new try waits for the end of an older one: what can take long is the start of a QEMU, or its death.
@@ -18,6 +20,8 @@ const PAUSE: Duration = Duration::from_millis(5);
 /// Incoming migrations that go on.
 #[derive(Default)]
 pub(crate) struct Incoming {
+    /// Held while it is looked whether there is room for one, until it has been promised.
+    admission: Mutex<()>,
     by_id: Mutex<HashMap<MigrationId, Try>>,
 }
 
@@ -26,6 +30,7 @@ struct Try {
     /// Empty until it was offered.
     vm: String,
     generation: u64,
+    promise: Promise,
     tell: mpsc::Sender<Event>,
 }
 
@@ -35,13 +40,53 @@ impl Incoming {
         let mut by_id = lock(&self.by_id);
         let fresh = !by_id.contains_key(&id);
         if fresh {
-            by_id.insert(id, Try { peer: peer.into(), vm: String::new(), generation: 0, tell });
+            by_id.insert(
+                id,
+                Try {
+                    peer: peer.into(),
+                    vm: String::new(),
+                    generation: 0,
+                    promise: Promise::default(),
+                    tell,
+                },
+            );
         }
         fresh
     }
 
     pub(crate) fn leave(&self, id: MigrationId) {
         lock(&self.by_id).remove(&id);
+    }
+
+    /// Looks whether there is room for a VM, and promises it if there is: one after the other, so that nothing is promised twice.
+    pub(crate) fn admit<T>(
+        &self,
+        id: MigrationId,
+        promise: Promise,
+        reasons: impl FnOnce() -> Vec<T>,
+    ) -> Vec<T> {
+        let _turn = lock(&self.admission);
+        let reasons = reasons();
+        if let Some(found) = lock(&self.by_id).get_mut(&id).filter(|_| reasons.is_empty()) {
+            found.promise = promise;
+        }
+        reasons
+    }
+
+    /// From now on this process takes what was promised.
+    pub(crate) fn starts(&self, id: MigrationId, process: Option<Process>) {
+        if let Some(found) = lock(&self.by_id).get_mut(&id) {
+            found.promise.starts(process);
+        }
+    }
+
+    /// What is still to come of what was promised to these migrations.
+    pub(crate) fn promises(&self, whose: impl Fn(MigrationId) -> bool) -> Vec<u64> {
+        lock(&self.by_id)
+            .iter()
+            .filter(|(id, _)| whose(**id))
+            .map(|(_, found)| found.promise.left())
+            .collect()
     }
 
     /// Hands a page stream to its migration. It must come from the host that began it.

@@ -35,6 +35,7 @@ mod postcopy;
 mod progress;
 mod recovery;
 mod registry;
+mod room;
 mod sharing;
 mod source;
 mod target;

@@ -126,8 +126,23 @@ pub struct VmView {
     pub guest_helper: Option<GuestHelperView>,
 }
 
+/// Memory of a VM's QEMU at both hosts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+pub struct MemoryReport {
+    /// At the source, while it was moved.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub source: Option<MemoryView>,
+    /// At the target, once it ran there.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub target: Option<MemoryView>,
+    /// What the target would have left, in bytes, if all that the VM shares with others were written: less than nothing where it could
+    /// not be held then.
+    #[serde(rename = "head-room", skip_serializing_if = "Option::is_none", default)]
+    pub head_room: Option<i64>,
+}
+
 /// Memory of a VM's QEMU, in bytes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
 pub struct MemoryView {
     /// What of it is in memory.
     pub rss: u64,
@@ -404,6 +419,9 @@ pub struct MigrationView {
     pub notices: Vec<String>,
     /// RAM figures.
     pub ram: RamView,
+    /// What memory it takes.
+    #[serde(default)]
+    pub memory: MemoryReport,
     /// Bytes of device state.
     #[serde(rename = "device-state")]
     pub device_state: u64,

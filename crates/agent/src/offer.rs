@@ -114,6 +114,8 @@ pub(crate) fn check(
         postcopy: false,
         template: record.template.map(|template| template.digest).unwrap_or_default(),
         common: false,
+        expected_bytes: 0,
+        account: true,
     };
     if layout.blocks.len() > batch::BLOCKS_MAX {
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });

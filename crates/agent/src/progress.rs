@@ -1,6 +1,6 @@
 //! A migration's figures as the API shows them.
 
-use crate::model::{LatencyView, MigrateRequest, MigrationView, RamView, ReasonView, Span};
+use crate::model::{LatencyView, MemoryReport, MigrateRequest, MigrationView, RamView, ReasonView, Span};
 use crate::pages::SendCounters;
 use crate::registry::Vm;
 use std::sync::Arc;
@@ -50,6 +50,7 @@ impl View {
             min_bandwidth: request.min_bandwidth,
             pace: request.min_bandwidth.or(request.max_bandwidth),
             cpu_throttle_percentage: 0,
+            memory: MemoryReport::default(),
             notices: Vec::new(),
             ram: RamView { total: vm.record().ram_bytes, page_size: PAGE_BYTES, ..RamView::default() },
             device_state: 0,
@@ -134,6 +135,11 @@ impl View {
             view.ram.common_fallback_pages = pages;
             view.ram.common_bytes = bytes;
         });
+    }
+
+    /// What memory its QEMU uses, and what there is.
+    pub(crate) fn memory(&self, tell: impl FnOnce(&mut MemoryReport)) {
+        self.shown.send_modify(|view| tell(&mut view.memory));
     }
 
     /// Something that was asked for cannot be done.

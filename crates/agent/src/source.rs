@@ -7,7 +7,7 @@ use crate::balloon;
 use crate::config::PageStreams;
 use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
 use crate::host::Host;
-use crate::model::{MigrateRequest, MigrationView, SetRequest};
+use crate::model::{MemoryView, MigrateRequest, MigrationView, SetRequest};
 use crate::pages::{Collector, SendCounters, SendOptions, Senders, SourceBlock, Writers};
 use crate::progress::View;
 use crate::recovery::undo_stop;
@@ -29,6 +29,7 @@ use sterna_vmm::qemu::MarkedImages;
 use sterna_vmm::{Shape, Vmm};
 use tokio::sync::watch;
 
+mod account;
 mod pace;
 mod phase;
 mod postcopy;
@@ -140,6 +141,8 @@ struct Outgoing {
     no_answer: String,
     /// The target has heard that this try is over.
     told_loss: bool,
+    /// The target will say what memory the VM takes there.
+    accounts: bool,
     /// The operator who waits for what becomes of a decision.
     operator: Option<mpsc::Sender<Result<(), String>>>,
 }
@@ -227,6 +230,7 @@ impl Outgoing {
             lap: Instant::now(),
             no_answer: String::new(),
             told_loss: false,
+            accounts: false,
             operator: None,
         }
     }
@@ -254,6 +258,7 @@ impl Outgoing {
             while let Some(action) = machine.poll() {
                 if let SourceAction::Over(outcome) = action {
                     self.show(&machine);
+                    self.wait_for_account(&outcome, events);
                     self.over(&outcome);
                     return outcome;
                 }
@@ -333,6 +338,9 @@ impl Outgoing {
 
     fn feed(&mut self, machine: &mut Source, mut input: SourceInput) {
         self.note(&input);
+        if matches!(input, SourceInput::Message(Message::Memory(_))) {
+            return;
+        }
         if let SourceInput::Message(Message::Mapped(mapped)) = &input {
             let Some(known) = self.mapped(mapped.runs) else { return };
             input = known;
@@ -387,15 +395,24 @@ impl Outgoing {
             Message::Accepted(accepted) => {
                 self.lazy.eager.clone_from(&accepted.eager);
                 self.sharing.accepted(accepted);
+                self.has_room(accepted.head_room);
             }
-            Message::Filled(filled) => self.filled(filled),
+            Message::Filled(filled) => {
+                self.accounts = true;
+                self.filled(filled);
+            }
             Message::Barrier(_) if self.view.is_stopped() => self.view.barrier(self.lap.elapsed()),
             Message::Loaded(loaded) => {
                 self.view.loaded(self.lap.elapsed(), Duration::from_micros(loaded.load_us));
                 self.view.verified(loaded.blocks_verified, self.verify);
                 self.lap = Instant::now();
             }
+            Message::Memory(memory) => {
+                let memory = MemoryView::from(*memory);
+                self.view.memory(|report| report.target = Some(memory));
+            }
             Message::Committed(committed) => {
+                self.accounts = !self.lazy.switched;
                 let record = Duration::from_micros(committed.record_us);
                 let resume = Duration::from_micros(committed.resume_us);
                 self.view.committed(self.lap.elapsed(), record, resume);
@@ -531,7 +548,8 @@ impl Outgoing {
         {
             tracing::warn!(vm = self.vm.name(), why, "tracking did not end cleanly");
         }
-        if let Some(control) = self.control.take() {
+        // Its last word comes when all is over.
+        if let Some(control) = self.control.take_if(|_| !self.accounts) {
             control.finish();
         }
     }

@@ -7,6 +7,7 @@ use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::room::{self, Promise};
 use crate::templates::{StoredBlock, Template};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
@@ -19,7 +20,7 @@ use sterna_engine::wire::message::{Block, Hello, Image, Offer, Purpose, Reason, 
 use sterna_engine::{Generation, Target};
 use sterna_memory::{Process, SealedMemory};
 use sterna_transport::Connection;
-use sterna_vmm::qemu::{CommandLine, ImageProof, Qemu, is_upgrade, older_qemu};
+use sterna_vmm::qemu::{CommandLine, HugePages, ImageProof, Qemu, huge_pages, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 
 mod common;
@@ -90,8 +91,8 @@ pub(crate) fn run(host: &Arc<Host>, peer: &str, hello: &Hello, connection: Conne
     arriving.finish(&mut machine, &events, peer);
 }
 
-/// Every reason why this VM cannot come here. Touches nothing.
-pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
+/// Every reason why this VM cannot come here. Touches nothing. `id` is the migration that brings it, if it has begun.
+pub(crate) fn reasons_against(host: &Host, id: Option<MigrationId>, offer: &Offer) -> Vec<Reason> {
     let reason = |code: &str, text: String| Reason { code: code.into(), text };
     // First of all: the name becomes part of paths.
     if !is_usable(&offer.vm) {
@@ -147,9 +148,7 @@ pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> Vec<Reason> {
             ),
         ));
     }
-    let ram_bytes = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
-    let lacking = sterna_vmm::qemu::target_reasons(ram_bytes, &huge).into_iter();
-    reasons.extend(lacking.map(|found| reason(&crate::offer::word(&found.code), found.text)));
+    reasons.extend(room::reasons(host, id, offer, &huge));
     reasons
 }
 
@@ -240,11 +239,17 @@ impl<'a> Arriving<'a> {
         // The name stays taken until the last record of this try is stored: a later try's must not be overwritten by it.
         self.claim = None;
         self.incoming.leave(self.id);
-        match result {
+        match &result {
             Ok(()) => tracing::info!(vm = self.offer.vm, peer, "the VM has come from {peer} and runs here"),
             Err(why) => tracing::warn!(vm = self.offer.vm, peer, why, "a VM from {peer} did not come"),
         }
-        if let Some(control) = self.control.take() {
+        if let Some(mut control) = self.control.take() {
+            let vm = self.vm.as_ref().filter(|_| result.is_ok() && self.offer.account);
+            let used = vm.and_then(|vm| room::view_of(&self.host.process_of(vm).ok()?));
+            if let Some(used) = used {
+                // A source that is gone does not want to know.
+                drop(control.send(&Message::Memory(used.into())));
+            }
             control.finish();
         }
         self.collapse();
@@ -431,7 +436,9 @@ impl Arriving<'_> {
     fn check(&mut self, offer: Offer) -> TargetInput {
         self.offer = offer;
         self.incoming.supersede(self.id, &self.offer);
-        let mut reasons = reasons_against(&self.host, &self.offer);
+        let promise = Promise::of(room::needed(&self.offer, &self.huge()), !self.offer.template.is_empty());
+        let reasons = || reasons_against(&self.host, Some(self.id), &self.offer);
+        let mut reasons = self.incoming.admit(self.id, promise, reasons);
         if reasons.is_empty() {
             self.claim = self.host.registry().claim(&self.offer.vm);
             if self.claim.is_none() {
@@ -449,15 +456,23 @@ impl Arriving<'_> {
             Err(reasons) => return TargetInput::Refused(reasons),
             Ok(qemu) => self.qemu = Some(qemu),
         }
+        let process = self.qemu.as_ref().and_then(|qemu| process_of(qemu).ok());
+        self.incoming.starts(self.id, process);
+        let head_room = room::head_room(&self.host, self.id, &self.offer, &self.huge());
         match self.fit() {
             Ok(reasons) if reasons.is_empty() => {
                 let lazily = self.prepare_lazily();
                 let room = if self.offer.common { self.room() } else { 0 };
-                TargetInput::Prepared { lazily, room }
+                TargetInput::Prepared { lazily, room, head_room }
             }
             Ok(reasons) => TargetInput::Refused(reasons),
             Err(why) => TargetInput::Refused(reason("target-qemu", why)),
         }
+    }
+
+    /// The huge pages that it needs.
+    fn huge(&self) -> Vec<HugePages> {
+        command_line(&self.host, &self.offer).map_or_else(|_| Vec::new(), |argv| huge_pages(&argv))
     }
 
     fn start_qemu(&mut self) -> Result<Qemu, Vec<Reason>> {

@@ -56,6 +56,8 @@ pub enum TargetInput {
         lazily: Lazily,
         /// How many runs of pages in common can be mapped.
         room: u32,
+        /// What memory is left if all that it shares is written ([`Accepted::head_room`]).
+        head_room: i64,
     },
     /// [`TargetAction::Map`] is done: so many runs are mapped.
     Mapped(u32),
@@ -280,7 +282,7 @@ impl Target {
             }
             TargetInput::Recorded(took) => self.on_recorded(took, now),
             TargetInput::RecordFailed(why) => self.on_record_failed(why, now),
-            TargetInput::Prepared { lazily, room } if self.state == State::Preparing => {
+            TargetInput::Prepared { lazily, room, head_room } if self.state == State::Preparing => {
                 let prepare_us = micros(now.saturating_sub(self.prepare_began));
                 self.state = State::Receiving;
                 self.deadline = Some(now + STALL_WAIT);
@@ -288,7 +290,7 @@ impl Target {
                     Lazily::Yes { eager } => (true, String::new(), eager),
                     Lazily::No(why) => (false, why, Vec::new()),
                 };
-                let accepted = Accepted { prepare_us, postcopy, postcopy_refusal, eager, room };
+                let accepted = Accepted { prepare_us, postcopy, postcopy_refusal, eager, room, head_room };
                 self.send(Message::Accepted(accepted));
             }
             TargetInput::Received if self.state == State::Receiving => self.deadline = Some(now + STALL_WAIT),

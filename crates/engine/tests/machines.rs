@@ -28,6 +28,8 @@ fn offer() -> Offer {
         blocks: vec![block],
         streams: STREAMS,
         common: true,
+        expected_bytes: 0,
+        account: false,
         ..Offer::default()
     }
 }
@@ -116,7 +118,7 @@ fn any_target_input() -> impl Strategy<Value = TargetInput> {
         1 => Just(TargetInput::Refused(vec![Reason::default()])),
         1 => Just(TargetInput::Recorded(Duration::from_millis(1))),
         1 => Just(TargetInput::RecordFailed("full".into())),
-        1 => any_lazily().prop_map(|lazily| TargetInput::Prepared { lazily, room: 3 }),
+        1 => any_lazily().prop_map(|lazily| TargetInput::Prepared { lazily, room: 3, head_room: -1 }),
         1 => any::<u32>().prop_map(TargetInput::Mapped),
         1 => Just(TargetInput::Filled(Filled::default())),
         1 => Just(TargetInput::Died("killed".into())),
@@ -361,7 +363,11 @@ impl TargetDriver {
                 self.honest.push_back(In::Recorded(Duration::from_millis(1)));
             }
             TargetAction::Prepare(_) => {
-                self.honest.push_back(In::Prepared { lazily: Lazily::Yes { eager: Vec::new() }, room: 0 });
+                self.honest.push_back(In::Prepared {
+                    lazily: Lazily::Yes { eager: Vec::new() },
+                    room: 0,
+                    head_room: 0,
+                });
             }
             TargetAction::Map(common) => {
                 assert!(!common.pending && !self.mapped, "mapped twice, or nothing");

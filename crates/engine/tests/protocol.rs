@@ -56,6 +56,7 @@ fn samples() -> Vec<(&'static str, Message, &'static str)> {
                 postcopy_refusal: "no".into(),
                 eager: vec![1, 4],
                 room: 7,
+                head_room: -300,
             }),
             GOLDEN[3],
         ),
@@ -119,6 +120,7 @@ fn of_memory() -> Vec<(&'static str, Message, &'static str)> {
         ("Mapped", Message::Mapped(Mapped { runs: 300 }), GOLDEN[22]),
         ("Store", Message::Store(Store { id: vec![0xab; 2], pages: 300 }), GOLDEN[23]),
         ("StoreState", Message::StoreState(Text { text: "why".into() }), GOLDEN[24]),
+        ("Memory", Message::Memory(Memory { rss: 300, pss: 200, shared: 100, own: 5 }), GOLDEN[25]),
     ]
 }
 
@@ -140,6 +142,8 @@ fn offer() -> Offer {
         postcopy: true,
         template: "ab".into(),
         common: true,
+        expected_bytes: 300,
+        account: true,
     }
 }
 
@@ -164,12 +168,12 @@ fn digest() -> BlockDigest {
 }
 
 /// Whole frames, header included, as version 1 has them.
-const GOLDEN: [&str; 25] = [
+const GOLDEN: [&str; 26] = [
     "0d000000010000000a0b080110021a02abab220173",
     "070000000100000012050801120173",
-    "51000000010000001a4f0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
-     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162800101",
-    "1100000001000000220f08ac0210011a026e6f220201042807",
+    "58000000010000001a560a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d10\
+     802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a0261628001018801ac02900101",
+    "1400000001000000221208ac0210011a026e6f22020104280730d704",
     "0a000000010000002a080a060a0163120174",
     "0600000001000000320408031001",
     "12000000010000003a10080910031a0608011202cdcd20012801",
@@ -181,8 +185,8 @@ const GOLDEN: [&str; 25] = [
     "0e000000010000006a0c0a02abab1202646218072001",
     "040000000100000072020802",
     "0a000000010000007a080a02abab10011802",
-    "520000000100000082014f0a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
-     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a026162800101",
+    "59000000010000008201560a02646210071a0471656d751a022d5322037133352a036d6178320a0a0372616d\
+     10802018013a016640044801520431302e305a0d0a022f6410ac0218012202efef6001680570017a0261628001018801ac02900101",
     "1e000000010000008a011b0807120608011202cdcd1a0f08011002180320042805320306ac02",
     "0f0000000100000092010c0a02abab1202646218072002",
     "06000000010000009a010308ac02",
@@ -192,6 +196,7 @@ const GOLDEN: [&str; 25] = [
     "0600000001000000ba010308ac02",
     "0a00000001000000c201070a02abab10ac02",
     "0800000001000000ca01050a03776879",
+    "0d00000001000000d2010a08ac0210c80118642005",
 ];
 
 fn hex(bytes: &[u8]) -> String {
@@ -265,7 +270,7 @@ fn the_field_table_is_the_code() {
     let mut documented: BTreeMap<String, BTreeSet<(u64, u64)>> = BTreeMap::new();
     for row in table("type") {
         let wire_type = match row[3].as_str() {
-            "uint32" | "uint64" | "bool" => 0,
+            "uint32" | "uint64" | "sint64" | "bool" => 0,
             _ => 2,
         };
         assert!(

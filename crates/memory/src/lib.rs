@@ -58,7 +58,7 @@ pub use populated::{
     Backing, PopulatedError, lone_block, mapped, own, own_within, populated, populated_all, with_data,
 };
 pub use preflight::preflight;
-pub use process::{Process, ProcessError, Usage};
+pub use process::{Process, ProcessError, Resident, Usage};
 pub use sealed::SealedMemory;
 pub use shared::{
     CommonRun, SharedError, common, common_room, common_store, frames, map_common, may_merge, merged,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::page::PAGE;
 use crate::sys;
 
 /// A process: its pid, a descriptor of it, and when it started.
@@ -60,6 +61,15 @@ pub enum ProcessError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What of a process is in memory, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resident {
+    /// All of it.
+    pub all: u64,
+    /// What belongs to no file, memfd or shared memory.
+    pub private: u64,
 }
 
 /// What memory a process uses, in bytes, as proc(5) has it.
@@ -153,6 +163,19 @@ impl Process {
             })
         };
         usage().ok_or_else(|| self.malformed("smaps_rollup"))
+    }
+
+    /// What of it is in memory, in bytes (`/proc/PID/statm`, see proc(5)): quick to be had, however large the process is.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn resident(&self) -> Result<Resident, ProcessError> {
+        let text = self.read_proc("statm")?;
+        let mut pages = text.split(' ').map_while(|field| field.trim().parse::<u64>().ok()).skip(1);
+        let (Some(all), Some(shared)) = (pages.next(), pages.next()) else {
+            return Err(self.malformed("statm"));
+        };
+        Ok(Resident { all: all * PAGE, private: all.saturating_sub(shared) * PAGE })
     }
 
     /// Its share of memory in bytes (`Pss` of `smaps_rollup`: shared pages divided by who shares them).

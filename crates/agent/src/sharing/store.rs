@@ -4,6 +4,7 @@ use crate::control::{self, explain};
 use crate::host::Host;
 use crate::registry::lock;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use sterna_engine::wire::Message;
@@ -34,6 +35,15 @@ pub(crate) struct Opened {
     pub(crate) memory: SealedMemory,
     /// How many pages it has.
     pub(crate) pages: u64,
+    /// How many of them have come.
+    come: AtomicU64,
+}
+
+impl Opened {
+    /// What is still to come, in bytes.
+    fn lacking(&self) -> u64 {
+        self.pages.saturating_sub(self.come.load(Ordering::Relaxed)) * PAGE
+    }
 }
 
 impl Stores {
@@ -77,18 +87,20 @@ fn open(host: &Host, key: &Key, offered: &Store) -> Result<Arc<Opened>, String> 
     }
     let bytes = offered.pages * PAGE;
     let available = sterna_vmm::qemu::available_bytes().unwrap_or(0);
-    if bytes > available {
-        return Err(format!(
-            "there is no memory for {bytes} bytes that VMs have in common: {available} are available"
-        ));
-    }
     let memory = common_store(offered.pages).map_err(|why| explain(&why))?;
     let mut open = lock(&host.stores().open);
+    let promised: u64 = open.values().map(|store| store.lacking()).sum();
+    if bytes > available.saturating_sub(promised) {
+        return Err(format!(
+            "there is no memory for {bytes} bytes that VMs have in common: {available} are available, {promised} of them \
+             promised to others"
+        ));
+    }
     let of_peer = open.keys().filter(|(peer, _)| *peer == key.0).count();
     if open.contains_key(key) || of_peer >= STORES_MAX {
         return Err("it has that store already, or too many of them here".into());
     }
-    let store = Arc::new(Opened { memory, pages: offered.pages });
+    let store = Arc::new(Opened { memory, pages: offered.pages, come: AtomicU64::new(0) });
     open.insert(key.clone(), store.clone());
     Ok(store)
 }
@@ -108,6 +120,7 @@ fn fill(store: &Opened, connection: &mut Connection) -> Result<(), String> {
         }
         store.memory.write(&piece, pages * PAGE).map_err(|why| explain(&why))?;
         pages += more;
+        store.come.store(pages, Ordering::Relaxed);
     }
     store.memory.seal().map_err(|why| explain(&why))
 }

@@ -227,6 +227,7 @@ impl Outgoing {
 
     /// Opens streams for what nobody has asked for.
     pub(super) fn push(&mut self) -> Result<(), String> {
+        self.account_here();
         // Rounds are over, and so is the tracking: the VM does not write here any more.
         self.senders = None;
         if let Some(collector) = self.collector.take()

@@ -6,10 +6,11 @@ use crate::balloon;
 use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
 use crate::model::{Dedup, MigrateRequest};
-use crate::offer;
+use crate::offer::{self, Checked};
 use crate::pages::SourceBlock;
 use crate::progress::View;
 use crate::registry::{UsedTemplate, Vm};
+use crate::room;
 use crate::sharing::Seat;
 use crate::templates;
 use std::sync::{Arc, mpsc};
@@ -47,6 +48,22 @@ fn may_share(
         }
     };
     Ok(likely && !host.with_qemu(vm, |qemu| qemu.reports_free_pages()).map_err(Outcome::Failed)?)
+}
+
+/// Says in the offer whether pages in common are looked for, and how much memory the VM needs as long as it shares them.
+fn tell_sharing(
+    host: &Host,
+    vm: &Arc<Vm>,
+    dedup: Dedup,
+    seat: &Seat,
+    (process, checked): (&Process, &mut Checked),
+) -> Result<(), Outcome> {
+    let common = may_share(host, vm, dedup, seat, (process, &checked.blocks))?;
+    let is_clone = !checked.offer.template.is_empty();
+    let expected = room::expected(process, is_clone, common && !seat.is_alone());
+    checked.offer.expected_bytes = expected.map_err(Outcome::Failed)?;
+    checked.offer.common = common;
+    Ok(())
 }
 
 /// A clone's template goes first, where the target does not have it.
@@ -102,7 +119,7 @@ impl Outgoing {
         send_template(host, vm, request, (&peer, &address), (orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
-        checked.offer.common = may_share(host, vm, request.dedup, &seat, (&process, &checked.blocks))?;
+        tell_sharing(host, vm, request.dedup, &seat, (&process, &mut checked))?;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,

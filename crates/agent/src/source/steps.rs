@@ -64,7 +64,11 @@ impl Outgoing {
     pub(super) fn send_round(&mut self, round: u32) -> Option<SourceInput> {
         self.send(round, Part::End);
         // The first round takes longest, and hides what must be ready at the stop.
-        let ready = if round == 1 { self.qemu(|qemu| qemu.prepare_save()) } else { Ok(()) };
+        if round > 1 {
+            return None;
+        }
+        let ready = self.qemu(|qemu| qemu.prepare_save());
+        self.account_here();
         ready.err().map(SourceInput::Failed)
     }
 

@@ -107,6 +107,7 @@ pub(crate) fn view(id: &str, vm: &str, target: &str) -> MigrationView {
         min_bandwidth: None,
         pace: None,
         cpu_throttle_percentage: 0,
+        memory: Default::default(),
         notices: Vec::new(),
         ram,
         device_state: 0,
@@ -271,7 +272,7 @@ impl Control for Fake {
     }
     fn vms_with_memory(&self) -> Vec<VmView> {
         let memory = MemoryView { rss: 3 << 30, pss: 2 << 30, shared: 1 << 30, own: 1 << 29 };
-        self.vms().into_iter().map(|vm| VmView { memory: Some(memory.clone()), ..vm }).collect()
+        self.vms().into_iter().map(|vm| VmView { memory: Some(memory), ..vm }).collect()
     }
     fn vms(&self) -> Vec<VmView> {
         self.vms.lock().unwrap().values().cloned().collect()

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::support::{BOOT, World, idle, load, migrate, request};
+use crate::support::{BOOT, World, idle, load, migrate, request, wait};
 use serde_json::json;
 use sterna_agent::Agent;
 use sterna_agent::model::MigrationView;
@@ -249,4 +249,38 @@ fn qemu_as_an_ordinary_user() {
     move_and_check(&world, &a, &b);
     assert_eq!(owner(&b), "65534");
     b.stop("vm").unwrap();
+}
+
+/// Two VMs that the target could hold one by one: the second is refused as long as the first is on its way, and goes when that is over. None of
+/// them has touched its memory: what counts is what was promised.
+#[test]
+fn memory_is_promised_once() {
+    let world = World::new("7.2");
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let available = sterna_vmm::qemu::available_bytes().unwrap();
+    for name in ["one", "two"] {
+        let options =
+            format!("-nodefaults -display none -machine q35 -accel tcg -m {}", (available >> 20) * 6 / 10);
+        let mut argv = vec![world.parts.qemu("7.2").display().to_string()];
+        argv.extend(options.split(' ').map(str::to_owned));
+        a.run(sterna_agent::model::RunRequest { name: name.into(), argv, template: None }).unwrap();
+    }
+    let folder = world.path("a").join("run/hold");
+    std::fs::create_dir_all(&folder).unwrap();
+    let (held, reached) = (folder.join("source-round-1"), folder.join("source-round-1.reached"));
+    std::fs::write(&held, "").unwrap();
+    let first = a.migrate(request("one", "b"), None).unwrap().id;
+    world.wait_until("the first is accepted", || reached.exists());
+    let refused = migrate(&a, request("two", "b"));
+    assert_eq!(refused.status, "failed", "{refused:?}");
+    assert!(
+        refused.reasons.iter().any(|reason| reason.code == "memory" && reason.text.contains("promised")),
+        "{refused:?}"
+    );
+    std::fs::remove_file(&held).unwrap();
+    assert_eq!(wait(&a, &first).status, "completed");
+    assert_eq!(migrate(&a, request("two", "b")).status, "completed");
+    for name in ["one", "two"] {
+        b.stop(name).unwrap();
+    }
 }

@@ -128,6 +128,13 @@ fn twins_share(version: &str, how: impl Fn(MigrateRequest) -> MigrateRequest) {
     let there = scene.moves(&scene.a, "b", &how);
     drop(ksm);
     for view in &there {
+        let (source, target) = (view.memory.source.unwrap(), view.memory.target.unwrap());
+        assert!(source.pss < source.rss - ALIKE * PAGE / 4, "{source:?}");
+        assert!(
+            target.pss > 0 && target.pss <= target.rss && target.own + target.shared == target.rss,
+            "{target:?}"
+        );
+        assert!(view.memory.head_room.is_some_and(|left| left > 0), "{:?}", view.memory);
         assert!(view.ram.common_pages > ALIKE, "{:?}", view.ram);
         assert_eq!(view.ram.common_fallback_pages, 0, "{:?}", view.ram);
     }
@@ -205,7 +212,7 @@ fn equal_pages_are_found_by_hash_when_asked() {
     scene.end();
 }
 
-/// The target maps a few runs and no more: the longest, and the rest come as bytes.
+/// The target maps a few runs and no more: the longest, and the rest come as bytes, which its kernel merges if it does that.
 #[test]
 fn what_cannot_be_mapped_comes_as_bytes() {
     let mut world = World::new("10.0");
@@ -220,6 +227,11 @@ fn what_cannot_be_mapped_comes_as_bytes() {
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
         let runs = maps.lines().filter(|line| line.contains("memfd:sterna-common")).count();
         assert!((1..=5).contains(&runs), "{runs} runs");
+    }
+    let _ksm = Ksm::run().unwrap();
+    for view in &there {
+        let pid = scene.b.vm(&view.vm).unwrap().pid;
+        scene.world.wait_until("what could not be mapped is merged", || Ksm::merged_pages(pid) > 100);
     }
     scene.end();
 }

@@ -53,7 +53,7 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
 fn guest(stage: &Stage, name: &str, delta: u32) -> GuestSpec {
     let dirty_mib = MEMORY_MIB * delta / 100;
     let fill = format!("--fill={}", load::fill_mib(MEMORY_MIB));
-    let options = [&fill, &format!("--dirty={dirty_mib}"), &format!("--rate={RATE_MB}"), "--check"];
+    let options = [&fill, &format!("--dirty={dirty_mib}"), &format!("--rate={RATE_MB}"), "--check=written"];
     GuestSpec { programs: vec![load::memory(&options)], ..load::plain(stage, name, MEMORY_MIB) }
 }
 

@@ -11,7 +11,7 @@ use crate::postcopy;
 use crate::progress::Progress;
 use crate::show;
 use hyper::Method;
-use sterna_agent::model::{MigrationView, SetRequest, VmView};
+use sterna_agent::model::{MemoryReport, MemoryView, MigrationView, SetRequest, VmView};
 
 /// `sterna migrations`
 pub(crate) async fn list(client: &Client, format: Format) -> Result<Exit, Failure> {
@@ -176,6 +176,7 @@ fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
         ("On the wire", bytes(view.wire_bytes)),
         ("Migration", view.id.clone()),
     ];
+    rows.extend(memory(&view.memory));
     if view.min_bandwidth.is_some() {
         rows.push(("Bandwidth minimum", rate(view.min_bandwidth)));
         rows.push(("Pace", rate(view.pace)));
@@ -184,6 +185,30 @@ fn our_rows(view: &MigrationView) -> Vec<(&'static str, String)> {
     rows.extend(view.error_desc.iter().map(|why| ("Error", why.clone())));
     rows.extend(view.reasons.iter().map(|reason| ("Reason", format!("{}: {}", reason.code, reason.text))));
     rows
+}
+
+/// What memory its QEMU takes, here and there.
+fn memory(report: &MemoryReport) -> impl Iterator<Item = (&'static str, String)> {
+    let text = |used: MemoryView| {
+        let MemoryView { rss, pss, shared, own } = used;
+        let (rss, pss, shared, own) = (bytes(rss), bytes(pss), bytes(shared), bytes(own));
+        format!("RSS {rss}, PSS {pss}, shared {shared}, own {own}")
+    };
+    let head_room = |left: i64| {
+        let size = bytes(left.unsigned_abs());
+        if left < 0 {
+            format!("{size} too little, if nothing were shared")
+        } else {
+            format!("{size}, if nothing were shared")
+        }
+    };
+    [
+        ("Memory at the source", report.source.map(text)),
+        ("Memory at the target", report.target.map(text)),
+        ("Head room there", report.head_room.map(head_room)),
+    ]
+    .into_iter()
+    .filter_map(|(label, text)| Some((label, text?)))
 }
 
 /// The VM's migration that goes on.

@@ -7,7 +7,7 @@
 pub(crate) struct Envelope {
     #[prost(
         oneof = "Message",
-        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25"
+        tags = "1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26"
     )]
     pub(crate) body: Option<Message>,
 }
@@ -91,6 +91,9 @@ pub enum Message {
     /// Target: whether it takes the store, and once more when all of it has come.
     #[prost(message, tag = "25")]
     StoreState(Text),
+    /// Target, once all is over and if the offer asked for it: what memory the VM's QEMU uses there.
+    #[prost(message, tag = "26")]
+    Memory(Memory),
 }
 
 impl Message {
@@ -122,6 +125,7 @@ impl Message {
             Self::Mapped(_) => "what it has mapped",
             Self::Store(_) => "a store",
             Self::StoreState(_) => "what it has of a store",
+            Self::Memory(_) => "what memory it uses",
         }
     }
 }
@@ -219,6 +223,12 @@ pub struct Offer {
     /// Whether [`Message::Common`] comes before the first round, where the target has room for mappings.
     #[prost(bool, tag = "16")]
     pub common: bool,
+    /// How much memory it needs at the target as long as it shares what it shares, in bytes; 0 is all of its RAM.
+    #[prost(uint64, tag = "17")]
+    pub expected_bytes: u64,
+    /// Whether the source wants to know what memory the VM's QEMU uses in the end.
+    #[prost(bool, tag = "18")]
+    pub account: bool,
 }
 
 /// Pages of the VM that lie in a store, which is complete.
@@ -314,6 +324,26 @@ pub struct Accepted {
     /// How many runs of pages in common can be mapped; 0 where none can.
     #[prost(uint32, tag = "5")]
     pub room: u32,
+    /// What would be left there, in bytes, if all that the VM shares with others were written; less than nothing where it could not be held.
+    #[prost(sint64, tag = "6")]
+    pub head_room: i64,
+}
+
+/// Memory of a VM's QEMU, in bytes, as proc(5) has it for `smaps_rollup`.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+pub struct Memory {
+    /// What of it is in memory.
+    #[prost(uint64, tag = "1")]
+    pub rss: u64,
+    /// The same, each page divided by how many share it.
+    #[prost(uint64, tag = "2")]
+    pub pss: u64,
+    /// What others share.
+    #[prost(uint64, tag = "3")]
+    pub shared: u64,
+    /// What is its own.
+    #[prost(uint64, tag = "4")]
+    pub own: u64,
 }
 
 /// Why something cannot be done.

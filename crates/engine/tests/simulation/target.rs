@@ -253,7 +253,11 @@ impl World {
         self.qemus.push(Qemu::new(host, Some(id)));
         match self.fails() {
             true => TargetInput::Failed("QEMU does not answer".into()),
-            false => TargetInput::Prepared { lazily: Lazily::No("it is not simulated here".into()), room: 0 },
+            false => TargetInput::Prepared {
+                lazily: Lazily::No("it is not simulated here".into()),
+                room: 0,
+                head_room: 0,
+            },
         }
     }
 

@@ -41,7 +41,7 @@ pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scop
 pub use looked_at::LookedAt;
 pub use policy::{HostMap, Refusal, TargetPolicy};
 pub use port::port_socket;
-pub use precheck::{available_bytes, changed_parts, is_upgrade, older_qemu, target_reasons};
+pub use precheck::{Room, available_bytes, changed_parts, is_upgrade, older_qemu, target_reasons};
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};
 pub use readconfig::expand;
 

@@ -74,23 +74,38 @@ pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
     Ok(reasons)
 }
 
-/// Every reason why this host cannot take a VM of this much RAM, of which so much is in huge pages. What its files and options are wrong about,
-/// [`CommandLine::for_target`](super::CommandLine::for_target) tells.
-pub fn target_reasons(ram_bytes: u64, huge: &[HugePages]) -> Vec<Reason> {
+/// What room a host has for another VM, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// Memory that can be had without swapping, where the kernel tells ([`available_bytes`]).
+    pub available: Option<u64>,
+    /// What of that is promised to others.
+    pub promised: u64,
+}
+
+/// Every reason why this host cannot take a VM that needs this much memory, and so much in huge pages besides. What its files and options are wrong
+/// about, [`CommandLine::for_target`](super::CommandLine::for_target) tells.
+pub fn target_reasons(bytes: u64, room: Room, huge: &[HugePages]) -> Vec<Reason> {
     let mut reasons = huge::reasons(huge);
-    let in_huge_pages = huge.iter().fold(0u64, |sum, pages| sum.saturating_add(pages.bytes));
-    let needed = ram_bytes.saturating_sub(in_huge_pages).saturating_add(RESERVE_BYTES);
-    match available_bytes() {
-        Some(available) if available >= needed => {}
-        Some(available) => reasons.push(Reason::new(
-            Code::Memory,
-            format!(
-                "the target has {} MiB of memory available and the VM needs {} MiB; free some, or choose another host",
-                available >> 20,
-                needed >> 20
-            ),
-        )),
-        None => reasons.push(Reason::new(Code::Host, "the target's /proc/meminfo cannot be read; is /proc mounted?")),
+    let needed = bytes.saturating_add(RESERVE_BYTES);
+    match room.available {
+        Some(available) if available.saturating_sub(room.promised) >= needed => {}
+        Some(available) => {
+            let promised = match room.promised >> 20 {
+                0 => String::new(),
+                mib => format!(", of which {mib} MiB are promised to VMs that are on their way there,"),
+            };
+            reasons.push(Reason::new(
+                Code::Memory,
+                format!(
+                    "the target has {} MiB of memory available{promised} and the VM needs {} MiB; free some, or choose another host",
+                    available >> 20,
+                    needed >> 20
+                ),
+            ));
+        }
+        None => reasons
+            .push(Reason::new(Code::Host, "the target's /proc/meminfo cannot be read; is /proc mounted?")),
     }
     for text in sterna_memory::preflight().err().unwrap_or_default() {
         reasons.push(Reason::new(Code::Host, format!("at the target: {text}")));
@@ -371,8 +386,11 @@ mod tests {
 
     #[test]
     fn a_target_without_the_memory_says_so() {
-        assert_eq!(target_reasons(0, &[]), []);
-        let reasons = target_reasons(u64::MAX, &[]);
+        let room = Room { available: available_bytes(), promised: 0 };
+        assert_eq!(target_reasons(0, room, &[]), []);
+        let promised = Room { promised: u64::MAX, ..room };
+        assert!(target_reasons(0, promised, &[])[0].text.contains("are promised to VMs"));
+        let reasons = target_reasons(u64::MAX, room, &[]);
         assert_eq!(reasons.len(), 1);
         assert_eq!(reasons[0].code, Code::Memory);
     }
@@ -393,7 +411,7 @@ mod tests {
     #[test]
     fn huge_pages_are_looked_for_in_the_pool() {
         let huge = HugePages { page_bytes: HUGE_PAGE_BYTES, bytes: 1 << 50 };
-        let reasons = target_reasons(1 << 50, &[huge]);
+        let reasons = target_reasons(0, Room { available: available_bytes(), promised: 0 }, &[huge]);
         assert_eq!(reasons.len(), 1, "{reasons:?}");
         assert!(reasons[0].text.contains("huge pages of 2048 KiB"), "{reasons:?}");
     }

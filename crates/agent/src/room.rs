@@ -1,0 +1,144 @@
+//! Memory: what a VM that comes needs, what is promised to others, and what its QEMU uses where it was and where it is.
+//!
+//! What shares pages needs less than all of its RAM, as long as the sharing lasts: such a VM is let in when there is room for what it has of
+//! its own, and whoever moves it is told when there would be none for the rest.
+
+use crate::control::explain;
+use crate::host::Host;
+use crate::incoming::Incoming;
+use crate::model::MemoryView;
+use sterna_engine::handoff::MigrationId;
+use sterna_engine::wire::message::{self, Offer, Reason};
+use sterna_memory::{Process, Usage};
+use sterna_vmm::qemu::{HugePages, Room, available_bytes, target_reasons};
+
+/// What a VM will need at its target, in bytes: what it has of its own where it is a clone, its part of what all of them have where several leave
+/// together. 0 is all of its RAM.
+pub(crate) fn expected(process: &Process, is_clone: bool, shares: bool) -> Result<u64, String> {
+    if !is_clone && !shares {
+        return Ok(0);
+    }
+    let usage = process.usage().map_err(|why| explain(&why))?;
+    Ok(if is_clone { usage.own } else { usage.pss })
+}
+
+/// What there is for a VM that is offered.
+fn room(host: &Host, id: Option<MigrationId>) -> Room {
+    Room { available: available_bytes(), promised: host.incoming().promised_but(id) }
+}
+
+/// All of a VM's RAM, without what is in huge pages: these are counted for themselves.
+fn all(offer: &Offer, huge: &[HugePages]) -> u64 {
+    let ram = offer.blocks.iter().fold(0u64, |sum, block| sum.saturating_add(block.bytes));
+    ram.saturating_sub(huge.iter().fold(0, |sum, pages| sum.saturating_add(pages.bytes)))
+}
+
+/// What of it will be needed as far as is known.
+pub(crate) fn needed(offer: &Offer, huge: &[HugePages]) -> u64 {
+    let all = all(offer, huge);
+    if offer.expected_bytes == 0 { all } else { offer.expected_bytes.min(all) }
+}
+
+/// Why there is no room for it. `id` is the migration that asks, if it has begun.
+pub(crate) fn reasons(
+    host: &Host,
+    id: Option<MigrationId>,
+    offer: &Offer,
+    huge: &[HugePages],
+) -> Vec<Reason> {
+    let found = target_reasons(needed(offer, huge), room(host, id), huge).into_iter();
+    found.map(|found| Reason { code: crate::offer::word(&found.code), text: found.text }).collect()
+}
+
+/// What is left here, in bytes, if all that this VM shares were written: less than nothing where it could not be held. Asked while its QEMU waits,
+/// before its pages have come.
+pub(crate) fn head_room(host: &Host, id: MigrationId, offer: &Offer, huge: &[HugePages]) -> i64 {
+    let Room { available, promised } = room(host, Some(id));
+    let left = i128::from(available.unwrap_or(0)) - i128::from(promised) - i128::from(all(offer, huge));
+    i64::try_from(left).unwrap_or(i64::MIN)
+}
+
+/// What a process uses, if the kernel tells.
+pub(crate) fn view_of(process: &Process) -> Option<MemoryView> {
+    let Usage { rss, pss, shared, own } = process.usage().ok()?;
+    Some(MemoryView { rss, pss, shared, own })
+}
+
+impl From<MemoryView> for message::Memory {
+    fn from(MemoryView { rss, pss, shared, own }: MemoryView) -> Self {
+        Self { rss, pss, shared, own }
+    }
+}
+
+impl From<message::Memory> for MemoryView {
+    fn from(message::Memory { rss, pss, shared, own }: message::Memory) -> Self {
+        Self { rss, pss, shared, own }
+    }
+}
+
+/// What migrations that come were promised and have not taken yet.
+#[derive(Debug, Default)]
+pub(crate) struct Promise {
+    bytes: u64,
+    is_clone: bool,
+    /// Its QEMU, once it waits.
+    process: Option<Process>,
+}
+
+impl Promise {
+    pub(crate) fn of(bytes: u64, is_clone: bool) -> Self {
+        Self { bytes, is_clone, process: None }
+    }
+
+    pub(crate) fn starts(&mut self, process: Option<Process>) {
+        self.process = process;
+    }
+
+    /// What is still to come.
+    pub(crate) fn left(&self) -> u64 {
+        let taken = self.process.as_ref().and_then(|process| process.resident().ok());
+        let taken = taken.map_or(0, |resident| if self.is_clone { resident.private } else { resident.all });
+        self.bytes.saturating_sub(taken)
+    }
+}
+
+impl Incoming {
+    /// What other migrations than this one, if it is one, were promised and have not taken yet, in bytes.
+    fn promised_but(&self, id: Option<MigrationId>) -> u64 {
+        self.promises(|of| Some(of) != id).iter().fold(0, |sum, left| sum.saturating_add(*left))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sterna_engine::wire::message::Block;
+
+    fn offer(expected_bytes: u64) -> Offer {
+        let block = |bytes| Block { name: "ram".into(), bytes, travels: true };
+        Offer { blocks: vec![block(3 << 30), block(1 << 30)], expected_bytes, ..Offer::default() }
+    }
+
+    #[test]
+    fn what_shares_needs_what_it_has_of_its_own() {
+        assert_eq!(needed(&offer(0), &[]), 4 << 30);
+        assert_eq!(needed(&offer(1 << 20), &[]), 1 << 20);
+        assert_eq!(needed(&offer(u64::MAX), &[]), 4 << 30, "no more than all of it");
+        let huge = HugePages { bytes: 3 << 30, page_bytes: 2 << 20 };
+        assert_eq!(needed(&offer(0), &[huge]), 1 << 30);
+    }
+
+    #[test]
+    fn what_was_taken_is_promised_no_more() {
+        let mut promise = Promise::of(1 << 40, false);
+        assert_eq!(promise.left(), 1 << 40);
+        let us = Process::open(i32::try_from(std::process::id()).unwrap()).unwrap();
+        promise.starts(Some(us.try_clone().unwrap()));
+        let all = promise.left();
+        assert!(all < 1 << 40);
+        let mut of_clone = Promise::of(1 << 40, true);
+        of_clone.starts(Some(us));
+        assert!(of_clone.left() > all, "a template was there before");
+        assert_eq!(Promise::of(0, false).left(), 0);
+    }
+}
