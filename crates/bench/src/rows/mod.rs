@@ -20,6 +20,7 @@ mod sharing;
 mod sparse;
 mod templates;
 mod tracking;
+mod undisturbed;
 mod writing;
 
 use std::str::FromStr;
@@ -359,6 +360,9 @@ fn eswaran(run: &Run<'_>) -> Result<RowResult, BenchError> {
     result.cases.extend(sharing.cases);
     result.goals.extend(sharing.goals);
     result.notes.extend(sharing.notes);
+    let undisturbed = undisturbed::run(run)?;
+    result.cases.extend(undisturbed.cases);
+    result.goals.extend(undisturbed.goals);
     result.notes.extend(papers::of_eswaran());
     Ok(result)
 }

@@ -45,7 +45,7 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
     run.tell(&format!(
         "{VMS} guests of {MEMORY_MIB} MiB, {ALIKE} % of whose memory is the same: the kernel merges it"
     ));
-    merge(&stage, &vms)?;
+    merge(&stage, &vms, load::fill_mib(MEMORY_MIB) * ALIKE / 100)?;
     let content = processes(&stage, &vms)?.into_iter().try_fold(Content::default(), Content::with)?;
     let boot = |n: u8| StockVm::boot(&stage, &guest(&stage, &format!("whole-{n}"), n), n);
     let mut whole = (0..VMS).map(boot).collect::<Result<Vec<_>, BenchError>>()?;
@@ -84,10 +84,10 @@ fn guest(stage: &Stage, name: &str, number: u8) -> GuestSpec {
     GuestSpec { programs, ..load::plain(stage, name, MEMORY_MIB) }
 }
 
-/// Has the kernel merge what is alike, and stops it then.
-fn merge(stage: &Stage, vms: &[OurVm]) -> Result<(), BenchError> {
+/// Has the kernel merge what is alike, so many MiB of each, and stops it then.
+pub(super) fn merge(stage: &Stage, vms: &[OurVm], alike_mib: u32) -> Result<(), BenchError> {
     let ksm = Ksm::run()?;
-    let wanted = u64::from(load::fill_mib(MEMORY_MIB) * ALIKE / 100) * (1 << 20) / PAGE * 9 / 10;
+    let wanted = u64::from(alike_mib) * (1 << 20) / PAGE * 9 / 10;
     let end = std::time::Instant::now() + MERGE;
     while processes(stage, vms)?.iter().any(|process| Ksm::merged_pages(process.pid) < wanted) {
         if std::time::Instant::now() > end {

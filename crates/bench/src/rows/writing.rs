@@ -2,6 +2,8 @@
 //!
 //! Each host has one network card, as the hosts of Clark et al. had: what migrates and what the guest serves share 1 Gbit/s.
 
+use std::time::Duration;
+
 use sterna_lab::GuestSpec;
 use sterna_lab::guest::Program;
 
@@ -27,6 +29,10 @@ const MIN_BANDWIDTH_MBIT: u32 = 700;
 /// The link's.
 const MAX_BANDWIDTH_MBIT: u32 = 1000;
 
+/// Who has not got through by then never will: the client leaves it less of the link than the guest writes.
+const NO_END: Duration = Duration::from_secs(60);
+const NO_END_QUICK: Duration = Duration::from_secs(20);
+
 pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
     run.tell("the image with servers");
     let kit = with_servers(run.kit)?;
@@ -47,7 +53,11 @@ pub(super) fn run(run: &Run<'_>) -> Result<RowResult, BenchError> {
         app: Some(App::WebFlow),
         listen: load::watch_gently,
         silence: Metric::Blackout,
-        terms: Terms { options: granted.order.options.clone(), ..Terms::default() },
+        terms: Terms {
+            options: granted.order.options.clone(),
+            limit: Some(if run.extent.quick { NO_END_QUICK } else { NO_END }),
+            ..Terms::default()
+        },
         peers: &[StockWay::Precopy],
     };
     let mut case = service.case(run)?;
