@@ -8,7 +8,8 @@ use nix::errno::Errno;
 use nix::sys::uio::{RemoteIoVec, process_vm_readv, process_vm_writev};
 use nix::unistd::Pid;
 
-use crate::page::Span;
+use crate::backing::{Access, BackingError, Kind, Mappings};
+use crate::page::{Region, Span};
 use crate::process::Process;
 use crate::shared::may_merge;
 
@@ -54,6 +55,18 @@ pub struct Reader {
     process: Process,
     /// Where pages are to stay shared.
     mem: Option<File>,
+    /// What is read by its file, ascending.
+    in_files: Vec<InFile>,
+}
+
+/// Shared memory in huge pages of hugetlbfs.
+#[derive(Debug)]
+struct InFile {
+    start: u64,
+    end: u64,
+    /// Offset in the file of the byte at `start`.
+    offset: u64,
+    file: File,
 }
 
 impl Reader {
@@ -62,20 +75,92 @@ impl Reader {
         if may_merge(process) {
             return Reader::gentle(process);
         }
-        Ok(Reader { process: process.try_clone()?, mem: None })
+        Ok(Reader { process: process.try_clone()?, mem: None, in_files: Vec::new() })
+    }
+
+    /// For these regions of a process that runs. Shared huge pages are read by their file, where a hole reads as zeros and stays one. To
+    /// read it in the process would make a page there, which a tracker that had seen the page before takes for the same one: its
+    /// entry is still marked, so that it looks as if nobody had written it.
+    ///
+    /// # Errors
+    /// The mappings cannot be read, or a file cannot be opened.
+    pub fn of(process: &Process, regions: &[Region]) -> Result<Reader, BackingError> {
+        let mut reader = Reader::new(process)?;
+        let mappings = Mappings::of(process)?;
+        for region in regions {
+            for segment in
+                mappings.segments(region)?.into_iter().filter(|segment| segment.kind == Kind::Shared)
+            {
+                let Ok(file) = segment.open(process, Access::Read) else { continue };
+                if segment.huge_page_bytes(&file).is_some() {
+                    let (start, end, offset) = (segment.start, segment.end, segment.offset);
+                    reader.in_files.push(InFile { start, end, offset, file });
+                }
+            }
+        }
+        reader.in_files.sort_unstable_by_key(|part| part.start);
+        Ok(reader)
     }
 
     /// One that leaves pages shared. `process_vm_readv(2)` pins what it reads, and what is pinned must be the process's own: the kernel gives
     /// it a copy of each page that it shares with others, be it merged by KSM or after a fork(2) (`gup_must_unshare`, mm/gup.c), which
     /// looks like a write too. `/proc/PID/mem` pins nothing; it takes up to twice as long.
     pub fn gentle(process: &Process) -> Result<Reader, crate::ProcessError> {
-        Ok(Reader { process: process.try_clone()?, mem: Some(process.open_proc("mem")?) })
+        let mem = Some(process.open_proc("mem")?);
+        Ok(Reader { process: process.try_clone()?, mem, in_files: Vec::new() })
     }
 
     /// Fills the buffer with the bytes of the spans, one after the other.
     ///
     /// Give no holes: reading them allocates memory in the target, see [`crate::populated`].
     pub fn read(&self, runs: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
+        if !self.in_files.is_empty() {
+            let (mut runs, mut rest) = (runs, buf);
+            while let Some(first) = runs.first() {
+                let place = self.in_file(first);
+                let same = runs.iter().take_while(|run| self.in_file(run) == place).count();
+                let (these, after) = runs.split_at(same);
+                let bytes: u64 = these.iter().map(|run| run.len).sum();
+                let buffer = rest.len();
+                let Some((part, more)) = rest.split_at_mut_checked(bytes as usize) else {
+                    return Err(CopyError::Length { buffer, spans: bytes });
+                };
+                match place {
+                    Some(at) => self.read_in_file(&self.in_files[at], these, part)?,
+                    None => self.read_in_process(these, part)?,
+                }
+                (runs, rest) = (after, more);
+            }
+            return if rest.is_empty() {
+                Ok(())
+            } else {
+                Err(CopyError::Length { buffer: rest.len(), spans: 0 })
+            };
+        }
+        self.read_in_process(runs, buf)
+    }
+
+    /// Which file has all of a span.
+    fn in_file(&self, span: &Span) -> Option<usize> {
+        let at = self.in_files.partition_point(|part| part.end <= span.addr);
+        self.in_files.get(at).filter(|part| part.start <= span.addr && span.addr + span.len <= part.end)?;
+        Some(at)
+    }
+
+    fn read_in_file(&self, part: &InFile, spans: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
+        let mut rest = buf;
+        for span in spans {
+            let (bytes, after) = rest.split_at_mut(span.len as usize);
+            rest = after;
+            if let Err(source) = part.file.read_exact_at(bytes, part.offset + (span.addr - part.start)) {
+                check_alive(&self.process)?;
+                return Err(CopyError::Fault { pid: self.process.pid(), addr: span.addr, source });
+            }
+        }
+        check_alive(&self.process)
+    }
+
+    fn read_in_process(&self, runs: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
         if let Some(mem) = &self.mem {
             return self.read_gently(mem, runs, buf);
         }
@@ -111,7 +196,8 @@ impl Reader {
 
 /// Looks at the spans, whatever they hold.
 pub(crate) fn touch(process: &Process, spans: &[Span]) -> Result<(), CopyError> {
-    let reader = Process::try_clone(process).map(|process| Reader { process, mem: None });
+    let reader =
+        Process::try_clone(process).map(|process| Reader { process, mem: None, in_files: Vec::new() });
     let reader = reader.map_err(|_| CopyError::Gone { pid: process.pid() })?;
     let mut seen = vec![0; SPANS_PER_CALL];
     spans.chunks(SPANS_PER_CALL).try_for_each(|spans| {

@@ -4,6 +4,7 @@ use super::kept::{Kept, Sent};
 use super::pack::Packer;
 use super::send::{Haste, Job, Left, Part, SendCounters, SendOptions};
 use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, stripes_of, subtract};
+use crate::control::explain;
 use crate::registry::lock;
 use std::io::IoSlice;
 use std::ops::Range;
@@ -100,12 +101,13 @@ impl Sender {
         options: SendOptions,
         left: Arc<Left>,
     ) -> Result<Self, String> {
+        let regions: Vec<_> = blocks.iter().map(|block| block.region).collect();
         let peeker = options.postpone.then(|| Peeker::new(process)).transpose();
         Ok(Self {
             link: Link::new(stream, connection, pacer, counters),
             resend: Resend::Always,
             streams,
-            reader: Reader::new(process).map_err(|why| why.to_string())?,
+            reader: Reader::of(process, &regions).map_err(|why| explain(&why))?,
             peeker: peeker.map_err(|why| why.to_string())?,
             packer: Packer::new(PAYLOAD_BYTES_MAX, options.methods),
             kept: Kept::new(options.delta_cache / u64::from(streams.max(1))),
