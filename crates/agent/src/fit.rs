@@ -27,7 +27,7 @@ pub(crate) fn sinks(
 ) -> Result<Sinks, String> {
     let (mut regions, mut guessed, mut blocks, mut staged) = (Vec::new(), Vec::new(), Vec::new(), 0u64);
     let hvas = layout.blocks.iter().filter_map(|block| Some((block.hva?, block.bytes)));
-    let taken: Vec<Region> = hvas.map(|(base, bytes)| Region { base, bytes }).collect();
+    let mut taken: Vec<Region> = hvas.map(|(base, bytes)| Region { base, bytes }).collect();
     for offered in &offer.blocks {
         let here = layout.block(&offered.name).filter(|block| block.bytes == offered.bytes);
         let here = here.ok_or_else(|| format!("its RAM block {} is not there in this size", offered.name))?;
@@ -42,6 +42,7 @@ pub(crate) fn sinks(
             None => match lone_block(process, here.bytes, &taken).map_err(|why| explain(&why))? {
                 Some(base) => {
                     let place = blocks.len() as u16;
+                    taken.push(Region { base, bytes: here.bytes });
                     guessed.push(FetchRegion { place, base, bytes: here.bytes, template: false });
                     regions.extend(guessed.last());
                     Sink::Region(regions.len() - 1)
@@ -179,10 +180,20 @@ pub(crate) fn check_digests(end: &StateEnd) -> Result<(), String> {
     }
 }
 
-/// Whether a digest is of a block of which it is known only after the load where it is.
-pub(crate) fn is_late(blocks: &[Sink], guessed: &[FetchRegion], digest: &BlockDigest) -> bool {
-    let is_guessed = guessed.iter().any(|region| u32::from(region.place) == digest.block);
-    is_guessed || matches!(blocks.get(digest.block as usize), Some(Sink::Staged(_)))
+/// Whether a digest is of a block that is written only after the load.
+pub(crate) fn is_staged(blocks: &[Sink], digest: &BlockDigest) -> bool {
+    matches!(blocks.get(digest.block as usize), Some(Sink::Staged(_)))
+}
+
+/// The layout with the blocks where they are believed to be of which QEMU does not tell yet.
+pub(crate) fn with_guesses(mut layout: Layout, offer: &Offer, guessed: &[FetchRegion]) -> Layout {
+    for region in guessed {
+        let name = &offer.blocks[usize::from(region.place)].name;
+        if let Some(block) = layout.blocks.iter_mut().find(|block| block.name == *name) {
+            block.hva = Some(region.base);
+        }
+    }
+    layout
 }
 
 /// Compares the digests that the source took after its stop with what is here now; returns how many blocks were equal.

@@ -5,6 +5,7 @@ use crate::control::{self, explain};
 use crate::host::Host;
 use crate::pages::{SentHashes, SentPages, SourceBlock, Writers};
 use crate::registry::{Vm, VmRecord};
+use crate::room;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use sterna_engine::handoff::Activity;
@@ -121,6 +122,10 @@ pub(crate) fn check(
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
     }
     if !reasons.is_empty() {
+        let process = host.process_of(vm);
+        let expected =
+            process.and_then(|process| room::expected(&process, !offer.template.is_empty(), 1, &[]));
+        let offer = Offer { expected_bytes: expected.unwrap_or_default(), ..offer };
         return Err(Outcome::Refused(with_targets_reasons(host, reasons, offer, (peer, address))));
     }
     let blocks = source_blocks(host, vm, &layout, writers).map_err(failed)?;

@@ -7,19 +7,27 @@ use crate::control::explain;
 use crate::host::Host;
 use crate::incoming::Incoming;
 use crate::model::MemoryView;
+use crate::pages::SourceBlock;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::wire::message::{self, Offer, Reason};
 use sterna_memory::{Process, Usage};
 use sterna_vmm::qemu::{HugePages, Room, available_bytes, target_reasons};
 
-/// What a VM will need at its target, in bytes: what it has of its own where it is a clone, its part of what all of them have where several leave
-/// together. 0 is all of its RAM.
-pub(crate) fn expected(process: &Process, is_clone: bool, shares: bool) -> Result<u64, String> {
-    if !is_clone && !shares {
+/// What a VM will need at its target, in bytes: what is not its template's where it is a clone, and its part of what is shared where so many leave
+/// together (PSS says too little: others that share may stay). 0 is all of its RAM.
+pub(crate) fn expected(
+    process: &Process,
+    is_clone: bool,
+    leave: usize,
+    blocks: &[SourceBlock],
+) -> Result<u64, String> {
+    if !is_clone && leave < 2 {
         return Ok(0);
     }
-    let usage = process.usage().map_err(|why| explain(&why))?;
-    Ok(if is_clone { usage.own } else { usage.pss })
+    let Usage { own, shared, anonymous, swapped, .. } = process.usage().map_err(|why| explain(&why))?;
+    let common: u64 = blocks.iter().flat_map(|block| &block.common).map(|run| run.bytes()).sum();
+    let there = if is_clone { anonymous + common } else { own + shared.div_ceil(leave as u64) };
+    Ok(there + swapped)
 }
 
 /// What there is for a VM that is offered.
@@ -33,10 +41,14 @@ fn all(offer: &Offer, huge: &[HugePages]) -> u64 {
     ram.saturating_sub(huge.iter().fold(0, |sum, pages| sum.saturating_add(pages.bytes)))
 }
 
-/// What of it will be needed as far as is known.
-pub(crate) fn needed(offer: &Offer, huge: &[HugePages]) -> u64 {
-    let all = all(offer, huge);
-    if offer.expected_bytes == 0 { all } else { offer.expected_bytes.min(all) }
+/// What of it will be needed as far as is known. Only what shares may need less than all.
+pub(crate) fn needed(host: &Host, offer: &Offer, huge: &[HugePages]) -> u64 {
+    expected_of(offer, huge).saturating_add(host.templates().unloaded_bytes(&offer.template))
+}
+
+fn expected_of(offer: &Offer, huge: &[HugePages]) -> u64 {
+    let (all, shares) = (all(offer, huge), offer.common || !offer.template.is_empty());
+    if offer.expected_bytes == 0 || !shares { all } else { offer.expected_bytes.min(all) }
 }
 
 /// Why there is no room for it. `id` is the migration that asks, if it has begun.
@@ -46,12 +58,12 @@ pub(crate) fn reasons(
     offer: &Offer,
     huge: &[HugePages],
 ) -> Vec<Reason> {
-    let found = target_reasons(needed(offer, huge), room(host, id), huge).into_iter();
+    let found = target_reasons(needed(host, offer, huge), room(host, id), huge).into_iter();
     found.map(|found| Reason { code: crate::offer::word(&found.code), text: found.text }).collect()
 }
 
-/// What is left here, in bytes, if all that this VM shares were written: less than nothing where it could not be held. Asked while its QEMU waits,
-/// before its pages have come.
+/// What is left here, in bytes, if all that this VM shares were written: less than nothing where it could not be held. Asked before its QEMU is
+/// started.
 pub(crate) fn head_room(host: &Host, id: MigrationId, offer: &Offer, huge: &[HugePages]) -> i64 {
     let Room { available, promised } = room(host, Some(id));
     let left = i128::from(available.unwrap_or(0)) - i128::from(promised) - i128::from(all(offer, huge));
@@ -60,7 +72,7 @@ pub(crate) fn head_room(host: &Host, id: MigrationId, offer: &Offer, huge: &[Hug
 
 /// What a process uses, if the kernel tells.
 pub(crate) fn view_of(process: &Process) -> Option<MemoryView> {
-    let Usage { rss, pss, shared, own } = process.usage().ok()?;
+    let Usage { rss, pss, shared, own, .. } = process.usage().ok()?;
     Some(MemoryView { rss, pss, shared, own })
 }
 
@@ -116,16 +128,19 @@ mod tests {
 
     fn offer(expected_bytes: u64) -> Offer {
         let block = |bytes| Block { name: "ram".into(), bytes, travels: true };
-        Offer { blocks: vec![block(3 << 30), block(1 << 30)], expected_bytes, ..Offer::default() }
+        let blocks = vec![block(3 << 30), block(1 << 30)];
+        Offer { blocks, expected_bytes, common: true, ..Offer::default() }
     }
 
     #[test]
     fn what_shares_needs_what_it_has_of_its_own() {
-        assert_eq!(needed(&offer(0), &[]), 4 << 30);
-        assert_eq!(needed(&offer(1 << 20), &[]), 1 << 20);
-        assert_eq!(needed(&offer(u64::MAX), &[]), 4 << 30, "no more than all of it");
+        assert_eq!(expected_of(&offer(0), &[]), 4 << 30);
+        assert_eq!(expected_of(&offer(1 << 20), &[]), 1 << 20);
+        assert_eq!(expected_of(&offer(u64::MAX), &[]), 4 << 30, "no more than all of it");
+        let alone = Offer { common: false, ..offer(1 << 20) };
+        assert_eq!(expected_of(&alone, &[]), 4 << 30, "what shares nothing is not believed");
         let huge = HugePages { bytes: 3 << 30, page_bytes: 2 << 20 };
-        assert_eq!(needed(&offer(0), &[huge]), 1 << 30);
+        assert_eq!(expected_of(&offer(0), &[huge]), 1 << 30);
     }
 
     #[test]

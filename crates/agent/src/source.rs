@@ -141,6 +141,8 @@ struct Outgoing {
     no_answer: String,
     /// The target has heard that this try is over.
     told_loss: bool,
+    /// It was looked what memory the VM takes here.
+    accounted: bool,
     /// The target will say what memory the VM takes there.
     accounts: bool,
     /// The operator who waits for what becomes of a decision.
@@ -230,6 +232,7 @@ impl Outgoing {
             lap: Instant::now(),
             no_answer: String::new(),
             told_loss: false,
+            accounted: false,
             accounts: false,
             operator: None,
         }

@@ -2,12 +2,11 @@
 
 use crate::config::PageStreams;
 use crate::control::{Arrival, Control, explain};
-use crate::fit::{check_digests, is_late, settle_late, sinks, verify};
+use crate::fit::{check_digests, is_staged, settle_late, sinks, verify, with_guesses};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
-use crate::room::{self, Promise};
 use crate::templates::{StoredBlock, Template};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
@@ -20,9 +19,10 @@ use sterna_engine::wire::message::{Block, Hello, Image, Offer, Purpose, Reason, 
 use sterna_engine::{Generation, Target};
 use sterna_memory::{Process, SealedMemory};
 use sterna_transport::Connection;
-use sterna_vmm::qemu::{CommandLine, HugePages, ImageProof, Qemu, huge_pages, is_upgrade, older_qemu};
+use sterna_vmm::qemu::{CommandLine, HugePages, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 
+mod admission;
 mod common;
 mod postcopy;
 
@@ -73,6 +73,9 @@ struct Arriving<'a> {
     mapped: usize,
     /// Whether the VM stays paused once it is ours.
     paused: bool,
+    /// The huge pages that the VM needs, and what memory is left if it shares nothing.
+    huge: Vec<HugePages>,
+    head_room: i64,
     lazy: Lazy,
     began: Instant,
 }
@@ -91,12 +94,13 @@ pub(crate) fn run(host: &Arc<Host>, peer: &str, hello: &Hello, connection: Conne
     arriving.finish(&mut machine, &events, peer);
 }
 
-/// Every reason why this VM cannot come here. Touches nothing. `id` is the migration that brings it, if it has begun.
-pub(crate) fn reasons_against(host: &Host, id: Option<MigrationId>, offer: &Offer) -> Vec<Reason> {
+/// Every reason why this VM cannot come here, but for want of memory. Touches nothing. And the huge pages that it needs.
+pub(crate) fn reasons_against(host: &Host, offer: &Offer) -> (Vec<Reason>, Vec<HugePages>) {
     let reason = |code: &str, text: String| Reason { code: code.into(), text };
     // First of all: the name becomes part of paths.
     if !is_usable(&offer.vm) {
-        return vec![reason("name", format!("the name {:?} cannot be used: {NAME_RULE}", offer.vm))];
+        let why = format!("the name {:?} cannot be used: {NAME_RULE}", offer.vm);
+        return (vec![reason("name", why)], Vec::new());
     }
     let mut reasons = Vec::new();
     if let Some(vm) = host.registry().find(&offer.vm)
@@ -148,8 +152,7 @@ pub(crate) fn reasons_against(host: &Host, id: Option<MigrationId>, offer: &Offe
             ),
         ));
     }
-    reasons.extend(room::reasons(host, id, offer, &huge));
-    reasons
+    (reasons, huge)
 }
 
 /// The command line for this host, or everything in it that this host does not allow.
@@ -228,6 +231,8 @@ impl<'a> Arriving<'a> {
             template: None,
             mapped: 0,
             paused: false,
+            huge: Vec::new(),
+            head_room: 0,
             lazy: Lazy::default(),
             began: Instant::now(),
         }
@@ -245,7 +250,7 @@ impl<'a> Arriving<'a> {
         }
         if let Some(mut control) = self.control.take() {
             let vm = self.vm.as_ref().filter(|_| result.is_ok() && self.offer.account);
-            let used = vm.and_then(|vm| room::view_of(&self.host.process_of(vm).ok()?));
+            let used = vm.and_then(|vm| crate::room::view_of(&self.host.process_of(vm).ok()?));
             if let Some(used) = used {
                 // A source that is gone does not want to know.
                 drop(control.send(&Message::Memory(used.into())));
@@ -433,23 +438,6 @@ impl Arriving<'_> {
         }
     }
 
-    fn check(&mut self, offer: Offer) -> TargetInput {
-        self.offer = offer;
-        self.incoming.supersede(self.id, &self.offer);
-        let promise = Promise::of(room::needed(&self.offer, &self.huge()), !self.offer.template.is_empty());
-        let reasons = || reasons_against(&self.host, Some(self.id), &self.offer);
-        let mut reasons = self.incoming.admit(self.id, promise, reasons);
-        if reasons.is_empty() {
-            self.claim = self.host.registry().claim(&self.offer.vm);
-            if self.claim.is_none() {
-                let text =
-                    format!("host {} has or awaits a VM named {} already", self.host.name(), self.offer.vm);
-                reasons.push(Reason { code: "name-taken".into(), text });
-            }
-        }
-        if reasons.is_empty() { TargetInput::Admitted } else { TargetInput::Refused(reasons) }
-    }
-
     fn prepare(&mut self) -> TargetInput {
         let reason = |code: &str, text: String| vec![Reason { code: code.into(), text }];
         match self.start_qemu() {
@@ -458,21 +446,20 @@ impl Arriving<'_> {
         }
         let process = self.qemu.as_ref().and_then(|qemu| process_of(qemu).ok());
         self.incoming.starts(self.id, process);
-        let head_room = room::head_room(&self.host, self.id, &self.offer, &self.huge());
         match self.fit() {
             Ok(reasons) if reasons.is_empty() => {
                 let lazily = self.prepare_lazily();
                 let room = if self.offer.common { self.room() } else { 0 };
-                TargetInput::Prepared { lazily, room, head_room }
+                if room == 0
+                    && let Some(reasons) = self.admit_whole()
+                {
+                    return TargetInput::Refused(reasons);
+                }
+                TargetInput::Prepared { lazily, room, head_room: self.head_room }
             }
             Ok(reasons) => TargetInput::Refused(reasons),
             Err(why) => TargetInput::Refused(reason("target-qemu", why)),
         }
-    }
-
-    /// The huge pages that it needs.
-    fn huge(&self) -> Vec<HugePages> {
-        command_line(&self.host, &self.offer).map_or_else(|_| Vec::new(), |argv| huge_pages(&argv))
     }
 
     fn start_qemu(&mut self) -> Result<Qemu, Vec<Reason>> {
@@ -582,12 +569,13 @@ impl Arriving<'_> {
         }
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
-        let (late, there): (Vec<_>, Vec<_>) =
-            end.digests.iter().partition(|digest| is_late(&blocks, &guessed, digest));
+        let (staged, there): (Vec<_>, Vec<_>) =
+            end.digests.iter().partition(|digest| is_staged(&blocks, digest));
         // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
         let mut verified = 0;
         if !there.is_empty() && !end.postcopy {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
+            let layout = with_guesses(layout, &self.offer, &guessed);
             verified += verify(&process, &self.offer, &layout, &there)?;
         }
         let ready = began.elapsed();
@@ -597,7 +585,7 @@ impl Arriving<'_> {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
             settle_late(&self.host, &process, &self.offer, &layout, blocks, &guessed)?;
             if !end.postcopy {
-                verified += verify(&process, &self.offer, &layout, &late)?;
+                verified += verify(&process, &self.offer, &layout, &staged)?;
             }
         }
         let settled = began.elapsed();

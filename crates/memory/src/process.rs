@@ -83,6 +83,10 @@ pub struct Usage {
     pub shared: u64,
     /// What of it nobody else maps.
     pub own: u64,
+    /// What belongs to no file, memfd or shared memory, shared or not.
+    pub anonymous: u64,
+    /// What is swapped out, and in none of the others.
+    pub swapped: u64,
 }
 
 impl Process {
@@ -160,6 +164,8 @@ impl Process {
                 pss: of(&["Pss"])?,
                 shared: of(&["Shared_Clean", "Shared_Dirty"])?,
                 own: of(&["Private_Clean", "Private_Dirty"])?,
+                anonymous: of(&["Anonymous"])?,
+                swapped: of(&["Swap"])?,
             })
         };
         usage().ok_or_else(|| self.malformed("smaps_rollup"))

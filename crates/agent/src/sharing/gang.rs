@@ -140,7 +140,12 @@ impl Gang {
 impl Seat {
     /// Whether nobody else leaves with it.
     pub(crate) fn is_alone(&self) -> bool {
-        self.gang.as_ref().is_none_or(|gang| gang.count == 1)
+        self.count() == 1
+    }
+
+    /// How many leave together.
+    pub(crate) fn count(&self) -> usize {
+        self.gang.as_ref().map_or(1, |gang| gang.count)
     }
 
     /// This one is ready. It hears what was found, once all are.

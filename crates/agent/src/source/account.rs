@@ -11,11 +11,18 @@ use sterna_engine::wire::Message;
 const ACCOUNT_WITHIN: Duration = Duration::from_secs(1);
 
 impl Outgoing {
-    /// What its QEMU uses here, once; while pages travel, for it takes its time.
+    /// What its QEMU uses here, once; beside everything else, for the kernel walks over all pages.
     pub(super) fn account_here(&mut self) {
-        if let Some(used) = room::view_of(&self.process) {
-            self.view.memory(|report| report.source = Some(used));
+        let Ok(process) = self.process.try_clone() else { return };
+        if std::mem::replace(&mut self.accounted, true) {
+            return;
         }
+        let view = self.view.another();
+        std::thread::spawn(move || {
+            if let Some(used) = room::view_of(&process) {
+                view.memory(|report| report.source = Some(used));
+            }
+        });
     }
 
     /// A VM that shares pages is let in where there is no room for all of it: whoever moves it is told.

@@ -227,7 +227,6 @@ impl Outgoing {
 
     /// Opens streams for what nobody has asked for.
     pub(super) fn push(&mut self) -> Result<(), String> {
-        self.account_here();
         // Rounds are over, and so is the tracking: the VM does not write here any more.
         self.senders = None;
         if let Some(collector) = self.collector.take()
@@ -239,7 +238,9 @@ impl Outgoing {
         let (tell, of, options) = (self.tell.clone(), self.lazy.connections, self.options);
         let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
-        serving.push(streams, options, failed)
+        serving.push(streams, options, failed)?;
+        self.account_here();
+        Ok(())
     }
 
     /// Connects again to a target that runs the VM and misses pages.

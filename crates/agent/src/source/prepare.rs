@@ -60,7 +60,8 @@ fn tell_sharing(
 ) -> Result<(), Outcome> {
     let common = may_share(host, vm, dedup, seat, (process, &checked.blocks))?;
     let is_clone = !checked.offer.template.is_empty();
-    let expected = room::expected(process, is_clone, common && !seat.is_alone());
+    let leave = if common { seat.count() } else { 1 };
+    let expected = room::expected(process, is_clone, leave, &checked.blocks);
     checked.offer.expected_bytes = expected.map_err(Outcome::Failed)?;
     checked.offer.common = common;
     Ok(())

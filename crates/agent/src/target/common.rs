@@ -44,7 +44,11 @@ impl Arriving<'_> {
         let pages: Vec<u64> = self.offer.blocks.iter().map(|block| block.bytes.div_ceil(PAGE)).collect();
         let mut mapped = vec![Vec::new(); sinks.regions.len()];
         let mut count = 0;
-        if !asked.store.is_empty() {
+        if asked.store.is_empty() {
+            if let Some(reasons) = self.admit_whole() {
+                return Err(reasons.into_iter().map(|reason| reason.text).collect::<Vec<_>>().join("; "));
+            }
+        } else {
             let store = self.host.stores().find(&self.peer, &asked.store);
             let store = store.ok_or("the source refers to pages in common that did not come")?;
             let runs = common::decode(&asked.runs, &pages, store.pages).map_err(|why| why.to_string())?;

@@ -131,6 +131,12 @@ impl Templates {
         Some(Entry { name, digest: digest.to_owned(), manifest, created })
     }
 
+    /// What memory a template will take that is here and not loaded yet, in bytes; nothing where there is none.
+    pub(crate) fn unloaded_bytes(&self, digest: &str) -> u64 {
+        let is_loaded = lock(&self.loaded).contains_key(digest);
+        self.entry(digest).filter(|_| !is_loaded).map_or(0, |entry| entry.manifest.main_block().bytes)
+    }
+
     /// The template with this digest, its memory loaded and checked: that takes a while the first time.
     pub(crate) fn load(&self, digest: &str) -> Result<Arc<Template>, String> {
         let mut loaded = lock(&self.loaded);
