@@ -62,13 +62,13 @@ impl Incoming {
     pub(crate) fn admit<T>(
         &self,
         id: MigrationId,
-        promise: Promise,
+        promise: (u64, bool),
         reasons: impl FnOnce() -> Vec<T>,
     ) -> Vec<T> {
         let _turn = lock(&self.admission);
         let reasons = reasons();
         if let Some(found) = lock(&self.by_id).get_mut(&id).filter(|_| reasons.is_empty()) {
-            found.promise = promise;
+            found.promise.is(promise);
         }
         reasons
     }

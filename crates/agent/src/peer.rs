@@ -48,7 +48,7 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
         Ok(Message::Query(query)) => reply(&mut connection, &Message::Answer(owner(host, &query, &peer))),
         Ok(Message::Check(offer)) => {
             let (mut reasons, huge) = target::reasons_against(host, &offer);
-            reasons.extend(crate::room::reasons(host, None, &offer, &huge));
+            reasons.extend(crate::room::reasons(host, &offer, &huge));
             reply(&mut connection, &Message::Refused(Refused { reasons }));
         }
         Ok(Message::Template(offered)) => templates::receive(host, &peer, &offered, connection),

@@ -42,7 +42,7 @@ fn all(offer: &Offer, huge: &[HugePages]) -> u64 {
 }
 
 /// What of it will be needed as far as is known. Only what shares may need less than all.
-pub(crate) fn needed(host: &Host, offer: &Offer, huge: &[HugePages]) -> u64 {
+fn needed(host: &Host, offer: &Offer, huge: &[HugePages]) -> u64 {
     expected_of(offer, huge).saturating_add(host.templates().unloaded_bytes(&offer.template))
 }
 
@@ -51,14 +51,20 @@ fn expected_of(offer: &Offer, huge: &[HugePages]) -> u64 {
     if offer.expected_bytes == 0 || !shares { all } else { offer.expected_bytes.min(all) }
 }
 
-/// Why there is no room for it. `id` is the migration that asks, if it has begun.
-pub(crate) fn reasons(
-    host: &Host,
-    id: Option<MigrationId>,
-    offer: &Offer,
-    huge: &[HugePages],
-) -> Vec<Reason> {
-    let found = target_reasons(needed(host, offer, huge), room(host, id), huge).into_iter();
+/// Promises a VM the memory that it needs, or tells why there is none.
+pub(crate) fn admit(host: &Host, id: MigrationId, offer: &Offer, huge: &[HugePages]) -> Vec<Reason> {
+    let bytes = needed(host, offer, huge);
+    let reasons = || reasons_for(host, Some(id), bytes, huge);
+    host.incoming().admit(id, (bytes, !offer.template.is_empty()), reasons)
+}
+
+/// Why there is no room for a VM of which nobody knows yet whether it comes.
+pub(crate) fn reasons(host: &Host, offer: &Offer, huge: &[HugePages]) -> Vec<Reason> {
+    reasons_for(host, None, needed(host, offer, huge), huge)
+}
+
+fn reasons_for(host: &Host, id: Option<MigrationId>, bytes: u64, huge: &[HugePages]) -> Vec<Reason> {
+    let found = target_reasons(bytes, room(host, id), huge).into_iter();
     found.map(|found| Reason { code: crate::offer::word(&found.code), text: found.text }).collect()
 }
 
@@ -98,8 +104,9 @@ pub(crate) struct Promise {
 }
 
 impl Promise {
-    pub(crate) fn of(bytes: u64, is_clone: bool) -> Self {
-        Self { bytes, is_clone, process: None }
+    /// From now on so much is promised, to whoever takes it.
+    pub(crate) fn is(&mut self, (bytes, is_clone): (u64, bool)) {
+        (self.bytes, self.is_clone) = (bytes, is_clone);
     }
 
     pub(crate) fn starts(&mut self, process: Option<Process>) {
@@ -145,15 +152,15 @@ mod tests {
 
     #[test]
     fn what_was_taken_is_promised_no_more() {
-        let mut promise = Promise::of(1 << 40, false);
+        let mut promise = Promise::default();
+        assert_eq!(promise.left(), 0);
+        promise.is((1 << 40, false));
         assert_eq!(promise.left(), 1 << 40);
         let us = Process::open(i32::try_from(std::process::id()).unwrap()).unwrap();
-        promise.starts(Some(us.try_clone().unwrap()));
+        promise.starts(Some(us));
         let all = promise.left();
         assert!(all < 1 << 40);
-        let mut of_clone = Promise::of(1 << 40, true);
-        of_clone.starts(Some(us));
-        assert!(of_clone.left() > all, "a template was there before");
-        assert_eq!(Promise::of(0, false).left(), 0);
+        promise.is((1 << 40, true));
+        assert!(promise.left() > all, "a template was there before, and who takes it is known still");
     }
 }

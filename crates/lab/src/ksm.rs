@@ -11,13 +11,13 @@ const FOLDER: &str = "/sys/kernel/mm/ksm";
 /// Who holds this file locked is the one who merges.
 const TURN: &str = "sterna-lab-ksm.lock";
 /// What is set while it runs: it looks at whatever there is, over and over.
-const SETTINGS: [(&str, &str); 4] =
-    [("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("smart_scan", "0"), ("run", "1")];
+const SETTINGS: [(&str, &str); 3] =
+    [("pages_to_scan", "20000"), ("sleep_millisecs", "10"), ("smart_scan", "0")];
 
 /// Merges pages as fast as it can as long as this lives. There is one such thing in a machine: the second waits for the first.
 #[derive(Debug)]
 pub struct Ksm {
-    changed: Vec<Setting>,
+    _changed: Vec<Setting>,
     _turn: File,
 }
 
@@ -27,12 +27,19 @@ impl Ksm {
     /// # Errors
     /// The kernel cannot merge, or we may not tell it to.
     pub fn run() -> Result<Self, LabError> {
+        Self::with("1")
+    }
+
+    fn with(run: &str) -> Result<Self, LabError> {
         let path = std::env::temp_dir().join(TURN);
         let locked = File::create(&path).and_then(|file| file.lock().map(|()| file));
         let turn = locked.map_err(|source| LabError::File { action: "lock", path, source })?;
-        let changed: Result<_, LabError> =
-            SETTINGS.iter().map(|(name, value)| Setting::change(&file(name), value)).collect();
-        Ok(Self { changed: changed?, _turn: turn })
+        let changed: Result<_, LabError> = [("run", run)]
+            .iter()
+            .chain(&SETTINGS)
+            .map(|(name, value)| Setting::change(&file(name), value))
+            .collect();
+        Ok(Self { _changed: changed?, _turn: turn })
     }
 
     /// Has nobody merge anything as long as this lives.
@@ -40,9 +47,7 @@ impl Ksm {
     /// # Errors
     /// As [`Ksm::run`].
     pub fn none() -> Result<Self, LabError> {
-        let mut ksm = Self::run()?;
-        ksm.changed.push(Setting::change(&file("run"), "0")?);
-        Ok(ksm)
+        Self::with("0")
     }
 
     /// Waits until it has gone over all memory so many times: what does not change is merged after two.

@@ -91,7 +91,7 @@ impl Reader {
             for segment in
                 mappings.segments(region)?.into_iter().filter(|segment| segment.kind == Kind::Shared)
             {
-                let Ok(file) = segment.open(process, Access::Read) else { continue };
+                let file = segment.open(process, Access::Read)?;
                 if segment.huge_page_bytes(&file).is_some() {
                     let (start, end, offset) = (segment.start, segment.end, segment.offset);
                     reader.in_files.push(InFile { start, end, offset, file });
@@ -114,30 +114,23 @@ impl Reader {
     ///
     /// Give no holes: reading them allocates memory in the target, see [`crate::populated`].
     pub fn read(&self, runs: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
-        if !self.in_files.is_empty() {
-            let (mut runs, mut rest) = (runs, buf);
-            while let Some(first) = runs.first() {
-                let place = self.in_file(first);
-                let same = runs.iter().take_while(|run| self.in_file(run) == place).count();
-                let (these, after) = runs.split_at(same);
-                let bytes: u64 = these.iter().map(|run| run.len).sum();
-                let buffer = rest.len();
-                let Some((part, more)) = rest.split_at_mut_checked(bytes as usize) else {
-                    return Err(CopyError::Length { buffer, spans: bytes });
-                };
-                match place {
-                    Some(at) => self.read_in_file(&self.in_files[at], these, part)?,
-                    None => self.read_in_process(these, part)?,
-                }
-                (runs, rest) = (after, more);
-            }
-            return if rest.is_empty() {
-                Ok(())
-            } else {
-                Err(CopyError::Length { buffer: rest.len(), spans: 0 })
-            };
+        if self.in_files.is_empty() {
+            return self.read_in_process(runs, buf);
         }
-        self.read_in_process(runs, buf)
+        let spans = length(runs);
+        if spans != buf.len() as u64 {
+            return Err(CopyError::Length { buffer: buf.len(), spans });
+        }
+        let mut rest = buf;
+        for runs in runs.chunk_by(|one, next| self.in_file(one) == self.in_file(next)) {
+            let (part, after) = rest.split_at_mut(length(runs) as usize);
+            rest = after;
+            match self.in_file(&runs[0]).map(|at| &self.in_files[at]) {
+                Some(of) => self.read_by(&of.file, |addr| of.offset + (addr - of.start), runs, part)?,
+                None => self.read_in_process(runs, part)?,
+            }
+        }
+        Ok(())
     }
 
     /// Which file has all of a span.
@@ -147,22 +140,9 @@ impl Reader {
         Some(at)
     }
 
-    fn read_in_file(&self, part: &InFile, spans: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
-        let mut rest = buf;
-        for span in spans {
-            let (bytes, after) = rest.split_at_mut(span.len as usize);
-            rest = after;
-            if let Err(source) = part.file.read_exact_at(bytes, part.offset + (span.addr - part.start)) {
-                check_alive(&self.process)?;
-                return Err(CopyError::Fault { pid: self.process.pid(), addr: span.addr, source });
-            }
-        }
-        check_alive(&self.process)
-    }
-
     fn read_in_process(&self, runs: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
         if let Some(mem) = &self.mem {
-            return self.read_gently(mem, runs, buf);
+            return self.read_by(mem, |addr| addr, runs, buf);
         }
         let pid = Pid::from_raw(self.process.pid());
         transfer(&self.process, runs, buf.len(), |from, spans| {
@@ -175,8 +155,15 @@ impl Reader {
 }
 
 impl Reader {
-    fn read_gently(&self, mem: &File, spans: &[Span], buf: &mut [u8]) -> Result<(), CopyError> {
-        let sum = spans.iter().fold(0u64, |sum, s| sum.saturating_add(s.len));
+    /// Fills the buffer from a file in which an address has a place.
+    fn read_by(
+        &self,
+        file: &File,
+        place: impl Fn(u64) -> u64,
+        spans: &[Span],
+        buf: &mut [u8],
+    ) -> Result<(), CopyError> {
+        let sum = length(spans);
         if sum != buf.len() as u64 {
             return Err(CopyError::Length { buffer: buf.len(), spans: sum });
         }
@@ -184,7 +171,7 @@ impl Reader {
         for span in spans {
             let (part, after) = rest.split_at_mut(span.len as usize);
             rest = after;
-            if let Err(source) = mem.read_exact_at(part, span.addr) {
+            if let Err(source) = file.read_exact_at(part, place(span.addr)) {
                 check_alive(&self.process)?;
                 return Err(CopyError::Fault { pid: self.process.pid(), addr: span.addr, source });
             }
@@ -220,6 +207,10 @@ fn check_alive(process: &Process) -> Result<(), CopyError> {
     if process.is_alive() { Ok(()) } else { Err(CopyError::Gone { pid: process.pid() }) }
 }
 
+fn length(spans: &[Span]) -> u64 {
+    spans.iter().fold(0, |sum, span| sum.saturating_add(span.len))
+}
+
 fn total(spans: &[RemoteIoVec]) -> usize {
     spans.iter().map(|s| s.len).sum()
 }
@@ -231,7 +222,7 @@ fn transfer(
     buffer: usize,
     mut call: impl FnMut(usize, &[RemoteIoVec]) -> nix::Result<usize>,
 ) -> Result<(), CopyError> {
-    let sum = spans.iter().fold(0u64, |sum, s| sum.saturating_add(s.len));
+    let sum = length(spans);
     if sum != buffer as u64 {
         return Err(CopyError::Length { buffer, spans: sum });
     }
