@@ -35,7 +35,7 @@ impl Scene {
     fn boot(world: World, names: &[&'static str], change: impl Fn(&str, GuestSpec) -> GuestSpec) -> Self {
         let (a, b) = (world.agent("a"), world.agent("b"));
         for name in names {
-            world.run(&a, &change(name, world.parts.guest(name)));
+            world.run(&a, &change(name, world.parts.mergeable_guest(name)));
         }
         for name in names {
             world.wait_for(name, "LOAD t=", BOOT);
@@ -304,7 +304,7 @@ const CLONES_ALIKE: u64 = 8000;
 fn clones_share_what_they_have_written_too() {
     let world = World::new("7.2");
     let (a, b) = (world.agent("a"), world.agent("b"));
-    let golden = GuestSpec { programs: vec![twin(7, 10)], ..world.parts.guest("golden") };
+    let golden = GuestSpec { programs: vec![twin(7, 10)], ..world.parts.mergeable_guest("golden") };
     let argv = world.argv(&golden);
     let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
     a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();

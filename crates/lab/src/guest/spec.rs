@@ -22,6 +22,8 @@ pub struct GuestSpec {
     pub machine: Machine,
     /// What RAM is made of on the host.
     pub ram: Ram,
+    /// The host's kernel may merge its pages with others that are equal, as QEMU has it by default.
+    pub mergeable: bool,
     /// A video card.
     pub vga: Vga,
     /// A network card.
@@ -196,6 +198,7 @@ impl GuestSpec {
             vcpus: 1,
             machine: Machine::Q35,
             ram: Ram::Plain,
+            mergeable: true,
             vga: Vga::Absent,
             nic: None,
             disk: None,
@@ -267,9 +270,10 @@ impl GuestSpec {
             Machine::Pc => "pc",
             Machine::Microvm => "microvm",
         };
+        let merging = if self.mergeable { "" } else { ",mem-merge=off" };
         let kind = match self.ram {
             Ram::Plain => {
-                line.add("-machine", machine);
+                line.add("-machine", &format!("{machine}{merging}"));
                 return;
             }
             Ram::PrivateMemfd => "memory-backend-memfd,share=off",
@@ -281,7 +285,7 @@ impl GuestSpec {
             Ram::SharedFile => "memory-backend-file,share=on,mem-path=/dev/shm",
         };
         line.add("-object", &format!("{kind},id=ram,size={}M", self.memory_mib));
-        line.add("-machine", &format!("{machine},memory-backend=ram"));
+        line.add("-machine", &format!("{machine}{merging},memory-backend=ram"));
     }
 
     fn add_nic(&self, line: &mut Line, side: &HostSide) {
@@ -389,6 +393,15 @@ mod tests {
         assert!(!spec().arguments(&side()).contains(&"-incoming".to_owned()));
         let waiting = HostSide { arrival: Arrival::Incoming, ..side() };
         assert!(spec().arguments(&waiting).contains(&"-incoming".to_owned()));
+    }
+
+    #[test]
+    fn a_guest_whose_pages_are_left_alone_says_so() {
+        assert!(!spec().arguments(&side()).join(" ").contains("mem-merge"));
+        let alone = GuestSpec { mergeable: false, ..spec() };
+        assert!(alone.arguments(&side()).contains(&"q35,mem-merge=off".to_owned()));
+        let file = GuestSpec { ram: Ram::SharedMemfd, ..alone };
+        assert!(file.arguments(&side()).contains(&"q35,mem-merge=off,memory-backend=ram".to_owned()));
     }
 
     #[test]

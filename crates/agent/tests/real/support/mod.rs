@@ -58,7 +58,13 @@ impl Parts {
         }
     }
 
+    /// One whose pages no other test's kernel merging touches: what is counted of it is its own.
     pub(crate) fn guest(&self, name: &str) -> GuestSpec {
+        GuestSpec { mergeable: false, ..self.mergeable_guest(name) }
+    }
+
+    /// As QEMU makes it: the kernel looks through all of these, whenever it merges pages.
+    pub(crate) fn mergeable_guest(&self, name: &str) -> GuestSpec {
         GuestSpec::plain(name, 192, &self.packages.kernel, &self.initramfs)
     }
 }
