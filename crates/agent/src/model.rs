@@ -239,6 +239,9 @@ pub struct MigrateRequest {
     /// What travels once, where the VM has it in several places or in common with others that leave with it.
     #[serde(default)]
     pub dedup: Dedup,
+    /// When a clone's template goes to a target that lacks it.
+    #[serde(rename = "send-template", default)]
+    pub send_template: SendTemplate,
     /// Post-copy at once: the VM runs at the target before any of its pages is there, and they follow. Excludes the other two ways of
     /// post-copy, and what only rounds heed; `downtime-limit` has no meaning then.
     #[serde(default)]
@@ -275,6 +278,7 @@ impl MigrateRequest {
             delta_cache: None,
             downtime_limit: default_downtime_limit(),
             dedup: Dedup::default(),
+            send_template: SendTemplate::default(),
             postcopy: false,
             postcopy_after_precopy: false,
             timeout_postcopy: false,
@@ -283,6 +287,19 @@ impl MigrateRequest {
             parallel_connections: None,
         }
     }
+}
+
+/// When a clone's template goes to a target that does not have it. It goes once in each case, and what came of it is kept.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, utoipa::ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum SendTemplate {
+    /// Before anything else is done.
+    #[default]
+    Before,
+    /// While the VM's own pages go; it stops when all of the template is there.
+    Beside,
+    /// With post-copy at once: the VM runs at the target before its template is there, and asks for the pages that it touches meanwhile.
+    After,
 }
 
 /// How pages may be compressed. Whichever is allowed is used only where it is measured that pages arrive sooner.

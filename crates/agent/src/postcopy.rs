@@ -1,7 +1,7 @@
 //! What may be asked of post-copy, and when: the answers of the API before anything reaches the migration itself.
 
 use crate::AgentError;
-use crate::model::{MigrateRequest, MigrationView};
+use crate::model::{MigrateRequest, MigrationView, SendTemplate};
 
 /// QEMU's words for a VM that runs at its target with pages missing.
 pub(crate) const WORDS: [&str; 3] = ["postcopy-active", "postcopy-paused", "postcopy-recover"];
@@ -28,6 +28,13 @@ pub(crate) fn check(request: &MigrateRequest) -> Result<(), AgentError> {
     }
     if request.timeout_postcopy && request.timeout.is_none() {
         return Err(AgentError::Invalid("timeout-postcopy needs timeout: it says what is done then".into()));
+    }
+    if request.send_template == SendTemplate::After && !request.postcopy {
+        return Err(AgentError::Invalid(
+            "send-template after lets the VM run at the target before its template is there: that is post-copy at once, give \
+             postcopy too"
+                .into(),
+        ));
     }
     let without_rounds = [
         (request.auto_converge, "auto-converge"),
@@ -179,10 +186,13 @@ mod tests {
             },
             MigrateRequest { timeout: Some(5.0), min_bandwidth: Some(1), delta_cache: Some(1), ..hybrid() },
             MigrateRequest { auto_converge: true, ..timed() },
+            MigrateRequest { send_template: SendTemplate::Beside, ..hybrid() },
+            MigrateRequest { send_template: SendTemplate::After, ..lazily() },
         ] {
             assert!(check(&fine).is_ok(), "{fine:?}");
         }
         for (wrong, word) in [
+            (MigrateRequest { send_template: SendTemplate::After, ..hybrid() }, "give postcopy too"),
             (MigrateRequest { postcopy_after_precopy: true, ..lazily() }, "exclude"),
             (MigrateRequest { postcopy: true, ..timed() }, "exclude"),
             (MigrateRequest { postcopy_after_precopy: true, ..timed() }, "exclude"),

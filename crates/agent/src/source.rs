@@ -13,6 +13,7 @@ use crate::progress::View;
 use crate::recovery::undo_stop;
 use crate::registry::Vm;
 use crate::sharing::{Seat, Word};
+use crate::templates::Told;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -36,6 +37,7 @@ mod postcopy;
 mod prepare;
 mod share;
 mod steps;
+mod template;
 mod unresolved;
 
 use pace::Slowed;
@@ -75,6 +77,8 @@ enum Event {
     Broken(String),
     /// What the VM has in common with others.
     Shared(Result<Word, String>),
+    /// What becomes of the template that is sent.
+    Template(Told),
     /// A connection is lost; which generation of connections it was of.
     Lost(u64, String),
     /// The same of one that carries pages of a post-copy: the target closes those first when all have come, and says so then.
@@ -117,6 +121,8 @@ struct Outgoing {
     senders: Option<Senders>,
     lazy: Lazily,
     sharing: Sharing,
+    /// Its template, while that is still on its way.
+    template: Option<template::Trailing>,
     collector: Option<Collector>,
     writers: Writers,
     activity: Activity,
@@ -214,6 +220,7 @@ impl Outgoing {
             senders: None,
             lazy,
             sharing: Sharing::default(),
+            template: None,
             collector: None,
             writers: Writers::Processors,
             activity: Activity::Running,
@@ -290,12 +297,7 @@ impl Outgoing {
             }
             let wait = wait.min(self.lazy.fades_in());
             match events.recv_timeout(wait) {
-                Ok(Event::Input(input)) => self.feed(&mut machine, input),
-                Ok(Event::Order(order)) => self.obey(&mut machine, order),
-                Ok(Event::Broken(why)) => self.wait_for_last_words(why),
-                Ok(Event::Shared(found)) => self.shared(&mut machine, found),
-                Ok(Event::Lost(of, why)) => self.lost(&mut machine, of, why),
-                Ok(Event::Faded(of, why)) => self.lazy.fade(of, why),
+                Ok(event) => self.take(&mut machine, event),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
             }
         }
@@ -309,14 +311,19 @@ impl Outgoing {
 
     fn catch_up(&mut self, machine: &mut Source, events: &mpsc::Receiver<Event>) {
         while let Ok(event) = events.try_recv() {
-            match event {
-                Event::Input(input) => self.feed(machine, input),
-                Event::Order(order) => self.obey(machine, order),
-                Event::Broken(why) => self.wait_for_last_words(why),
-                Event::Shared(found) => self.shared(machine, found),
-                Event::Lost(of, why) => self.lost(machine, of, why),
-                Event::Faded(of, why) => self.lazy.fade(of, why),
-            }
+            self.take(machine, event);
+        }
+    }
+
+    fn take(&mut self, machine: &mut Source, event: Event) {
+        match event {
+            Event::Input(input) => self.feed(machine, input),
+            Event::Order(order) => self.obey(machine, order),
+            Event::Broken(why) => self.wait_for_last_words(why),
+            Event::Shared(found) => self.shared(machine, found),
+            Event::Template(told) => self.on_template(machine, told),
+            Event::Lost(of, why) => self.lost(machine, of, why),
+            Event::Faded(of, why) => self.lazy.fade(of, why),
         }
     }
 

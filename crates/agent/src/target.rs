@@ -7,7 +7,7 @@ use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
 use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
-use crate::templates::{StoredBlock, Template};
+use crate::templates::{Base, StoredBlock};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
 use sterna_engine::wire::message::{Block, Hello, Image, Offer, Purpose, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
-use sterna_memory::{Process, SealedMemory};
+use sterna_memory::Process;
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, HugePages, ImageProof, Qemu, is_upgrade, older_qemu};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
@@ -25,6 +25,7 @@ use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 mod admission;
 mod common;
 mod postcopy;
+mod template;
 
 use postcopy::Lazy;
 pub(crate) use postcopy::{Processors, is_unfilled, let_go, resume};
@@ -46,6 +47,8 @@ pub(crate) enum Event {
     Reattach(Connection),
     /// What becomes of the pages that are missing.
     Fetched(Fetched),
+    /// Its template, which was on its way, is here, or is not and will not be.
+    Template(Result<(), String>),
     /// A control connection is lost; which generation of connections it was of.
     Lost(u64, String),
     /// A stream tells; whether it counts depends on how far the migration is.
@@ -68,7 +71,7 @@ struct Arriving<'a> {
     receivers: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
     /// What the VM is a clone of.
-    template: Option<Arc<Template>>,
+    template: Option<Arc<Base>>,
     /// How many runs of pages in common are mapped.
     mapped: usize,
     /// Whether the VM stays paused once it is ours.
@@ -176,15 +179,15 @@ fn template_reason(host: &Host, offer: &Offer) -> Option<Reason> {
     if offer.template.is_empty() {
         return None;
     }
-    let text = match host.templates().entry(&offer.template) {
+    let text = match host.templates().manifest(&offer.template) {
         None => format!("host {} does not have its template, {}", host.name(), offer.template),
-        Some(entry) => {
-            let main = entry.manifest.main_block();
+        Some(manifest) => {
+            let main = manifest.main_block();
             let same = |block: &Block| block.name == main.name && block.bytes == main.bytes;
             if offer.blocks.iter().any(same) {
                 return None;
             }
-            format!("its memory is not as that of template {} on host {}", entry.name, host.name())
+            format!("its memory is not as that of its template {} on host {}", offer.template, host.name())
         }
     };
     Some(Reason { code: "template".into(), text })
@@ -322,6 +325,7 @@ impl Arriving<'_> {
             Event::Stream(Purpose::Push, index, connection) => self.add_push(index, connection),
             Event::Reattach(connection) => self.reattach(connection),
             Event::Fetched(fetched) => self.fetched(fetched),
+            Event::Template(how) => self.template_known(how),
             Event::Lost(of, why) => self.lost_control(of, why),
             Event::Received(Received::Pages) => Some(TargetInput::Received),
             Event::Received(Received::RoundEnd { stream, round }) => Some(match self.drop_stale() {
@@ -493,20 +497,6 @@ impl Arriving<'_> {
         Ok(qemu)
     }
 
-    /// The command line and the memory of a clone, where the VM is one.
-    fn on_template(&mut self, argv: Vec<String>) -> Result<(Vec<String>, Option<Arc<SealedMemory>>), String> {
-        if self.offer.template.is_empty() {
-            return Ok((argv, None));
-        }
-        let template = self.host.templates().load(&self.offer.template)?;
-        let main = template.manifest.main_block();
-        let line = CommandLine::parse_launched(argv).ok_or("its command line cannot be read")?;
-        let argv = line.on_template(&main.name, main.bytes)?.to_argv();
-        let memory = template.memory.clone();
-        self.template = Some(template);
-        Ok((argv, Some(memory)))
-    }
-
     /// Compares what was started with what was offered, and gets every block ready to be written.
     fn fit(&mut self) -> Result<Vec<Reason>, String> {
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU was started".into()) };
@@ -531,6 +521,10 @@ impl Arriving<'_> {
         if let Some(vm) = &self.vm {
             let written = self.host.registry().update(vm, |record| record.parts = Some(parts));
             written.map_err(|why| format!("the VM cannot be written down: {why}"))?;
+        }
+        let reasons = template::reasons(self.template.as_deref(), qemu)?;
+        if !reasons.is_empty() {
+            return Ok(reasons);
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
@@ -562,8 +556,9 @@ impl Arriving<'_> {
         let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
         installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
+        let awaits = self.awaits_template(end.postcopy)?;
         if end.postcopy {
-            self.begin_fetch(end, layout, &lock(&missing))?;
+            self.begin_fetch(end, layout, &lock(&missing), awaits)?;
         } else {
             self.need_no_fetch();
         }

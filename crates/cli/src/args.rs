@@ -308,6 +308,9 @@ pub(crate) struct Migrate {
     /// all VMs that are named; with `hash` all that have the same content, which lets VMs see by their own timing what others have
     #[arg(long, value_enum, default_value_t = Dedup::Frames, value_name = "WHAT")]
     pub(crate) dedup: Dedup,
+    /// When a clone's template goes to a host that lacks it; `after` needs --postcopy
+    #[arg(long, value_enum, default_value_t = SendTemplate::Before, value_name = "WHEN")]
+    pub(crate) send_template: SendTemplate,
     /// Memory that the source keeps pages in, to send only what has changed of those that come again: 256MiB; 0 for none [a
     /// quarter of the VM's RAM, 512MiB at most]
     #[arg(long, value_name = "SIZE", value_parser = crate::bandwidth::parse_size)]
@@ -422,6 +425,27 @@ impl From<Dedup> for sterna_agent::model::Dedup {
             Dedup::None => Self::None,
             Dedup::Frames => Self::Frames,
             Dedup::Hash => Self::Hash,
+        }
+    }
+}
+
+/// When a clone's template goes to a host that does not have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SendTemplate {
+    /// Before anything else
+    Before,
+    /// While the VM's own pages go
+    Beside,
+    /// After the VM has begun to run there, which asks for what it touches meanwhile
+    After,
+}
+
+impl From<SendTemplate> for sterna_agent::model::SendTemplate {
+    fn from(when: SendTemplate) -> Self {
+        match when {
+            SendTemplate::Before => Self::Before,
+            SendTemplate::Beside => Self::Beside,
+            SendTemplate::After => Self::After,
         }
     }
 }

@@ -81,7 +81,7 @@ enum State {
         round_time: Duration,
     },
     Settling,
-    /// Most of the last round was written again before it could go: the next one begins at the deadline.
+    /// Most of the last round was written again before it could go, or the VM may not stop yet: the next one begins at the deadline.
     Resting {
         pages: Pages,
     },
@@ -162,6 +162,7 @@ impl Source {
             rate: RateLimits::default(),
             auto_converge: false,
             postcopy: Postcopy::default(),
+            awaits: false,
         };
         let mut source = Self::in_state(parameters, State::Over, now);
         source.released_at = Some(now);
@@ -280,6 +281,7 @@ impl Source {
             SourceInput::Writes(rate) => self.on_writes(rate),
             SourceInput::Activity(activity) => self.on_activity(activity),
             SourceInput::Unsettled(pages) => self.unsettled = pages,
+            SourceInput::Arrived => self.on_arrived(now),
             SourceInput::Scanned(pages) => self.on_scanned(pages, now),
             SourceInput::Settled(pages) if self.state == State::Settling => {
                 self.begin_round(self.progress.rounds + 1, pages, now);

@@ -169,6 +169,7 @@ impl SourceDriver {
             rate: RateLimits::default(),
             auto_converge: true,
             postcopy,
+            awaits: false,
         };
         Self {
             source: Source::new(parameters, Duration::ZERO),

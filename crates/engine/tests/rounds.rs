@@ -58,6 +58,7 @@ fn parameters(rate: RateLimits, auto_converge: bool, limit: Duration) -> SourceP
         rate,
         auto_converge,
         postcopy: Postcopy::OnDemand,
+        awaits: false,
     }
 }
 
@@ -145,39 +146,50 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
     seen
 }
 
-/// What is to be dropped at the target is told while the VM runs: a round that sends nothing, then the stop, whose round follows that one and
-/// is counted as if there had been none.
-#[test]
-fn a_switch_tells_before_the_stop_what_is_stale() {
-    let limit = Duration::from_millis(300);
-    let parameters = SourceParameters {
-        postcopy: Postcopy::AfterPrecopy,
-        ..parameters(RateLimits::default(), false, limit)
-    };
+/// What a migration does that was accepted and tracks, second by second, as these things happen.
+fn steps(parameters: SourceParameters, inputs: Vec<SourceInput>) -> (Source, Vec<SourceAction>) {
     let mut source = Source::new(parameters, Duration::ZERO);
-    let barrier = |round| SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 }));
     let welcome = Welcome { version: VERSION_MAX, software: String::new() };
     let accepted = Accepted { postcopy: true, ..Accepted::default() };
-    let inputs = [
+    let before = [
         SourceInput::Recorded,
         SourceInput::Message(Message::Welcome(welcome)),
         SourceInput::Message(Message::Accepted(accepted)),
         SourceInput::Opened,
-        SourceInput::Tracked(Pages(RAM)),
-        barrier(1),
-        SourceInput::Scanned(Pages(RAM)),
-        barrier(2),
-        SourceInput::Stopped(Pages(RAM)),
     ];
     let mut done = Vec::new();
-    for (second, input) in (1..).zip(inputs) {
+    for (second, input) in (1..).zip(before.into_iter().chain(inputs)) {
         source.handle(input, Duration::from_secs(second));
         let actions = std::iter::from_fn(|| source.poll());
         done.extend(actions.filter(|action| {
-            use SourceAction::{FinishPostcopy, Scan, SendRound, Stop, TellStale};
-            matches!(action, SendRound(_) | Scan | TellStale(_) | Stop | FinishPostcopy(_))
+            use SourceAction::{Finish, FinishPostcopy, Scan, SendRound, Stop, TellStale};
+            matches!(action, SendRound(_) | Scan | TellStale(_) | Stop | Finish(_) | FinishPostcopy(_))
         }));
     }
+    (source, done)
+}
+
+fn barrier(round: u32) -> SourceInput {
+    SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 }))
+}
+
+/// What is to be dropped at the target is told while the VM runs: a round that sends nothing, then the stop, whose round follows that one and
+/// is counted as if there had been none.
+#[test]
+fn a_switch_tells_before_the_stop_what_is_stale() {
+    let parameters = SourceParameters {
+        postcopy: Postcopy::AfterPrecopy,
+        ..parameters(RateLimits::default(), false, LIMIT)
+    };
+    let all = Pages(RAM);
+    let inputs = vec![
+        SourceInput::Tracked(all),
+        barrier(1),
+        SourceInput::Scanned(all),
+        barrier(2),
+        SourceInput::Stopped(all),
+    ];
+    let (source, done) = steps(parameters, inputs);
     let told = [
         SourceAction::SendRound(1),
         SourceAction::Scan,
@@ -187,6 +199,59 @@ fn a_switch_tells_before_the_stop_what_is_stale() {
     ];
     assert_eq!(done, told);
     assert_eq!((source.progress().rounds, source.is_postcopy()), (2, true));
+}
+
+/// However little is left: what the target needs beside the pages is there before the VM stops. Rounds go on, and the stop follows at once.
+#[test]
+fn a_vm_does_not_stop_before_what_it_awaits_is_there() {
+    let awaiting = SourceParameters { awaits: true, ..parameters(RateLimits::default(), false, LIMIT) };
+    let inputs = vec![
+        SourceInput::Tracked(Pages(RAM)),
+        barrier(1),
+        SourceInput::Scanned(Pages(1)),
+        SourceInput::Tick,
+        barrier(2),
+        SourceInput::Scanned(Pages(0)),
+    ];
+    let (mut source, done) = steps(awaiting, inputs);
+    let (rounds, scan) = (|round| SourceAction::SendRound(round), SourceAction::Scan);
+    assert_eq!(done, [rounds(1), scan.clone(), rounds(2), scan.clone()]);
+    let at = Duration::from_secs(20);
+    source.handle(SourceInput::Arrived, at);
+    source.handle(SourceInput::Scanned(Pages(0)), at);
+    let after: Vec<_> = std::iter::from_fn(|| source.poll()).collect();
+    assert_eq!(after, [scan, SourceAction::Stop]);
+}
+
+/// The same of one that switches at once, and of one that switches when its time is over: it does not look again and again meanwhile.
+#[test]
+fn a_switch_waits_too() {
+    let of = |postcopy, timeout| SourceParameters {
+        awaits: true,
+        postcopy,
+        timeout,
+        ..parameters(RateLimits::default(), false, LIMIT)
+    };
+    let (mut source, done) = steps(of(Postcopy::AtOnce, None), vec![SourceInput::Tracked(Pages(0))]);
+    assert_eq!(done, []);
+    let at = Duration::from_secs(20);
+    source.handle(SourceInput::Arrived, at);
+    source.handle(SourceInput::Scanned(Pages(0)), at);
+    assert_eq!(
+        std::iter::from_fn(|| source.poll()).collect::<Vec<_>>(),
+        [SourceAction::Scan, SourceAction::Stop]
+    );
+    assert!(source.is_postcopy());
+
+    let timeout = Some(Duration::from_secs(6));
+    let inputs = vec![SourceInput::Tracked(Pages(RAM)), barrier(1), SourceInput::Scanned(Pages(RAM))];
+    let (mut source, done) = steps(of(Postcopy::AtTimeout, timeout), inputs);
+    assert_eq!(done, [SourceAction::SendRound(1), SourceAction::Scan]);
+    assert!(source.deadline().is_some_and(|at| at > Duration::from_secs(7)), "{:?}", source.deadline());
+    source.handle(SourceInput::Arrived, at);
+    source.handle(SourceInput::Scanned(Pages(RAM)), at);
+    let after: Vec<_> = std::iter::from_fn(|| source.poll()).collect();
+    assert_eq!(after, [SourceAction::Scan, SourceAction::TellStale(2)]);
 }
 
 fn mbit(rate: u64) -> Rate {

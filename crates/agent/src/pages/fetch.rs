@@ -62,6 +62,9 @@ struct Shared {
     over: AtomicBool,
     /// When something came last.
     heard: Mutex<Instant>,
+    /// What of each region is a template's that was not here when it began, and whether it is still to come.
+    template: OnceLock<Vec<Vec<PageRun>>>,
+    awaits: AtomicBool,
     /// Pages may be put in place: what comes before waits.
     begun: OnceLock<()>,
 }
@@ -131,6 +134,8 @@ impl Fetch {
             filled: AtomicBool::new(false),
             over: AtomicBool::new(false),
             heard: Mutex::new(Instant::now()),
+            template: OnceLock::new(),
+            awaits: AtomicBool::new(false),
             begun: OnceLock::new(),
         });
         let listening = shared.clone();
@@ -142,15 +147,27 @@ impl Fetch {
         Ok(Self { shared, faults, mapper: None, receivers: Vec::new(), demand: None })
     }
 
-    /// Who touches a missing page waits for it from now on. Of each region what is not `missing` is there.
-    pub(crate) fn begin(&self, missing: &[Vec<PageRun>]) -> Result<(), String> {
+    /// Who touches a missing page waits for it from now on. Of each region what is not `missing` is there, or will be with the template: of
+    /// that only what is touched before is fetched.
+    pub(crate) fn begin(
+        &self,
+        missing: &[Vec<PageRun>],
+        of_template: Vec<Vec<PageRun>>,
+    ) -> Result<(), String> {
         let pager = &self.shared.pager;
         let pages: Vec<u64> = pager.bits().pages().collect();
         for (region, (pages, missing)) in pages.into_iter().zip(missing).enumerate() {
-            for run in subtract(&[PageRun { first: 0, pages }], missing) {
+            let there = subtract(&[PageRun { first: 0, pages }], missing);
+            let there = match of_template.get(region) {
+                Some(later) => subtract(&there, later),
+                None => there,
+            };
+            for run in there {
                 pager.bits().set(region, run);
             }
         }
+        self.shared.awaits.store(!of_template.is_empty(), Ordering::Relaxed);
+        let _ = self.shared.template.set(of_template);
         pager.begin().map_err(|why| crate::control::explain(&why))?;
         self.go_on();
         Ok(())
@@ -220,14 +237,19 @@ impl Fetch {
     pub(crate) fn list(&self) {
         let (shared, mut requests) = (&self.shared, Vec::new());
         for (region, &block) in shared.places.iter().enumerate() {
-            shared.pager.bits().clear_runs(region, |run| {
+            let mut missing = Vec::new();
+            shared.pager.bits().clear_runs(region, |run| missing.push(run));
+            if shared.awaits.load(Ordering::Relaxed) {
+                missing = subtract(&missing, shared.of_template(region));
+            }
+            for run in missing {
                 let mut first = run.first;
                 while first < run.end() {
                     let pages = u32::try_from(run.end() - first).unwrap_or(u32::MAX);
                     requests.push(Request::Missing { block, first, pages });
                     first += u64::from(pages);
                 }
-            });
+            }
         }
         requests.push(Request::Listed);
         for some in requests.chunks(LISTED_AT_ONCE) {
@@ -236,9 +258,36 @@ impl Fetch {
         shared.look_whether_filled();
     }
 
-    /// Begins to map what the VM shares with its template, while it runs.
+    /// The template is here: what of it was not fetched is there, and who waits for it goes on.
+    pub(crate) fn template_is_here(&mut self) -> Result<(), String> {
+        let shared = self.shared.clone();
+        if shared.awaits.swap(false, Ordering::Relaxed) {
+            let settled = shared.settle_template();
+            settled.map_err(|why| crate::control::explain(&why))?;
+            self.map_templates();
+            shared.look_whether_filled();
+        }
+        Ok(())
+    }
+
+    /// It will not come: its pages are missing as others are.
+    pub(crate) fn template_is_lost(&self) {
+        if self.shared.awaits.swap(false, Ordering::Relaxed) {
+            *lock(&self.shared.heard) = Instant::now();
+            if let Some(sums) = &self.shared.sums {
+                // What was fetched of it was left out.
+                sums.whole.store(false, Ordering::Relaxed);
+            }
+            self.list();
+        }
+    }
+
+    /// Begins to map what the VM shares with its template, while it runs; one that is still to come later.
     pub(crate) fn map_templates(&mut self) {
         let shared = self.shared.clone();
+        if shared.awaits.load(Ordering::Relaxed) {
+            return;
+        }
         let named = std::thread::Builder::new().name("template-in".into());
         let mapper = named.spawn(move || match shared.pager.map_templates() {
             Ok(pages) => tracing::debug!(pages, "the template's pages are mapped"),
@@ -328,7 +377,9 @@ impl Shared {
 
     /// A connection over which nothing comes may be one whose other end is gone without a word.
     fn look_whether_heard(&self) {
-        let silent = lock(&self.heard).elapsed() > SILENCE_MAX && self.pager.remaining() > 0;
+        // While a template comes, which is heard elsewhere, there may be nothing to say here.
+        let expects = self.pager.remaining() > 0 && !self.awaits.load(Ordering::Relaxed);
+        let silent = expects && lock(&self.heard).elapsed() > SILENCE_MAX;
         if silent && let Some(writer) = lock(&self.demand).take() {
             let of = self.connections.load(Ordering::Relaxed);
             writer.shutdown_handle().shutdown();
@@ -374,6 +425,21 @@ impl Shared {
         }
     }
 
+    fn of_template(&self, region: usize) -> &[PageRun] {
+        self.template.get().and_then(|of| of.get(region)).map_or(&[], Vec::as_slice)
+    }
+
+    fn settle_template(&self) -> Result<(), PagerError> {
+        self.begun.wait();
+        *lock(&self.heard) = Instant::now();
+        for region in 0..self.places.len() {
+            for run in self.of_template(region) {
+                self.note(&self.pager.settle_template(region, *run)?);
+            }
+        }
+        Ok(())
+    }
+
     fn note(&self, installed: &Installed) {
         if installed.resolved.is_empty() {
             return;
@@ -391,7 +457,7 @@ impl Shared {
                     let (bytes, rest) = payload.split_at((pages * PAGE) as usize);
                     payload = rest;
                     if let Some(sums) = &self.sums {
-                        sums.add(region, first, bytes);
+                        sums.add(region, first, bytes, self.of_template(region));
                     }
                     self.pager.install(region, first, bytes)?
                 }
@@ -430,6 +496,12 @@ impl Waits {
     }
 }
 
+/// Whether a page is in one of these runs, which are ascending and disjoint.
+fn contains(runs: &[PageRun], page: u64) -> bool {
+    let at = runs.partition_point(|run| run.end() <= page);
+    runs.get(at).is_some_and(|run| run.first <= page)
+}
+
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -456,10 +528,13 @@ impl Install for Shared {
 }
 
 impl Sums {
-    /// Adds pages, each the first time that it comes.
-    fn add(&self, region: usize, first: u64, bytes: &[u8]) {
+    /// Adds pages, each the first time that it comes. Those of a template are proved by its digest.
+    fn add(&self, region: usize, first: u64, bytes: &[u8], of_template: &[PageRun]) {
         let mut sum = 0u128;
         for (page, content) in (first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if contains(of_template, page) {
+                continue;
+            }
             let (word, bit) = (&self.seen[region][(page / 64) as usize], 1 << (page % 64));
             if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
                 sum = sum.wrapping_add(summand(page, content));

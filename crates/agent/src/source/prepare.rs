@@ -1,7 +1,7 @@
 //! What comes before the first action: the pre-check, and the connection.
 
 use super::share::Sharing;
-use super::{Event, Order, Outgoing, pace};
+use super::{Event, Outgoing, pace, template};
 use crate::balloon;
 use crate::control::{CONNECT_WITHIN, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
@@ -9,16 +9,17 @@ use crate::model::{Dedup, MigrateRequest};
 use crate::offer::{self, Checked};
 use crate::pages::SourceBlock;
 use crate::progress::View;
-use crate::registry::{UsedTemplate, Vm};
+use crate::registry::Vm;
 use crate::room;
 use crate::sharing::Seat;
-use crate::templates;
 use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::source::{Outcome, Postcopy, SourceParameters};
 use sterna_memory::{Process, may_merge};
+use sterna_transport::{Connection, Pacer, TransportError};
 
 /// When it switches to post-copy, as the request says.
 fn postcopy_of(request: &MigrateRequest) -> Postcopy {
@@ -67,32 +68,34 @@ fn tell_sharing(
     Ok(())
 }
 
-/// A clone's template goes first, where the target does not have it.
-fn send_template(
-    host: &Arc<Host>,
-    vm: &Arc<Vm>,
-    request: &MigrateRequest,
-    target: (&str, &str),
-    (orders, view): (&mpsc::Receiver<Event>, &mut View),
-) -> Result<(), Outcome> {
-    let Some(used) = vm.record().template else { return Ok(()) };
-    let entry = host.templates().entry(&used.digest).ok_or_else(|| {
-        let (us, UsedTemplate { name, digest, .. }) = (host.name(), used);
-        Outcome::Failed(format!(
-            "host {us} does not have template {name} ({digest}) any more, which VM {} is a clone of",
-            vm.name()
-        ))
-    })?;
-    let mut cancelled = false;
-    let sent = templates::ensure(host, &entry, target, request.max_bandwidth, |sent| {
-        view.template_sent(sent);
-        cancelled |= orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel)));
-        if cancelled { Err("it was cancelled".into()) } else { Ok(()) }
-    });
-    match sent {
-        Ok(_) => Ok(()),
-        Err(_) if cancelled => Err(Outcome::Cancelled),
-        Err(why) => Err(Outcome::Failed(why)),
+/// A connection that is made while the VM is looked at: both take their time, and a VM that may not move costs the target a handshake.
+struct Connecting {
+    host: Arc<Host>,
+    peer: String,
+    address: String,
+    thread: JoinHandle<Result<Connection, TransportError>>,
+}
+
+impl Connecting {
+    fn begin(host: &Arc<Host>, peer: &str, address: &str) -> Self {
+        let (host, peer, address) = (host.clone(), peer.to_owned(), address.to_owned());
+        let thread = {
+            let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
+            std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
+        };
+        Self { host, peer, address, thread }
+    }
+
+    /// The connection, after so much time; another one if that was long.
+    fn end(self, took: Duration) -> Result<Connection, Outcome> {
+        let Self { host, peer, address, thread } = self;
+        let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
+        let mut connection = thread.join().map_err(|_| unreachable("its thread panicked"))?;
+        if took > FIRST_MESSAGE_WITHIN / 2 && connection.is_ok() {
+            // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
+            connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
+        }
+        connection.map_err(|why| unreachable(&explain(&why)))
     }
 }
 
@@ -111,16 +114,16 @@ impl Outgoing {
         let address = host.address_of(&peer).map_err(Outcome::Failed)?;
         let process = host.process_of(vm).map_err(Outcome::Failed)?;
         let streams = request.parallel_connections.unwrap_or_else(|| host.default_streams());
-        // Both take their time; a VM that may not move costs the target a handshake.
-        let connecting = {
-            let (host, address, peer) = (host.clone(), address.clone(), peer.clone());
-            std::thread::spawn(move || host.endpoint().connect(&address, &peer, CONNECT_WITHIN))
-        };
+        let connecting = Connecting::begin(host, &peer, &address);
         let when = postcopy_of(request);
-        send_template(host, vm, request, (&peer, &address), (orders, view))?;
+        let rate = pace::limits_of(request);
+        let pacer = Arc::new(Pacer::new(rate.max.map(|rate| rate.0)));
+        let target = (peer.as_str(), address.as_str());
+        let trailing = template::send(host, vm, request, target, &pacer, (&tell, orders, view))?;
         let mut checked = offer::check(host, vm, streams, request.verify, (&peer, &address))?;
         checked.offer.postcopy = when != Postcopy::OnDemand;
-        tell_sharing(host, vm, request.dedup, &seat, (&process, &mut checked))?;
+        let dedup = template::dedup(trailing.as_ref(), request.dedup);
+        tell_sharing(host, vm, dedup, &seat, (&process, &mut checked))?;
         if request.balloon {
             match balloon::size(host, vm) {
                 Ok(bytes) => checked.offer.balloon = bytes,
@@ -130,14 +133,7 @@ impl Outgoing {
             }
         }
         tracing::debug!(%id, phase = "pre-check", took = ?began.elapsed(), "source");
-        let unreachable = |why: &str| Outcome::Failed(format!("host {peer} cannot be reached: {why}"));
-        let is_late = began.elapsed() > FIRST_MESSAGE_WITHIN / 2;
-        let mut connection = connecting.join().map_err(|_| unreachable("its thread panicked"))?;
-        if is_late && connection.is_ok() {
-            // The target does not wait for ever for us to say something: whoever hashes images has kept it waiting too long.
-            connection = host.endpoint().connect(&address, &peer, CONNECT_WITHIN);
-        }
-        let connection = connection.map_err(|why| unreachable(&explain(&why)))?;
+        let connection = connecting.end(began.elapsed())?;
         tracing::debug!(%id, phase = "connect", took = ?began.elapsed(), "source");
         let mut outgoing = Self::new(
             host.clone(),
@@ -145,13 +141,13 @@ impl Outgoing {
             peer.clone(),
             address,
             id,
-            pace::limits_of(request),
+            rate,
             tell,
             view.another(),
             process,
         );
         outgoing.began = began;
-        outgoing.sharing = Sharing::at(seat, if checked.offer.common { request.dedup } else { Dedup::None });
+        outgoing.sharing = Sharing::at(seat, if checked.offer.common { dedup } else { Dedup::None });
         outgoing.lazy.when = when;
         outgoing.lazy.streams = streams;
         outgoing.lazy.bytes =
@@ -165,6 +161,9 @@ impl Outgoing {
         outgoing.balloon = checked.offer.balloon;
         outgoing.options = pace::options_of(request, host, &outgoing.blocks);
         outgoing.slowed.watch(request.auto_converge);
+        outgoing.pacer = pacer;
+        let awaits = template::awaits(trailing.as_ref());
+        outgoing.template = trailing;
         outgoing.attach_control(connection);
         let parameters = SourceParameters {
             id,
@@ -176,6 +175,7 @@ impl Outgoing {
             rate: outgoing.rate,
             auto_converge: request.auto_converge,
             postcopy: when,
+            awaits,
         };
         Ok((outgoing, Source::new(parameters, Duration::ZERO)))
     }

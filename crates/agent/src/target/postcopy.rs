@@ -39,7 +39,7 @@ const TOLD_AFTER: Duration = Duration::from_secs(10);
 #[derive(Default)]
 pub(super) struct Lazy {
     /// Regions of the QEMU, in the installer's order, with their blocks' places.
-    regions: Vec<FetchRegion>,
+    pub(super) regions: Vec<FetchRegion>,
     /// Got ready for a switch that may come, and not begun.
     ready: Option<Fetch>,
     pub(super) fetch: Option<Fetch>,
@@ -55,7 +55,7 @@ pub(super) struct Lazy {
     paused: Option<Instant>,
     told: bool,
     /// Every page is here: connections that come now are of no use.
-    filled: bool,
+    pub(super) filled: bool,
 }
 
 impl Lazy {
@@ -291,6 +291,7 @@ impl Arriving<'_> {
         end: &StateEnd,
         layout: Layout,
         missing: &[Vec<PageRun>],
+        awaits_template: bool,
     ) -> Result<(), String> {
         let mut fetch = match self.lazy.ready.take() {
             Some(ready) => ready,
@@ -302,12 +303,15 @@ impl Arriving<'_> {
         let mut missed = Vec::with_capacity(self.lazy.regions.len());
         for (at, region) in self.lazy.regions.iter().enumerate() {
             let missing = rounded(&missing[usize::from(region.place)], fetch.granule(at));
-            if !end.digests.is_empty() {
+            // A template that is still to come is proved by its own digest.
+            let proved = awaits_template && region.template;
+            if !end.digests.is_empty() && !proved {
                 self.verify_present(end, region, &missing)?;
             }
             missed.push(missing);
         }
-        fetch.begin(&missed)?;
+        let of_template = if awaits_template { self.of_template(&missed)? } else { Vec::new() };
+        fetch.begin(&missed, of_template)?;
         if let Some(demand) = self.lazy.demand.take() {
             fetch.demand(demand)?;
         }

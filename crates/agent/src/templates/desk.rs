@@ -52,7 +52,7 @@ impl Agent {
         let (began, mut so_far, mut paused) = (Instant::now(), 0, false);
         let pushed = templates::ensure(self.host(), &entry, target, request.max_bandwidth, |sent| {
             so_far = sent;
-            paused = sent > 0 && began.elapsed() > PUSH_AT_MOST;
+            paused = began.elapsed() > PUSH_AT_MOST;
             if paused { Err("the rest follows".into()) } else { Ok(()) }
         });
         let bytes = match pushed {
@@ -81,7 +81,7 @@ impl Agent {
         let template = self.host().templates().load(&entry.digest).map_err(AgentError::Failed)?;
         let started = templates::start(self.host(), &template, &request.name).map_err(AgentError::Failed)?;
         let vm = self.list_clone(&request.name, started, &template)?;
-        tracing::info!(vm = request.name, template = template.name, "a clone was started");
+        tracing::info!(vm = request.name, template = template.base.name, "a clone was started");
         Ok(vm.view())
     }
 
@@ -94,7 +94,7 @@ impl Agent {
         let templates::Started { qemu, argv, parts } = started;
         let mut record = self.fresh_record(name, argv, &qemu);
         record.parts = parts;
-        record.template = Some(template.used());
+        record.template = Some(template.base.used());
         let vm = Vm::new(record, Some(qemu));
         match self.host().registry().insert(&vm) {
             Ok(()) => Ok(vm),

@@ -97,6 +97,11 @@ impl Manifest {
         &self.blocks[self.main]
     }
 
+    /// Memory for clones to share, empty.
+    pub(crate) fn memory(&self) -> io::Result<SealedMemory> {
+        SealedMemory::new("sterna-template", self.main_block().bytes)
+    }
+
     /// What a migration of its first VM would have offered: the same code fits a QEMU to both.
     pub(crate) fn as_offer(&self, vm: &str) -> Offer {
         let block = |block: &StoredBlock| Block {
@@ -113,6 +118,25 @@ impl Manifest {
             fingerprint: self.fingerprint.clone(),
             blocks: self.blocks.iter().map(block).collect(),
             ..Offer::default()
+        }
+    }
+}
+
+#[cfg(test)]
+impl Manifest {
+    /// One with nothing in it.
+    pub(super) fn empty() -> Self {
+        Self {
+            argv: vec!["qemu".into()],
+            machine: "q35".into(),
+            cpu: "max".into(),
+            qemu: "10.0".into(),
+            fingerprint: Vec::new(),
+            blocks: Vec::new(),
+            main: 0,
+            state_bytes: 0,
+            bytes: 0,
+            pages_digest: String::new(),
         }
     }
 }
@@ -151,10 +175,9 @@ impl Pages {
         Ok(Self { file, blocks, state: (offset, manifest.state_bytes) })
     }
 
-    /// Reads all of it, checks it against its digest, and fills the memory that clones share.
-    pub(crate) fn load(&self, manifest: &Manifest) -> io::Result<SealedMemory> {
+    /// Reads all of it, checks it against its digest, and fills the memory that clones share, which is sealed then.
+    pub(crate) fn load(&self, manifest: &Manifest, memory: &SealedMemory) -> io::Result<()> {
         let main = manifest.main_block();
-        let memory = SealedMemory::new("sterna-template", main.bytes)?;
         let (runs, begin) = &self.blocks[manifest.main];
         let mut into = Scatter { runs, at: 0, done: 0 };
         let mut hasher = blake3::Hasher::new();
@@ -175,8 +198,7 @@ impl Pages {
         if hasher.finalize().to_hex().as_str() != manifest.pages_digest {
             return Err(damaged("its content is not what its digest says"));
         }
-        memory.seal()?;
-        Ok(memory)
+        memory.seal()
     }
 
     /// The pages of a block, in pieces of at most so many pages.
@@ -308,18 +330,8 @@ mod tests {
             pages,
             runs,
         };
-        Manifest {
-            argv: vec!["qemu".into()],
-            machine: "q35".into(),
-            cpu: "max".into(),
-            qemu: "10.0".into(),
-            fingerprint: Vec::new(),
-            blocks: vec![block("bios", 1, 1), block("ram", 3, 2)],
-            main: 1,
-            state_bytes: 5,
-            bytes,
-            pages_digest,
-        }
+        let blocks = vec![block("bios", 1, 1), block("ram", 3, 2)];
+        Manifest { blocks, main: 1, state_bytes: 5, bytes, pages_digest, ..Manifest::empty() }
     }
 
     #[test]
@@ -330,7 +342,8 @@ mod tests {
         assert_eq!(Manifest::decode(&encoded).unwrap(), manifest);
         assert_eq!(digest.len(), 64);
         let pages = Pages::open(file, &manifest).unwrap();
-        let memory = pages.load(&manifest).unwrap();
+        let memory = manifest.memory().unwrap();
+        pages.load(&manifest, &memory).unwrap();
         let mut all = vec![0; 8 * PAGE as usize];
         memory.file().read_exact_at(&mut all, 0).unwrap();
         let firsts: Vec<u8> = all.chunks(PAGE as usize).map(|page| page[0]).collect();
@@ -366,7 +379,8 @@ mod tests {
         assert!(Pages::open(file.try_clone().unwrap(), &small).is_err());
         file.write_all_at(&[9], 2 * PAGE + 7).unwrap();
         let pages = Pages::open(file.try_clone().unwrap(), &manifest).unwrap();
-        assert!(pages.load(&manifest).unwrap_err().to_string().contains("digest"));
+        let memory = manifest.memory().unwrap();
+        assert!(pages.load(&manifest, &memory).unwrap_err().to_string().contains("digest"));
         file.set_len(manifest.bytes - 1).unwrap();
         assert!(Pages::open(file, &manifest).is_err());
     }

@@ -1,7 +1,7 @@
 //! A template of a VM: it stands still while its memory and devices are read, and goes on afterwards.
 
 use super::format::{Manifest, Pages, PagesWriter, StoredBlock};
-use super::{Entry, NEW, PAGES, Template, Templates, unusable_name};
+use super::{Base, Entry, NEW, PAGES, Template, Templates, unusable_name};
 use crate::control::explain;
 use crate::host::{Host, fingerprint_lines};
 use crate::pages::PAGES_PER_STRIPE;
@@ -135,8 +135,8 @@ fn read_blocks(
     main: usize,
     writer: &mut PagesWriter,
 ) -> Result<(Vec<Vec<PageRun>>, SealedMemory), String> {
-    let memory =
-        SealedMemory::new("sterna-template", layout.blocks[main].bytes).map_err(|why| explain(&why))?;
+    let memory = SealedMemory::new("sterna-template", layout.blocks[main].bytes);
+    let memory = memory.map_err(|why| explain(&why))?;
     let reader = Reader::new(process).map_err(|why| explain(&why))?;
     let mut buffer = vec![0; (PAGES_PER_STRIPE * PAGE) as usize];
     let mut all = Vec::with_capacity(layout.blocks.len());
@@ -190,9 +190,8 @@ fn keep(
     let entry = templates.entry(&digest).ok_or("the template was stored and cannot be read")?;
     let file = fs::File::open(templates.dir.join(&digest).join(PAGES)).map_err(failed)?;
     let pages = Pages::open(file, &manifest).map_err(failed)?;
-    let name = entry.name.clone();
-    let template =
-        Template { name, digest: digest.clone(), manifest, memory: Arc::new(memory), origin: None, pages };
+    let base = Base::here((entry.name.clone(), digest.clone()), manifest, Arc::new(memory));
+    let template = Template { base, origin: None, pages };
     lock(&templates.loaded).insert(digest, Arc::new(template));
     Ok(entry)
 }

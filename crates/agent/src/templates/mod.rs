@@ -7,29 +7,31 @@
 //! ```text
 //! format   the two files of a template          make     a template of a VM
 //! mod      the store: found, loaded, removed    start    a clone of a template
-//!                                               push     a template to another host
+//! base     what a clone maps                    push     a template to another host
 //! ```
 
 use crate::control::explain;
-use crate::registry::{Registry, UsedTemplate, is_usable, lock};
+use crate::registry::{Registry, is_usable, lock};
+use push::Sending;
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
-use sterna_memory::SealedMemory;
 
+mod base;
 mod desk;
 mod format;
 mod make;
 mod push;
 mod start;
 
+pub(crate) use base::Base;
 use format::Pages;
 pub(crate) use format::{Manifest, StoredBlock};
 pub(crate) use make::make;
-pub(crate) use push::{ensure, receive};
+pub(crate) use push::{Follower, Told, ensure, follow, receive};
 pub(crate) use start::{Started, start};
 
 const MANIFEST: &str = "manifest.json";
@@ -55,21 +57,10 @@ pub(crate) struct Entry {
 /// One whose memory is there for clones to share.
 #[derive(Debug)]
 pub(crate) struct Template {
-    pub(crate) name: String,
-    pub(crate) digest: String,
-    pub(crate) manifest: Manifest,
-    pub(crate) memory: Arc<SealedMemory>,
+    pub(crate) base: Arc<Base>,
     /// The host that it came from: what that wrote into its command line is not trusted.
     origin: Option<String>,
     pages: Pages,
-}
-
-impl Template {
-    /// As a clone's record has it.
-    pub(crate) fn used(&self) -> UsedTemplate {
-        let (name, digest) = (self.name.clone(), self.digest.clone());
-        UsedTemplate { name, digest, block: self.manifest.main_block().name.clone() }
-    }
 }
 
 /// The templates of a host.
@@ -80,8 +71,10 @@ pub(crate) struct Templates {
     loaded: Mutex<HashMap<String, Arc<Template>>>,
     /// Held while one is made, received or removed: a host does one at a time.
     busy: Mutex<()>,
-    /// Held while one is sent: who wants the same finds it there.
-    sending: Mutex<()>,
+    /// Those that are on their way here, by digest.
+    coming: Mutex<HashMap<String, Arc<Base>>>,
+    /// Those that are on their way to another host, by that host and digest: who wants the same follows it.
+    sending: Mutex<HashMap<(String, String), Arc<Sending>>>,
 }
 
 impl Templates {
@@ -96,7 +89,13 @@ impl Templates {
                 .is_some_and(|name| name.starts_with(NEW) && name.ends_with(UNFINISHED))
         });
         folders.for_each(|folder| drop(fs::remove_dir_all(folder.path())));
-        Ok(Self { dir, loaded: Mutex::default(), busy: Mutex::default(), sending: Mutex::default() })
+        Ok(Self {
+            dir,
+            loaded: Mutex::default(),
+            busy: Mutex::default(),
+            coming: Mutex::default(),
+            sending: Mutex::default(),
+        })
     }
 
     /// All that are complete, by name.
@@ -131,10 +130,23 @@ impl Templates {
         Some(Entry { name, digest: digest.to_owned(), manifest, created })
     }
 
-    /// What memory a template will take that is here and not loaded yet, in bytes; nothing where there is none.
+    /// What memory a template will take that is here and not loaded yet, or on its way here, in bytes; nothing where there is none.
     pub(crate) fn unloaded_bytes(&self, digest: &str) -> u64 {
         let is_loaded = lock(&self.loaded).contains_key(digest);
-        self.entry(digest).filter(|_| !is_loaded).map_or(0, |entry| entry.manifest.main_block().bytes)
+        let manifest = self.manifest(digest).filter(|_| !is_loaded);
+        manifest.map_or(0, |manifest| manifest.main_block().bytes)
+    }
+
+    /// What a template is that is here, or on its way here.
+    pub(crate) fn manifest(&self, digest: &str) -> Option<Manifest> {
+        let coming = lock(&self.coming).get(digest).map(|base| base.manifest.clone());
+        coming.or_else(|| self.entry(digest).map(|entry| entry.manifest))
+    }
+
+    /// What a clone of the template with this digest maps: at once where it is on its way here.
+    pub(crate) fn base(&self, digest: &str) -> Result<Arc<Base>, String> {
+        let coming = lock(&self.coming).get(digest).cloned();
+        coming.map_or_else(|| self.load(digest).map(|template| template.base.clone()), Ok)
     }
 
     /// The template with this digest, its memory loaded and checked: that takes a while the first time.
@@ -149,14 +161,15 @@ impl Templates {
         let pages = File::open(self.dir.join(digest).join(PAGES))
             .and_then(|file| Pages::open(file, &entry.manifest))
             .map_err(failed)?;
-        let memory = Arc::new(pages.load(&entry.manifest).map_err(failed)?);
+        let memory = entry.manifest.memory().map_err(failed)?;
+        pages.load(&entry.manifest, &memory).map_err(failed)?;
         let origin = match fs::read_to_string(self.dir.join(digest).join(ORIGIN)) {
             Err(why) if why.kind() == io::ErrorKind::NotFound => None,
             read => Some(read.map_err(failed)?),
         };
         let Entry { name, manifest, .. } = entry;
-        let template = Template { name, digest: digest.to_owned(), manifest, memory, origin, pages };
-        let template = Arc::new(template);
+        let base = Base::here((name, digest.to_owned()), manifest, Arc::new(memory));
+        let template = Arc::new(Template { base, origin, pages });
         loaded.insert(digest.to_owned(), template.clone());
         Ok(template)
     }

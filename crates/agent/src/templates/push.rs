@@ -1,14 +1,17 @@
-//! A template to another host: once, before the first of its clones goes there. What was sent of it before a connection was lost is not
-//! sent again.
+//! A template to another host, once: before the first of its clones goes there, beside it, or after it. What was sent of it before a connection
+//! was lost is not sent again.
 
+use super::base::Coming;
 use super::format::{Manifest, Pages};
-use super::{Entry, PAGES, unusable_name};
+use super::{Base, Entry, PAGES, unusable_name};
 use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::host::Host;
 use crate::registry::{is_usable, lock};
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_PIECE_BYTES_MAX;
@@ -19,54 +22,207 @@ use sterna_transport::{Connection, Pacer};
 const PIECE_WITHIN: Duration = Duration::from_secs(30);
 /// How long it may take to check all of it: it reads it once.
 const CHECK_WITHIN: Duration = Duration::from_secs(300);
+/// How long it is waited for another one that is on its way here, and the pause between two looks.
+const BUSY_WITHIN: Duration = Duration::from_secs(3);
+const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// How often who waits for one looks whether it is still to wait.
+const LOOK: Duration = Duration::from_millis(100);
 
-/// Sees to it that another host has a template; how many bytes of it went over the link for that. `told` hears how many were sent, and may end it.
+/// What becomes of a template that is on its way to another host.
+#[derive(Clone, Debug)]
+pub(crate) enum Told {
+    /// That host has all of it, or lets clones map it while it comes.
+    Agreed {
+        complete: bool,
+    },
+    /// So many bytes went over the link; told to one of those who wait for it.
+    Sent(u64),
+    Over(Result<(), String>),
+}
+
+type Tell = Box<dyn Fn(Told) + Send>;
+
+/// One on its way to another host, for as long as somebody follows it.
+#[derive(Default)]
+pub(super) struct Sending {
+    followers: Mutex<Followers>,
+}
+
+#[derive(Default)]
+struct Followers {
+    /// What the other host has answered.
+    agreed: Option<bool>,
+    /// In the order in which they came.
+    tells: BTreeMap<u64, Tell>,
+    next: u64,
+}
+
+impl Followers {
+    fn add(&mut self, tell: Tell) -> u64 {
+        if let Some(complete) = self.agreed {
+            tell(Told::Agreed { complete });
+        }
+        let id = self.next;
+        self.next += 1;
+        self.tells.insert(id, tell);
+        id
+    }
+}
+
+impl std::fmt::Debug for Sending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Sending")
+    }
+}
+
+impl Sending {
+    fn agreed(&self, complete: bool) {
+        let mut followers = lock(&self.followers);
+        followers.agreed = Some(complete);
+        followers.tells.values().for_each(|tell| tell(Told::Agreed { complete }));
+    }
+
+    /// False once nobody follows it any more.
+    fn sent(&self, bytes: u64) -> bool {
+        let followers = lock(&self.followers);
+        if let Some(tell) = followers.tells.values().next() {
+            tell(Told::Sent(bytes));
+        }
+        !followers.tells.is_empty()
+    }
+}
+
+/// Follows a template on its way: without followers it is not sent to the end.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    sending: Arc<Sending>,
+    id: u64,
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        lock(&self.sending.followers).tells.remove(&self.id);
+    }
+}
+
+/// Sees to it that another host has a template, in a thread of its own, and tells how that goes. What several want at once goes once, at the
+/// pace of who came first.
+pub(crate) fn follow(
+    host: &Arc<Host>,
+    entry: &Entry,
+    (peer, address): (&str, &str),
+    pacer: Arc<Pacer>,
+    tell: impl Fn(Told) + Send + 'static,
+) -> Follower {
+    let key = (peer.to_owned(), entry.digest.clone());
+    let mut all = lock(&host.templates().sending);
+    let is_new = !all.contains_key(&key);
+    let sending = all.entry(key.clone()).or_default().clone();
+    let id = lock(&sending.followers).add(Box::new(tell));
+    drop(all);
+    let follower = Follower { sending: sending.clone(), id };
+    if is_new {
+        let over = Over { host: host.clone(), key, sending, how: Err("its thread has ended".into()) };
+        let (entry, address) = (entry.clone(), address.to_owned());
+        let work = move || {
+            let mut over = over;
+            let sent = send(&over.host, &entry, (&over.key.0, &address), &pacer, &over.sending);
+            over.how = sent
+                .map_err(|why| format!("template {} does not get to host {}: {why}", entry.name, over.key.0));
+        };
+        // Where no thread can be had the work is dropped, and that is told as its end.
+        drop(std::thread::Builder::new().name("template-out".into()).spawn(work));
+    }
+    follower
+}
+
+/// Tells all who follow a template how it ended, when it is dropped.
+struct Over {
+    host: Arc<Host>,
+    key: (String, String),
+    sending: Arc<Sending>,
+    how: Result<(), String>,
+}
+
+impl Drop for Over {
+    fn drop(&mut self) {
+        let mut all = lock(&self.host.templates().sending);
+        all.remove(&self.key);
+        let tells = std::mem::take(&mut lock(&self.sending.followers).tells);
+        drop(all);
+        tells.into_values().for_each(|tell| tell(Told::Over(self.how.clone())));
+    }
+}
+
+/// The same, on this thread; how many bytes of it went over the link for that. `told` hears how many were sent, and may end it.
 ///
 /// # Errors
 /// Why it is not there; what was sent stays there for the next time.
 pub(crate) fn ensure(
-    host: &Host,
+    host: &Arc<Host>,
     entry: &Entry,
-    (peer, address): (&str, &str),
+    target: (&str, &str),
     limit: Option<u64>,
     mut told: impl FnMut(u64) -> Result<(), String>,
 ) -> Result<u64, String> {
-    // One at a time: who comes second finds it there.
-    let _alone = lock(&host.templates().sending);
-    let failed = |why: String| format!("template {} does not get to host {peer}: {why}", entry.name);
+    let (tell, hear) = mpsc::channel();
+    let _follower = follow(host, entry, target, Arc::new(Pacer::new(limit)), move |what| {
+        // Who does not wait any more does not want to know.
+        drop(tell.send(what));
+    });
+    let mut sent = 0;
+    loop {
+        match hear.recv_timeout(LOOK) {
+            Ok(Told::Over(how)) => return how.map(|()| sent),
+            Ok(Told::Sent(bytes)) => sent = bytes,
+            Ok(Told::Agreed { .. }) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err("no thread sends it".into()),
+        }
+        told(sent)?;
+    }
+}
+
+fn send(
+    host: &Host,
+    entry: &Entry,
+    (peer, address): (&str, &str),
+    pacer: &Pacer,
+    sending: &Sending,
+) -> Result<(), String> {
     let connection = host.endpoint().connect(address, peer, CONNECT_WITHIN);
-    let mut connection = connection.map_err(|why| failed(explain(&why)))?;
+    let mut connection = connection.map_err(|why| explain(&why))?;
     let (manifest, _) = entry.manifest.encode();
     let offered = Message::Template(Offered { name: entry.name.clone(), manifest });
-    control::send(&mut connection, &offered).map_err(failed)?;
-    let there = state(&mut connection, PIECE_WITHIN).map_err(failed)?;
+    control::send(&mut connection, &offered)?;
+    let there = state(&mut connection, PIECE_WITHIN)?;
+    sending.agreed(there.complete);
     if there.complete {
-        return Ok(0);
+        return Ok(());
     }
     let total = entry.manifest.bytes;
-    let mut at = there.bytes.min(total);
+    let from = there.bytes.min(total);
     let file = File::open(host.templates().dir.join(&entry.digest).join(PAGES));
-    let file = file.map_err(|why| failed(explain(&why)))?;
-    let pacer = Pacer::new(limit);
+    let file = file.map_err(|why| explain(&why))?;
     let mut piece = vec![0; STATE_PIECE_BYTES_MAX];
-    let mut sent = 0;
+    let mut at = from;
     while at < total {
-        told(sent)?;
+        if !sending.sent(at - from) {
+            return Err("nobody waits for it any more".into());
+        }
         let most = STATE_PIECE_BYTES_MAX.min(pacer.batch_limit().max(1));
         let piece = &mut piece[..most.min((total - at) as usize)];
-        file.read_exact_at(piece, at).map_err(|why| failed(explain(&why)))?;
+        file.read_exact_at(piece, at).map_err(|why| explain(&why))?;
         pacer.acquire(piece.len());
-        control::send_piece(&mut connection, piece, PIECE_WITHIN).map_err(failed)?;
+        control::send_piece(&mut connection, piece, PIECE_WITHIN)?;
         at += piece.len() as u64;
-        sent += piece.len() as u64;
     }
-    told(sent)?;
-    let there = state(&mut connection, CHECK_WITHIN).map_err(failed)?;
+    sending.sent(at - from);
+    let there = state(&mut connection, CHECK_WITHIN)?;
     if !there.complete {
-        return Err(failed("it was sent, and is not complete there".into()));
+        return Err("it was sent, and is not complete there".into());
     }
-    tracing::info!(template = entry.name, peer, bytes = sent, "a template was sent");
-    Ok(sent)
+    tracing::info!(template = entry.name, peer, bytes = at - from, "a template was sent");
+    Ok(())
 }
 
 fn state(connection: &mut Connection, within: Duration) -> Result<TemplateState, String> {
@@ -114,7 +270,7 @@ fn take(host: &Arc<Host>, peer: &str, offered: &Offered, connection: &mut Connec
             offered.name, other.digest
         ));
     }
-    let Ok(_alone) = templates.busy.try_lock() else {
+    let Some(_alone) = alone(&templates.busy) else {
         return Err("another template is made, sent or received there just now: try again".into());
     };
     let folder = templates.unfinished(&digest).map_err(|why| explain(&why))?;
@@ -126,11 +282,28 @@ fn take(host: &Arc<Host>, peer: &str, offered: &Offered, connection: &mut Connec
         have = 0;
     }
     has_room(&folder, manifest.bytes - have)?;
-    control::send(
-        connection,
-        &Message::TemplateState(TemplateState { bytes: have, complete: false, refusal: String::new() }),
-    )?;
-    let from = have;
+    let memory = manifest.memory().map_err(|why| explain(&why))?;
+    let named = (offered.name.clone(), digest.clone());
+    let coming = Coming::list(templates, named, manifest, memory);
+    let taken = fill(host, (peer, offered), connection, (&file, have, &folder), &coming.base);
+    match &taken {
+        Ok(_) => coming.has_come(),
+        Err(why) => coming.will_not_come(why),
+    }
+    taken
+}
+
+/// Takes the rest of a template, checks all of it, and fills the memory that clones may have mapped already.
+fn fill(
+    host: &Host,
+    (peer, offered): (&str, &Offered),
+    connection: &mut Connection,
+    (file, from, folder): (&File, u64, &Path),
+    base: &Arc<Base>,
+) -> Result<u64, String> {
+    let (templates, manifest, mut have) = (host.templates(), &base.manifest, from);
+    let state = TemplateState { bytes: from, complete: false, refusal: String::new() };
+    control::send(connection, &Message::TemplateState(state))?;
     while have < manifest.bytes {
         let piece = control::receive_piece(connection, PIECE_WITHIN)?;
         if piece.is_empty() || have + piece.len() as u64 > manifest.bytes {
@@ -140,30 +313,37 @@ fn take(host: &Arc<Host>, peer: &str, offered: &Offered, connection: &mut Connec
         have += piece.len() as u64;
     }
     file.sync_all().map_err(|why| explain(&why))?;
-    let checked =
-        Pages::open(file, &manifest).and_then(|pages| pages.load(&manifest).map(|memory| (pages, memory)));
-    let (pages, memory) = checked.map_err(|why| {
+    let checked = file
+        .try_clone()
+        .and_then(|file| Pages::open(file, manifest))
+        .and_then(|pages| pages.load(manifest, &base.memory).map(|()| pages));
+    let pages = checked.map_err(|why| {
         // What is wrong must not be added to.
-        drop(fs::remove_dir_all(&folder));
+        drop(fs::remove_dir_all(folder));
         format!("what came of it is not what it says: {}", explain(&why))
     })?;
-    let stored = templates.adopt(&folder, &offered.name, &offered.manifest, &digest, Some(peer));
+    let stored = templates.adopt(folder, &offered.name, &offered.manifest, &base.digest, Some(peer));
     stored.map_err(|why| format!("it cannot be stored: {}", explain(&why)))?;
-    let name = offered.name.clone();
-    let template = super::Template {
-        name,
-        digest: digest.clone(),
-        manifest,
-        memory: Arc::new(memory),
-        origin: Some(peer.to_owned()),
-        pages,
-    };
-    lock(&templates.loaded).insert(digest, Arc::new(template));
+    let template = super::Template { base: base.clone(), origin: Some(peer.to_owned()), pages };
+    lock(&templates.loaded).insert(base.digest.clone(), Arc::new(template));
     Ok(have - from)
 }
 
+/// One that is over, for nobody waits for it any more, may not have been noticed yet.
+fn alone(busy: &Mutex<()>) -> Option<MutexGuard<'_, ()>> {
+    let until = Instant::now() + BUSY_WITHIN;
+    loop {
+        match busy.try_lock() {
+            Ok(alone) => return Some(alone),
+            Err(TryLockError::Poisoned(alone)) => return Some(alone.into_inner()),
+            Err(TryLockError::WouldBlock) if Instant::now() > until => return None,
+            Err(TryLockError::WouldBlock) => std::thread::sleep(BUSY_PAUSE),
+        }
+    }
+}
+
 /// A disk that is full keeps more than templates from working.
-fn has_room(folder: &std::path::Path, bytes: u64) -> Result<(), String> {
+fn has_room(folder: &Path, bytes: u64) -> Result<(), String> {
     let found =
         rustix::fs::statvfs(folder).map_err(|why| format!("its folder cannot be looked at: {why}"))?;
     let free = found.f_bavail.saturating_mul(found.f_frsize);

@@ -37,15 +37,15 @@ pub(super) fn named(argv: &[String], vm: &str) -> Vec<String> {
 /// What failed; nothing of it is left.
 pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<Started, String> {
     let began = Instant::now();
-    let manifest = &template.manifest;
+    let manifest = &template.base.manifest;
     let argv = named(&manifest.argv, vm);
     let argv_here = command_line(host, template, vm, &argv)?;
-    let launched = host.launch(vm, argv_here, Some(template.memory.clone()));
+    let launched = host.launch(vm, argv_here, Some(template.base.memory.clone()));
     let mut qemu = launched.map_err(|why| explain(&why))?.qemu;
     let launched = began.elapsed();
     match load(host, template, vm, &mut qemu) {
         Ok(()) => {
-            tracing::debug!(vm, template = template.name, ?launched, took = ?began.elapsed(), "a clone runs");
+            tracing::debug!(vm, template = template.base.name, ?launched, took = ?began.elapsed(), "a clone runs");
             let parts = qemu.parts().ok();
             Ok(Started { qemu, argv, parts })
         }
@@ -60,7 +60,7 @@ pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<S
 /// The command line of a clone on this host. That of a template of a peer's is put into this host's words first, as that of a VM which comes
 /// from there is, or refused: nothing that a peer writes runs a program or opens a file that this host does not allow.
 fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> Result<Vec<String>, String> {
-    let manifest = &template.manifest;
+    let manifest = &template.base.manifest;
     let (main, run_dir) = (manifest.main_block(), host.run_dir(vm));
     let line = CommandLine::parse(argv.to_vec()).map_err(|why| explain(&why))?;
     let cpu = Some(manifest.cpu.as_str()).filter(|cpu| !cpu.is_empty());
@@ -73,7 +73,7 @@ fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> 
         let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
         format!(
             "template {} came from host {origin}, and this host does not allow: {}",
-            template.name,
+            template.base.name,
             texts.join("; ")
         )
     })?;
@@ -83,7 +83,7 @@ fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> 
 
 /// Puts into the QEMU what is not in the shared memory, and lets it run.
 fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Result<(), String> {
-    let manifest = &template.manifest;
+    let manifest = &template.base.manifest;
     let failed = |why: sterna_vmm::VmmError| explain(&why);
     if qemu.version().to_string() != manifest.qemu {
         let found = qemu.fingerprint().map_err(failed)?;
@@ -91,7 +91,7 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
         if !differences.is_empty() {
             return Err(format!(
                 "this host's QEMU is another than that of template {}: {}",
-                template.name,
+                template.base.name,
                 differences.join("; ")
             ));
         }
@@ -100,7 +100,7 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
         // What is made here was looked at when it was made.
         let reasons = qemu.template_reasons().map_err(failed)?;
         if let Some(reason) = reasons.first() {
-            return Err(format!("template {} cannot be used: {}", template.name, reason.text));
+            return Err(format!("template {} cannot be used: {}", template.base.name, reason.text));
         }
     }
     qemu.prepare_load().map_err(failed)?;
@@ -141,7 +141,7 @@ fn is_untouched(process: &Process, layout: &Layout, main: &StoredBlock) -> Resul
 }
 
 fn fill(template: &Template, sinks: &Sinks) -> Result<(), String> {
-    let manifest = &template.manifest;
+    let manifest = &template.base.manifest;
     let others = (0..manifest.blocks.len()).filter(|at| *at != manifest.main && manifest.blocks[*at].travels);
     for at in others {
         template.pages.read(at, PAGES_PER_STRIPE, |run, bytes| {

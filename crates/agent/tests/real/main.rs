@@ -21,4 +21,5 @@ mod states;
 mod streams;
 mod support;
 mod templates;
+mod trailing;
 mod working_set;

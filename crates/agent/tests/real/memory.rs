@@ -347,8 +347,13 @@ fn by_balloon(world: &World, a: &Arc<Agent>, this: Try) {
 
 /// Removes the file that was written before the move: its pages are free, and the kernel reports them.
 fn by_reports(world: &World, a: &Arc<Agent>, this: Try) {
-    world.order("a", "vm", &format!("rm /tmp/file{}", this.number));
-    shrinks(a, REPORTED, || ());
+    let mut ordered = false;
+    // Only then: a report that was due already may come before the first look at what there was.
+    shrinks(a, REPORTED, || {
+        if !std::mem::replace(&mut ordered, true) {
+            world.order("a", "vm", &format!("rm /tmp/file{}", this.number));
+        }
+    });
     a_round_passes(a, this.id);
 }
 

@@ -11,17 +11,17 @@ use sterna_lab::guest::{GuestSpec, Program};
 use sterna_memory::{PAGE, PageRun, Process, Region, own};
 
 /// Bytes of a guest's RAM, and pages.
-const RAM: u64 = 192 << 20;
+pub(crate) const RAM: u64 = 192 << 20;
 
 /// Two hosts, and template `web` on the first.
-struct Scene {
-    world: World,
-    a: Arc<Agent>,
-    b: Arc<Agent>,
+pub(crate) struct Scene {
+    pub(crate) world: World,
+    pub(crate) a: Arc<Agent>,
+    pub(crate) b: Arc<Agent>,
 }
 
 impl Scene {
-    fn new(version: &str, program: Program) -> Self {
+    pub(crate) fn new(version: &str, program: Program) -> Self {
         let world = World::new(version);
         let (a, b) = (world.agent("a"), world.agent("b"));
         let scene = Self { world, a, b };
@@ -46,7 +46,7 @@ impl Scene {
     }
 
     /// Starts a clone; its console goes on from where the template was.
-    fn clone_of(&self, template: &str, vm: &str) -> Duration {
+    pub(crate) fn clone_of(&self, template: &str, vm: &str) -> Duration {
         let began = Instant::now();
         let request = RunRequest { name: vm.into(), argv: Vec::new(), template: Some(template.into()) };
         let view = self.a.run(request).unwrap();
@@ -55,14 +55,14 @@ impl Scene {
         took
     }
 
-    fn moves(&self, from: &Arc<Agent>, to: &str, vm: &str) -> MigrationView {
+    pub(crate) fn moves(&self, from: &Arc<Agent>, to: &str, vm: &str) -> MigrationView {
         let view = migrate(from, MigrateRequest { timeout: Some(30.0), ..request(vm, to) });
         assert_eq!(view.status, "completed", "{view:?}");
         assert!(view.blocks_verified.is_some_and(|blocks| blocks >= 2), "{view:?}");
         view
     }
 
-    fn lives(&self, vm: &str) {
+    pub(crate) fn lives(&self, vm: &str) {
         self.world.wait_for_more(vm, "LOAD", BOOT);
         assert!(!self.world.console(vm).contains("BAD"), "{}", self.world.console(vm));
     }
@@ -83,7 +83,7 @@ fn memory_of(agent: &Agent, vm: &str) -> (Process, Region, std::fs::File) {
     (Process::open(pid).unwrap(), region, file)
 }
 
-fn own_pages(agent: &Agent, vm: &str) -> u64 {
+pub(crate) fn own_pages(agent: &Agent, vm: &str) -> u64 {
     let (process, region, _) = memory_of(agent, vm);
     let mut pages = Vec::new();
     own(&process, &region, &mut pages).unwrap();

@@ -1,7 +1,7 @@
 //! `sterna migrate`: asks, waits, and tells what became of the VM.
 
 use super::gang;
-use crate::args::{Format, Migrate};
+use crate::args::{Format, Migrate, SendTemplate};
 use crate::client::{Client, ClientError, segment};
 use crate::exit::{Exit, Failure};
 use crate::follow::follow;
@@ -51,6 +51,9 @@ fn contradiction(args: &Migrate) -> Option<&'static str> {
         (_, true, true) => Some(
             "--postcopy-after-precopy and --timeout-postcopy: give one of them; `sterna postcopy VM` switches at any time",
         ),
+        (false, ..) if args.send_template == SendTemplate::After => Some(
+            "--send-template after: the VM runs at the target before its template is there, so give --postcopy too",
+        ),
         (true, ..) if args.timeout.is_some() => {
             Some("--timeout: with --postcopy the VM runs at the target at once; leave one of them out")
         }
@@ -69,6 +72,7 @@ pub(crate) fn request(args: &Migrate, vm: &str) -> MigrateRequest {
         compression: args.compression.into(),
         delta_cache: args.delta_cache,
         dedup: args.dedup.into(),
+        send_template: args.send_template.into(),
         downtime_limit: args.limits.max_downtime.unwrap_or_else(default_downtime_limit),
         postcopy: args.postcopy,
         postcopy_after_precopy: args.postcopy_after_precopy,

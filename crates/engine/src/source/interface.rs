@@ -28,6 +28,8 @@ pub struct SourceParameters {
     pub auto_converge: bool,
     /// Whether the VM runs at the target before all of its pages are there.
     pub postcopy: Postcopy,
+    /// Something goes to the target beside the pages, and the VM does not stop before [`SourceInput::Arrived`].
+    pub awaits: bool,
 }
 
 /// When a migration switches to post-copy (Hines, Gopalan, VEE 2009). `virsh`'s words for what they mean.
@@ -83,6 +85,8 @@ pub enum SourceInput {
     /// flight at a scan. A stop has to compare them with what was sent; [`SourceAction::Settle`] makes it so that there are
     /// none.
     Unsettled(Pages),
+    /// What goes to the target beside the pages is there.
+    Arrived,
     /// [`SourceAction::Scan`] is done; the send-set holds these pages.
     Scanned(Pages),
     /// [`SourceAction::Settle`] is done; the send-set holds these pages.

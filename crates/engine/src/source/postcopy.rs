@@ -104,7 +104,8 @@ impl Source {
 
     /// When the timeout cuts the round that is under way.
     pub(super) fn switch_at(&self) -> Option<Duration> {
-        let waits = matches!(self.state, State::Sending { .. } | State::Resting { .. }) && !self.lazy.cut;
+        let moves = matches!(self.state, State::Sending { .. } | State::Resting { .. });
+        let waits = moves && !self.lazy.cut && !self.parameters.awaits;
         let at = self.parameters.timeout.map(|timeout| self.began + timeout);
         at.filter(|_| waits && self.parameters.postcopy == Postcopy::AtTimeout)
     }
@@ -120,10 +121,7 @@ impl Source {
                 self.lazy.cut = true;
                 self.actions.push_back(SourceAction::Abandon);
             }
-            State::Resting { .. } => {
-                let scanning = State::Scanning { round_time: Duration::ZERO };
-                self.enter(scanning, SourceAction::Scan, now, LOCAL_WAIT);
-            }
+            State::Resting { .. } => self.look_again(now),
             _ => {}
         }
     }

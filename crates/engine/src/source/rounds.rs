@@ -12,6 +12,8 @@ const RATE_SAMPLE_MIN: Duration = Duration::from_millis(100);
 /// The least time between two rounds when most pages of the first were written again before they could go. Scans that follow each other
 /// at once would only take the guest's time.
 const ROUND_MIN: Duration = Duration::from_millis(250);
+/// The time between two rounds when all has gone that can go: what is written again and again goes once in it.
+const AWAIT_PAUSE: Duration = Duration::from_secs(2);
 /// A round that reached this part of its pace, in percent, could have gone faster.
 const PACED: u64 = 90;
 
@@ -148,15 +150,35 @@ impl Source {
         let seen = Observation { residual, unsettled, bandwidth, elapsed, exhausted };
         let fits = bandwidth.time_for(residual) <= self.convergence.downtime_limit();
         if self.switch_is_due(fits, elapsed) {
-            return self.prepare_switch(now);
+            return if self.parameters.awaits { self.rest(pages, now) } else { self.prepare_switch(now) };
         }
         match self.convergence.decide(seen) {
             Verdict::Settle => self.enter(State::Settling, SourceAction::Settle, now, LOCAL_WAIT),
             Verdict::Round => {
                 self.go_on(pages, Seen { written: writes, bandwidth, fits }, now, round_time);
             }
+            Verdict::Stop if self.parameters.awaits => self.rest(pages, now),
             Verdict::Stop => self.stop(now),
         }
+    }
+
+    /// All has gone that can go, and the VM may not stop yet.
+    pub(super) fn rest(&mut self, pages: Pages, now: Duration) {
+        self.state = State::Resting { pages };
+        self.wait(now, AWAIT_PAUSE);
+    }
+
+    /// From now on the VM may stop: it is looked at once whether it can.
+    pub(super) fn on_arrived(&mut self, now: Duration) {
+        self.parameters.awaits = false;
+        if matches!(self.state, State::Resting { .. }) {
+            self.look_again(now);
+        }
+    }
+
+    pub(super) fn look_again(&mut self, now: Duration) {
+        let scanning = State::Scanning { round_time: Duration::ZERO };
+        self.enter(scanning, SourceAction::Scan, now, LOCAL_WAIT);
     }
 
     pub(super) fn stop(&mut self, now: Duration) {

@@ -21,6 +21,7 @@ impl Source {
 
     pub(super) fn begin_sending(&mut self, pages: Pages, now: Duration) {
         match self.parameters.postcopy == Postcopy::AtOnce && pages == Pages(0) {
+            true if self.parameters.awaits => self.rest(pages, now),
             true => self.switch(now),
             false => self.begin_round(1, pages, now),
         }

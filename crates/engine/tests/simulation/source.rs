@@ -104,6 +104,7 @@ impl World {
             rate: RateLimits::default(),
             auto_converge: true,
             postcopy: Postcopy::OnDemand,
+            awaits: false,
         };
         self.note(|| format!("host {host} migrates the VM, {generation:?}"));
         let machine = Source::new(parameters, self.queue.instant());

@@ -105,6 +105,17 @@ impl Pager {
         Ok(done)
     }
 
+    /// The template's pages of a run are in its file by now: what of the run was not given is the template's, and who waits there goes on.
+    ///
+    /// # Errors
+    /// As [`Pager::install`].
+    pub fn settle_template(&self, region: usize, run: PageRun) -> Result<Installed, PagerError> {
+        self.checked(region, run)?;
+        let mut done = Installed::default();
+        self.settle(region, run, &mut done)?;
+        Ok(done)
+    }
+
     /// Nothing will come for a run: who waits there gets zeros, as will who comes later.
     pub(super) fn settle(&self, region: usize, run: PageRun, done: &mut Installed) -> Result<(), PagerError> {
         let shared = self.gate.read().unwrap_or_else(PoisonError::into_inner);

@@ -1,0 +1,95 @@
+//! A clone's template, where the target does not have it: it goes before the VM, beside it or after it.
+
+use super::{Event, Order, Outgoing};
+use crate::host::Host;
+use crate::model::{Dedup, MigrateRequest, SendTemplate};
+use crate::progress::View;
+use crate::registry::{UsedTemplate, Vm};
+use crate::templates::{self, Follower, Told};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+use sterna_engine::Source;
+use sterna_engine::source::{Outcome, SourceInput};
+use sterna_transport::Pacer;
+
+/// How often it is looked whether the user has cancelled.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// A template that is still on its way.
+pub(super) struct Trailing {
+    when: SendTemplate,
+    _follower: Follower,
+}
+
+/// Whether the VM does not stop before its template is there.
+pub(super) fn awaits(trailing: Option<&Trailing>) -> bool {
+    trailing.is_some_and(|trailing| trailing.when != SendTemplate::After)
+}
+
+/// What is shared with others. What is in common lies over a template's pages, which are not to be missed there.
+pub(super) fn dedup(trailing: Option<&Trailing>, asked: Dedup) -> Dedup {
+    if trailing.is_some_and(|trailing| trailing.when == SendTemplate::After) { Dedup::None } else { asked }
+}
+
+/// Has a clone's template sent. Returns when all of it is there, or, where that is wanted, as soon as the target knows of it.
+pub(super) fn send(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    request: &MigrateRequest,
+    target: (&str, &str),
+    pacer: &Arc<Pacer>,
+    (tell, orders, view): (&mpsc::Sender<Event>, &mpsc::Receiver<Event>, &mut View),
+) -> Result<Option<Trailing>, Outcome> {
+    let Some(used) = vm.record().template else { return Ok(None) };
+    let entry = host.templates().entry(&used.digest).ok_or_else(|| {
+        let (us, UsedTemplate { name, digest, .. }) = (host.name(), used);
+        Outcome::Failed(format!(
+            "host {us} does not have template {name} ({digest}) any more, which VM {} is a clone of",
+            vm.name()
+        ))
+    })?;
+    let (first, hear) = mpsc::channel();
+    let (tell, when) = (tell.clone(), request.send_template);
+    let follower = templates::follow(host, &entry, target, pacer.clone(), move |told| {
+        // Until its migration begins it is heard here, then there. Who hears nothing any more needs nothing.
+        if let Err(mpsc::SendError(told)) = first.send(told) {
+            drop(tell.send(Event::Template(told)));
+        }
+    });
+    loop {
+        match hear.recv_timeout(LOOK) {
+            Ok(Told::Over(how)) => return how.map(|()| None).map_err(Outcome::Failed),
+            Ok(Told::Sent(bytes)) => view.template_sent(bytes),
+            Ok(Told::Agreed { complete: false }) if when != SendTemplate::Before => {
+                return Ok(Some(Trailing { when, _follower: follower }));
+            }
+            Ok(Told::Agreed { .. }) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Outcome::Failed("nobody sends its template".into()));
+            }
+        }
+        if orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel))) {
+            return Err(Outcome::Cancelled);
+        }
+    }
+}
+
+impl Outgoing {
+    /// What becomes of the template that is still on its way.
+    pub(super) fn on_template(&mut self, machine: &mut Source, told: Told) {
+        let lost = match told {
+            Told::Agreed { .. } => return,
+            Told::Sent(bytes) => return self.view.template_sent(bytes),
+            Told::Over(how) => how.err(),
+        };
+        self.template = None;
+        match lost {
+            None => self.feed(machine, SourceInput::Arrived),
+            Some(why) if machine.is_postcopy() => self.view.notice(&format!(
+                "{why}: the pages that it lacks go with the VM's own, and it cannot move on from there before the template is there: \
+                 sterna template push"
+            )),
+            Some(why) => self.feed(machine, SourceInput::Failed(why)),
+        }
+    }
+}
