@@ -78,6 +78,11 @@ impl Host {
         &self.config
     }
 
+    /// Whom QEMUs run as, if not as this agent.
+    pub(crate) fn user(&self) -> Option<&User> {
+        self.user.as_ref()
+    }
+
     pub(crate) fn endpoint(&self) -> &Endpoint {
         &self.endpoint
     }

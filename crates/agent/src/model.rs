@@ -31,8 +31,11 @@ pub struct RunRequest {
 pub struct TemplateRequest {
     /// Name of the template, unique on every host.
     pub name: String,
-    /// The VM that it is made of: it stands still for a moment, and runs on.
+    /// The VM that it is made of: it stands still for a moment.
     pub vm: String,
+    /// Ends it then, in the place of letting it run on: disks that it could write stay as its memory has them, and clones may lie over them.
+    #[serde(default)]
+    pub end: bool,
     /// That VM's command line with `{vm}` in the places where a clone's name belongs; as it was started when absent.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub argv: Option<Vec<String>>,
@@ -82,6 +85,9 @@ pub struct TemplateView {
     pub machine: String,
     /// The command line of its clones; `{vm}` in it is the name of a clone.
     pub argv: Vec<String>,
+    /// Images that its VM has left, over which each clone has one of its own.
+    #[serde(default)]
+    pub disks: Vec<String>,
     /// Clones of it on this host.
     pub clones: Vec<String>,
 }

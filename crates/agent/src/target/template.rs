@@ -16,7 +16,7 @@ pub(super) fn reasons(template: Option<&Base>, qemu: &mut Qemu) -> Result<Vec<Re
     if template.is_none_or(|template| template.is_here() == Ok(true)) {
         return Ok(Vec::new());
     }
-    let found = qemu.template_reasons().map_err(|why| explain(&why))?;
+    let found = qemu.balloon_reason().map_err(|why| explain(&why))?;
     let reason = |found: sterna_vmm::Reason| Reason { code: "template".into(), text: found.text };
     Ok(found.into_iter().map(reason).collect())
 }

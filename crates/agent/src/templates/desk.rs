@@ -23,7 +23,7 @@ impl Agent {
         self.find_template(name).map(|entry| self.shown(&entry))
     }
 
-    /// Makes a template of a VM, which stands still for as long as its memory is read, and runs on.
+    /// Makes a template of a VM, which stands still for as long as its memory is read, and runs on or is ended, as the request says.
     ///
     /// # Errors
     /// [`AgentError::NotFound`] for a VM that is not here, [`AgentError::Conflict`] for one that is being moved, and
@@ -34,8 +34,11 @@ impl Agent {
         vm.reserve("template").map_err(|job| {
             AgentError::Conflict(format!("VM {} is in migration {job}: wait for its end", request.vm))
         })?;
-        let made = templates::make(self.host(), &vm, &request.name, request.argv.clone());
+        let made = templates::make(self.host(), &vm, request);
         vm.free();
+        if request.end && !vm.is_alive() {
+            self.host().registry().remove(&vm);
+        }
         let entry = made.map_err(AgentError::Failed)?;
         tracing::info!(template = entry.name, digest = entry.digest, vm = request.vm, "a template was made");
         Ok(self.shown(&entry))
@@ -91,13 +94,16 @@ impl Agent {
         started: templates::Started,
         template: &Template,
     ) -> Result<std::sync::Arc<Vm>, AgentError> {
-        let templates::Started { qemu, argv, parts } = started;
+        let templates::Started { qemu, argv, parts, disks } = started;
         let mut record = self.fresh_record(name, argv, &qemu);
         record.parts = parts;
         record.template = Some(template.base.used());
         let vm = Vm::new(record, Some(qemu));
         match self.host().registry().insert(&vm) {
-            Ok(()) => Ok(vm),
+            Ok(()) => {
+                disks.keep();
+                Ok(vm)
+            }
             Err(why) => Err(self.abandon(&vm, &why)),
         }
     }
@@ -119,6 +125,7 @@ impl Agent {
             qemu: manifest.qemu,
             machine: manifest.machine,
             argv: manifest.argv,
+            disks: manifest.disks.into_iter().map(|disk| disk.base).collect(),
             name,
             digest,
             created,

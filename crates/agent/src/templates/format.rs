@@ -4,6 +4,7 @@
 //! that it has of them. `pages` holds, one after the other: the pages of each block that are not zero, in ascending order; the device
 //! state; and which pages those were, as runs of two little-endian numbers of 64 bits, the first page and how many.
 
+use super::disks::StoredDisk;
 use crate::control::explain;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -39,6 +40,9 @@ pub(crate) struct Manifest {
     /// Bytes of the file of pages, and its BLAKE3 digest in hexadecimal.
     pub(crate) bytes: u64,
     pub(crate) pages_digest: String,
+    /// Disks that each clone has for itself.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) disks: Vec<StoredDisk>,
 }
 
 /// A block of RAM of a template.
@@ -137,6 +141,7 @@ impl Manifest {
             state_bytes: 0,
             bytes: 0,
             pages_digest: String::new(),
+            disks: Vec::new(),
         }
     }
 }

@@ -1,29 +1,30 @@
 //! A template of a VM: it stands still while its memory and devices are read, and goes on afterwards.
 
 use super::format::{Manifest, Pages, PagesWriter, StoredBlock};
-use super::{Base, Entry, NEW, PAGES, Template, Templates, unusable_name};
+use super::{Base, Entry, NEW, PAGES, Template, Templates, disks, unusable_name};
 use crate::control::explain;
 use crate::host::{Host, fingerprint_lines};
+use crate::model::TemplateRequest;
 use crate::pages::PAGES_PER_STRIPE;
 use crate::registry::{Vm, is_usable, lock};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 use sterna_memory::{PAGE, PageRun, Process, Reader, Region, SealedMemory, append_run, is_zero, populated};
 use sterna_vmm::qemu::CommandLine;
 use sterna_vmm::{Layout, Vmm};
 
-/// Makes a template of a VM, which runs on. `argv` is the VM's command line with `{vm}` where a clone's name belongs, where it has such places.
+/// How long the VM may take to quit where the request wants it to.
+const QUIT_WITHIN: Duration = Duration::from_secs(10);
+
+/// Makes a template of a VM, which runs on or is ended.
 ///
 /// # Errors
-/// What keeps it from that, all reasons at once. The VM is as it was.
-pub(crate) fn make(
-    host: &Arc<Host>,
-    vm: &Arc<Vm>,
-    name: &str,
-    argv: Option<Vec<String>>,
-) -> Result<Entry, String> {
+/// What keeps it from that, all reasons at once. The VM is as it was, unless the text says that it has ended.
+pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) -> Result<Entry, String> {
+    let TemplateRequest { name, argv, end, .. } = request;
     let templates = host.templates();
     if !is_usable(name) {
         return Err(unusable_name(name));
@@ -33,21 +34,24 @@ pub(crate) fn make(
         return Err(format!("host {} has a template {name} already (digest {})", host.name(), known.digest));
     }
     let record = vm.record();
-    let argv = argv.unwrap_or_else(|| record.argv.clone());
+    let argv = argv.clone().unwrap_or_else(|| record.argv.clone());
     if super::start::named(&argv, &record.name) != record.argv {
         return Err(format!("VM {} was started with another command line", record.name));
     }
+    let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
+    // Only a VM that is ended leaves its disks as its memory has them.
+    let own = if *end { disks::own(&line) } else { Vec::new() };
+    let written = super::start::named(&own, &record.name);
     let mut reasons = Vec::new();
     let looked = host.with_qemu(vm, |qemu| {
         reasons.extend(qemu.source_reasons()?);
-        reasons.extend(qemu.template_reasons()?);
+        reasons.extend(qemu.template_reasons(&written)?);
         let version = qemu.version().to_string();
         Ok((qemu.layout()?, qemu.fingerprint()?, qemu.machine_type()?, qemu.cpu_model()?, version))
     });
     let (layout, fingerprint, machine, cpu, qemu) = looked?;
     let mut texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
     let main = main_block(&layout);
-    let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
     if let Err(why) = line.on_template(&layout.blocks[main].name, layout.blocks[main].bytes) {
         texts.push(why.to_owned());
     }
@@ -65,14 +69,29 @@ pub(crate) fn make(
         state_bytes: 0,
         bytes: 0,
         pages_digest: String::new(),
+        disks: Vec::new(),
     };
     let folder = templates.unfinished(&format!("{NEW}{name}")).map_err(|why| explain(&why))?;
-    let made = write(host, vm, &layout, &folder, manifest)
-        .and_then(|(manifest, memory)| keep(templates, &folder, name, manifest, memory));
+    let made = write(host, vm, &layout, (&folder, *end), manifest).and_then(|(mut manifest, memory)| {
+        if *end {
+            quit(vm)?;
+            manifest.disks = disks::left(own, &record.name)?;
+        }
+        keep(templates, &folder, name, manifest, memory)
+    });
     if made.is_err() {
         drop(fs::remove_dir_all(&folder));
+        if *end && vm.is_alive() {
+            host.with_qemu(vm, |qemu| qemu.restore())?;
+        }
     }
-    made
+    made.map_err(|why| if vm.is_alive() { why } else { format!("{why}; VM {} has ended", record.name) })
+}
+
+/// Ends a VM that stands still and is stored.
+fn quit(vm: &Vm) -> Result<(), String> {
+    let ended = vm.qemu().as_mut().map(|qemu| qemu.quit(QUIT_WITHIN).map_err(|why| explain(&why)));
+    ended.unwrap_or_else(|| Err("nobody can speak to its QEMU".into()))
 }
 
 /// Clones share main memory: the largest block.
@@ -81,12 +100,12 @@ fn main_block(layout: &Layout) -> usize {
     blocks.max_by_key(|(_, block)| block.bytes).map_or(0, |(at, _)| at)
 }
 
-/// Stops the VM, writes it down, and lets it go on.
+/// Stops the VM, writes it down, and lets it go on, unless it is to end.
 fn write(
     host: &Arc<Host>,
     vm: &Arc<Vm>,
     layout: &Layout,
-    folder: &Path,
+    (folder, end): (&Path, bool),
     mut manifest: Manifest,
 ) -> Result<(Manifest, SealedMemory), String> {
     let process = host.process_of(vm)?;
@@ -105,14 +124,15 @@ fn write(
         let ticket = qemu.save_begin()?;
         qemu.save_finish(ticket)
     });
-    // Whatever comes of it, the VM goes on.
+    // If nothing comes of it the VM goes on, whatever was to become of it.
     let written = state.and_then(|state| {
         let found = read_blocks(&process, layout, manifest.main, &mut writer)?;
         writer.write(&state).map_err(|why| explain(&why))?;
         manifest.state_bytes = state.len() as u64;
         Ok(found)
     });
-    let restored = host.with_qemu(vm, |qemu| qemu.restore());
+    let goes_on = !end || written.is_err();
+    let restored = if goes_on { host.with_qemu(vm, |qemu| qemu.restore()) } else { Ok(()) };
     let (runs, memory) = written?;
     restored?;
     for (block, runs) in layout.blocks.iter().zip(&runs) {

@@ -8,6 +8,7 @@
 //! format   the two files of a template          make     a template of a VM
 //! mod      the store: found, loaded, removed    start    a clone of a template
 //! base     what a clone maps                    push     a template to another host
+//! disks    what each clone writes
 //! ```
 
 use crate::control::explain;
@@ -22,6 +23,7 @@ use std::sync::{Arc, Mutex};
 
 mod base;
 mod desk;
+mod disks;
 mod format;
 mod make;
 mod push;

@@ -1,5 +1,6 @@
 //! A clone of a template: a QEMU whose memory is the template's, copy-on-write, loaded with its devices.
 
+use super::disks::Made;
 use super::{StoredBlock, Template};
 use crate::control::explain;
 use crate::fit::{settle_late, sinks};
@@ -16,7 +17,7 @@ use sterna_vmm::{Layout, Vmm, difference};
 /// How long a QEMU that could not be made a clone may take to quit before it is killed.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
 /// What stands for the name of a clone in a template's command line.
-const PLACEHOLDER: &str = "{vm}";
+pub(super) const PLACEHOLDER: &str = "{vm}";
 
 /// A clone that runs.
 pub(crate) struct Started {
@@ -24,6 +25,8 @@ pub(crate) struct Started {
     /// Its command line.
     pub(crate) argv: Vec<String>,
     pub(crate) parts: Option<BTreeSet<String>>,
+    /// Removed again unless they are kept.
+    pub(super) disks: Made,
 }
 
 /// A template's command line with the name of a clone in its places.
@@ -39,15 +42,16 @@ pub(crate) fn start(host: &Arc<Host>, template: &Template, vm: &str) -> Result<S
     let began = Instant::now();
     let manifest = &template.base.manifest;
     let argv = named(&manifest.argv, vm);
+    let disks = Made::of(host, &manifest.disks, vm, template.origin.is_some())?;
     let argv_here = command_line(host, template, vm, &argv)?;
     let launched = host.launch(vm, argv_here, Some(template.base.memory.clone()));
     let mut qemu = launched.map_err(|why| explain(&why))?.qemu;
     let launched = began.elapsed();
-    match load(host, template, vm, &mut qemu) {
+    match load(host, template, (vm, &disks.names()), &mut qemu) {
         Ok(()) => {
             tracing::debug!(vm, template = template.base.name, ?launched, took = ?began.elapsed(), "a clone runs");
             let parts = qemu.parts().ok();
-            Ok(Started { qemu, argv, parts })
+            Ok(Started { qemu, argv, parts, disks })
         }
         Err(why) => {
             drop(qemu.quit(QUIT_WITHIN));
@@ -82,7 +86,12 @@ fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> 
 }
 
 /// Puts into the QEMU what is not in the shared memory, and lets it run.
-fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Result<(), String> {
+fn load(
+    host: &Arc<Host>,
+    template: &Template,
+    (vm, disks): (&str, &[String]),
+    qemu: &mut Qemu,
+) -> Result<(), String> {
     let manifest = &template.base.manifest;
     let failed = |why: sterna_vmm::VmmError| explain(&why);
     if qemu.version().to_string() != manifest.qemu {
@@ -98,7 +107,7 @@ fn load(host: &Arc<Host>, template: &Template, vm: &str, qemu: &mut Qemu) -> Res
     }
     if template.origin.is_some() {
         // What is made here was looked at when it was made.
-        let reasons = qemu.template_reasons().map_err(failed)?;
+        let reasons = qemu.template_reasons(disks).map_err(failed)?;
         if let Some(reason) = reasons.first() {
             return Err(format!("template {} cannot be used: {}", template.base.name, reason.text));
         }

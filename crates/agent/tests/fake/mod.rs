@@ -331,9 +331,13 @@ impl Control for Fake {
             qemu: "10.0.2".into(),
             machine: "pc-q35-10.0".into(),
             argv: request.argv.unwrap_or(vm.argv),
+            disks: Vec::new(),
             clones: Vec::new(),
         };
         self.templates.lock().unwrap().insert(request.name, template.clone());
+        if request.end {
+            self.vms.lock().unwrap().remove(&request.vm);
+        }
         Ok(template)
     }
     fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {

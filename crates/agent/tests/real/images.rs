@@ -28,7 +28,7 @@ const WRITER: &str = "i=0; while [ $i -lt 8000 ]; do i=$((i+1)); for d in vda vd
 /// Reads the disk that it may not write, anew.
 const READER: &str = "echo 3 > /proc/sys/vm/drop_caches; echo SUM $(md5sum < /dev/vdb)";
 
-fn qemu_img(args: &[&str]) {
+pub(crate) fn qemu_img(args: &[&str]) {
     let output = Command::new("qemu-img").args(args).output().unwrap();
     assert!(output.status.success(), "qemu-img {args:?}: {output:?}");
 }

@@ -309,7 +309,7 @@ fn clones_share_what_they_have_written_too() {
     let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
     a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
     world.wait_for("golden", "READY", BOOT);
-    let request = TemplateRequest { name: "web".into(), vm: "golden".into(), argv: Some(clones) };
+    let request = TemplateRequest { name: "web".into(), vm: "golden".into(), end: false, argv: Some(clones) };
     a.make_template(&request).unwrap();
     a.stop("golden").unwrap();
     let names = vec!["one", "two"];

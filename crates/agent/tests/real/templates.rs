@@ -1,9 +1,11 @@
 //! Templates, their clones, and migrations of those that move only what they have written.
 
+use std::io::Write as _;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::images::qemu_img;
 use crate::support::{BOOT, MOVE, World, idle, load, migrate, request};
 use sterna_agent::Agent;
 use sterna_agent::model::{MigrateRequest, MigrationView, RunRequest, TemplateRequest};
@@ -37,7 +39,8 @@ impl Scene {
         self.a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
         // Not before its load has filled its memory.
         self.world.wait_for("golden", "LOAD t=", BOOT);
-        let request = TemplateRequest { name: name.into(), vm: "golden".into(), argv: Some(clones) };
+        let request =
+            TemplateRequest { name: name.into(), vm: "golden".into(), end: false, argv: Some(clones) };
         let made = self.a.make_template(&request).unwrap();
         assert_eq!((made.name.as_str(), made.ram_bytes), (name, RAM));
         // The VM goes on.
@@ -341,11 +344,126 @@ fn what_cannot_be_a_template_says_why() {
         ..world.parts.guest("vm")
     };
     world.boot(&a, &guest);
-    let request = |name: &str| TemplateRequest { name: name.into(), vm: "vm".into(), argv: None };
+    let request = |name: &str| TemplateRequest { name: name.into(), vm: "vm".into(), end: false, argv: None };
     let why = a.make_template(&request("web")).unwrap_err().to_string();
     assert!(why.contains("balloon"), "{why}");
     assert!(a.make_template(&request("../web")).is_err());
     assert_eq!(a.vm("vm").unwrap().state, "running");
     world.wait_for_more("vm", "LOAD", MOVE);
     a.stop("vm").unwrap();
+}
+
+/// The golden guest, whose shell obeys, with a disk.
+fn golden_with_disk(world: &World) -> Vec<String> {
+    let disk = world.path("golden.qcow2").display().to_string();
+    qemu_img(&["create", "-q", "-f", "qcow2", &disk, "32M"]);
+    let mut argv =
+        world.argv_with_orders(&GuestSpec { programs: vec![idle()], ..world.parts.guest("golden") });
+    let drive = format!("file={disk},format=qcow2,if=none,id=d0");
+    argv.extend(["-drive", &drive, "-device", "virtio-blk-pci,drive=d0"].map(str::to_owned));
+    argv
+}
+
+impl Scene {
+    /// Has a guest write a word into a block of its disk.
+    fn write_block(&self, host: &str, vm: &str, block: u32, word: &str) {
+        let done = format!("WROTE-{block}-{word}");
+        let line = format!(
+            "printf %4096s {word} | dd of=/dev/vda bs=4096 seek={block} conv=notrunc,fsync 2>/dev/null; echo WROTE''-{block}-{word}"
+        );
+        self.world.order(host, vm, &line);
+        self.world.wait_for(vm, &done, BOOT);
+    }
+
+    /// What a guest reads there.
+    fn assert_block(&self, host: &str, vm: &str, block: u32, word: &str) {
+        let line = format!(
+            "echo 3 > /proc/sys/vm/drop_caches; echo READ''-{host}-{block}-$(dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | tr -d ' ')."
+        );
+        self.world.order(host, vm, &line);
+        self.world.wait_for(vm, &format!("READ-{host}-{block}-{word}."), BOOT);
+    }
+
+    fn image(&self, vm: &str) -> std::path::PathBuf {
+        self.world.path(&format!("{vm}.qcow2"))
+    }
+}
+
+/// Each clone finds on its disk what the template's VM has written, and writes into an image of its own, here and where it moves.
+fn clones_write_disks_of_their_own(version: &str) {
+    let world = World::new(version);
+    let (a, b) = (world.agent("a"), world.agent("b"));
+    let scene = Scene { world, a, b };
+    let argv = golden_with_disk(&scene.world);
+    let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
+    scene.a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
+    scene.world.wait_for("golden", "READY", BOOT);
+    scene.write_block("a", "golden", 0, "golden");
+    let request = |end| TemplateRequest {
+        name: "web".into(),
+        vm: "golden".into(),
+        end,
+        argv: Some(Vec::clone(&clones)),
+    };
+    let why = scene.a.make_template(&request(false)).unwrap_err().to_string();
+    assert!(why.contains("golden.qcow2") && why.contains("no --from"), "{why}");
+    assert_eq!(scene.a.vm("golden").unwrap().state, "running");
+    let made = scene.a.make_template(&request(true)).unwrap();
+    assert_eq!(made.disks, [scene.image("golden").display().to_string()]);
+    assert!(scene.a.vm("golden").is_err(), "it would write on");
+    let golden = std::fs::read(scene.image("golden")).unwrap();
+
+    for vm in ["c0", "c1"] {
+        scene.clone_of("web", vm);
+        scene.assert_block("a", vm, 0, "golden");
+        scene.write_block("a", vm, 1, vm);
+    }
+    for (host, from) in [("b", &scene.a), ("a", &scene.b)] {
+        let view = scene.moves(from, host, "c0");
+        println!("{:?}", view.ram);
+        scene.assert_block(host, "c0", 0, "golden");
+        scene.assert_block(host, "c0", 1, "c0");
+        scene.write_block(host, "c0", 2, host);
+    }
+    scene.assert_block("a", "c1", 1, "c1");
+    // The template went along, and has clones there too.
+    let request = RunRequest { name: "c4".into(), argv: Vec::new(), template: Some("web".into()) };
+    scene.b.run(request).unwrap();
+    scene.assert_block("b", "c4", 0, "golden");
+    scene.b.stop("c4").unwrap();
+    for vm in ["c0", "c1"] {
+        scene.a.stop(vm).unwrap();
+        qemu_img(&["check", "-q", "-f", "qcow2", scene.image(vm).to_str().unwrap()]);
+    }
+    assert_eq!(golden, std::fs::read(scene.image("golden")).unwrap(), "what lies below was written");
+
+    // What is there is somebody's.
+    let run = |vm: &str| RunRequest { name: vm.into(), argv: Vec::new(), template: Some("web".into()) };
+    let before = std::fs::read(scene.image("c0")).unwrap();
+    let why = scene.a.run(run("c0")).unwrap_err().to_string();
+    assert!(why.contains("c0.qcow2 is there already"), "{why}");
+    assert_eq!(before, std::fs::read(scene.image("c0")).unwrap());
+    // What fails leaves none.
+    std::fs::create_dir(scene.world.path("sockets-a/c2.console")).unwrap();
+    let why = scene.a.run(run("c2")).unwrap_err().to_string();
+    assert!(!scene.image("c2").exists(), "{why}");
+    // And what lies below is what the clones remember.
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(scene.image("golden"))
+        .unwrap()
+        .write_all(&[0; 512])
+        .unwrap();
+    let why = scene.a.run(run("c3")).unwrap_err().to_string();
+    assert!(why.contains("has been written since") && !scene.image("c3").exists(), "{why}");
+}
+
+#[test]
+fn clones_write_disks_of_their_own_on_7_2() {
+    clones_write_disks_of_their_own("7.2");
+}
+
+#[test]
+fn clones_write_disks_of_their_own_on_10_0() {
+    clones_write_disks_of_their_own("10.0");
 }

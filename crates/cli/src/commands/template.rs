@@ -55,7 +55,7 @@ pub(crate) async fn run(client: &Client, command: Template) -> Result<Exit, Fail
 
 async fn create(client: &Client, args: TemplateCreate) -> Result<Exit, Failure> {
     let made = match &args.from {
-        Some(vm) => make(client, &args.name, vm, None).await,
+        Some(vm) => make(client, &args.name, vm, false, None).await,
         None => boot(client, &args).await,
     };
     list(args.output.format, &[made?])
@@ -65,9 +65,10 @@ async fn make(
     client: &Client,
     name: &str,
     vm: &str,
+    end: bool,
     argv: Option<Vec<String>>,
 ) -> Result<TemplateView, Failure> {
-    let request = TemplateRequest { name: name.to_owned(), vm: vm.to_owned(), argv };
+    let request = TemplateRequest { name: name.to_owned(), vm: vm.to_owned(), end, argv };
     Ok(client.send(Method::POST, "/v1/templates", &request, None).await?)
 }
 
@@ -85,10 +86,13 @@ async fn boot(client: &Client, args: &TemplateCreate) -> Result<TemplateView, Fa
     let _: VmView = client.send(Method::POST, "/v1/vms", &request, None).await?;
     tell(&format!("{name}: booted; waiting until it is ready"));
     let made = match ready(client, args, before).await {
-        Ok(()) => make(client, name, name, Some(args.argv.clone())).await,
+        Ok(()) => make(client, name, name, true, Some(args.argv.clone())).await,
         Err(why) => Err(why),
     };
-    client.delete(&format!("/v1/vms/{}", segment(name))).await?;
+    if made.is_err() {
+        // It may have ended by itself, and why is known better.
+        drop(client.delete(&format!("/v1/vms/{}", segment(name))).await);
+    }
     made
 }
 
@@ -187,6 +191,10 @@ fn inspect(format: Format, one: &TemplateView) -> Result<Exit, Failure> {
         ("Size:", bytes(one.bytes)),
         ("QEMU:", one.qemu.clone()),
         ("Machine:", one.machine.clone()),
+        (
+            "Disks:",
+            if one.disks.is_empty() { "none that it may write".to_owned() } else { one.disks.join(" ") },
+        ),
         ("Clones:", clones),
         ("Command:", one.argv.join(" ")),
     ] {

@@ -3,7 +3,7 @@
 use super::{begin, ends, err, interrupt, json, out, sterna};
 use crate::fake::{Server, wait_until};
 use serde_json::Value;
-use sterna_agent::model::Dedup;
+use sterna_agent::model::{Dedup, SendTemplate};
 
 /// Those of the arguments, without progress.
 fn quiet(server: &Server, args: &[&str]) -> std::process::Output {
@@ -56,6 +56,25 @@ fn what_travels_once_is_in_the_request() {
     let requests = server.fake.requests.lock().unwrap();
     let asked: Vec<Dedup> = requests.iter().map(|asked| asked.dedup).collect();
     assert_eq!(asked, [Dedup::Hash, Dedup::Hash, Dedup::None, Dedup::None, Dedup::Hash, Dedup::Frames]);
+}
+
+#[test]
+fn when_a_template_goes_is_in_the_request() {
+    let server = Server::start();
+    for args in [
+        &["web", "hostb"][..],
+        &["web", "hostb", "--send-template", "beside"],
+        &["web", "hostb", "--send-template", "after", "--postcopy"],
+    ] {
+        ends(&quiet(&server, args), 0);
+    }
+    let output = quiet(&server, &["web", "hostb", "--send-template", "after"]);
+    ends(&output, 2);
+    assert!(err(&output).contains("give --postcopy too"), "{}", err(&output));
+    ends(&quiet(&server, &["web", "hostb", "--send-template", "never"]), 2);
+    let requests = server.fake.requests.lock().unwrap();
+    let asked: Vec<SendTemplate> = requests.iter().map(|asked| asked.send_template).collect();
+    assert_eq!(asked, [SendTemplate::Before, SendTemplate::Beside, SendTemplate::After]);
 }
 
 #[test]

@@ -233,6 +233,11 @@ impl CommandLine {
         Ok(total)
     }
 
+    /// The disk images that it names as qcow2, whose files say what lies below them.
+    pub fn qcow2_images(&self) -> Vec<String> {
+        self.images().into_iter().filter(|image| image.opens_below).map(|image| image.path).collect()
+    }
+
     /// The disk images that it names.
     pub(super) fn images(&self) -> Vec<Image> {
         let pairs_of = |name| self.settings_of(name).map(|settings| settings.pairs()).collect::<Vec<_>>();

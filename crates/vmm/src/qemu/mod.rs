@@ -39,7 +39,7 @@ pub use huge::HugePages;
 pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use looked_at::LookedAt;
-pub use policy::{HostMap, Refusal, TargetPolicy};
+pub use policy::{HostMap, Refusal, TargetPolicy, new_file};
 pub use port::port_socket;
 pub use precheck::{Room, available_bytes, changed_parts, is_upgrade, older_qemu, target_reasons};
 pub use qmp::{Event, Qmp, QmpError, Ticket, Version};

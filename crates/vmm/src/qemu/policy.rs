@@ -183,6 +183,14 @@ impl Host<'_> {
     }
 }
 
+/// This host's file for a peer's, which need not be there yet, as a path without symbolic links below an allowed folder.
+///
+/// # Errors
+/// Why this host does not allow it.
+pub fn new_file(map: &HostMap, policy: &TargetPolicy, asked: &str) -> Result<String, String> {
+    Host { map, policy }.path(asked, Presence::Created)
+}
+
 /// The real path of a file that need not be there yet: its folder must be.
 fn canonicalize_new(path: &Path) -> std::io::Result<PathBuf> {
     match fs::canonicalize(path) {
