@@ -15,7 +15,8 @@ use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
 use crate::backing::{Access, BackingError, Kind, Mappings, Segment};
-use crate::page::{PageRun, Region, append_run};
+use crate::copy::Reader;
+use crate::page::{PageRun, Region, Span, append_run, intersection, is_zero};
 use crate::populated::PopulatedError;
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{PRESENT, PageMap, Query, SWAPPED};
@@ -26,6 +27,9 @@ const LOOKS: u32 = 20;
 
 /// The pause between them: moving one huge page takes about as long.
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
+
+/// Bytes of a huge page that are looked at first.
+const SAMPLE_BYTES: usize = 64;
 
 /// Whether any part of a region is in huge pages of hugetlbfs.
 pub(crate) fn is_huge(process: &Process, mappings: &Mappings, region: &Region) -> bool {
@@ -105,6 +109,59 @@ fn own(
     Ok(look.present)
 }
 
+/// Of pages that were sent, those whose huge page is nothing but zeros now. A private huge page that was discarded and then read, by whoever,
+/// is there again, with its mark: it looks as if nobody had written it since it was sent.
+///
+/// Looks at a few bytes of each huge page that `sent` touches, and at all of those few that look empty. Give no holes: it would fill them.
+///
+/// # Errors
+/// The memory cannot be read.
+pub fn emptied(
+    process: &Process,
+    region: &Region,
+    sent: &[PageRun],
+    granule: u64,
+) -> Result<Vec<PageRun>, PopulatedError> {
+    let reader = Reader::of(process, std::slice::from_ref(region))?;
+    let firsts = firsts_of(sent, granule);
+    let mut samples = vec![0; firsts.len() * SAMPLE_BYTES];
+    let spans = firsts
+        .iter()
+        .map(|&page| Span { len: SAMPLE_BYTES as u64, ..region.span(PageRun { first: page, pages: 1 }) });
+    reader.read(&spans.collect::<Vec<_>>(), &mut samples)?;
+    let mut whole = Vec::new();
+    let mut found = Vec::new();
+    for (page, _) in
+        firsts.iter().zip(samples.chunks_exact(SAMPLE_BYTES)).filter(|(_, sample)| is_zero(sample))
+    {
+        let first = page / granule * granule;
+        let run = PageRun { first, pages: granule.min(region.pages() - first) };
+        whole.resize(run.bytes() as usize, 0);
+        reader.read(&[region.span(run)], &mut whole)?;
+        if is_zero(&whole) {
+            append_run(&mut found, run);
+        }
+    }
+    let mut emptied = Vec::new();
+    intersection(&found, sent, &mut emptied);
+    Ok(emptied)
+}
+
+/// The first page of each granule that these runs touch, ascending.
+fn firsts_of(runs: &[PageRun], granule: u64) -> Vec<u64> {
+    let mut firsts: Vec<u64> = Vec::new();
+    for run in runs {
+        let mut page = run.first;
+        while page < run.end() {
+            if firsts.last().is_none_or(|last| last / granule != page / granule) {
+                firsts.push(page);
+            }
+            page = (page / granule + 1) * granule;
+        }
+    }
+    firsts
+}
+
 /// What the page tables of a mapping show at one time, as addresses.
 struct Look {
     present: Vec<(u64, u64)>,
@@ -152,6 +209,25 @@ fn hugetlb_bytes(smaps: &str, (from, to): (u64, u64)) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::page::PAGE;
+
+    #[test]
+    fn a_granule_that_holds_nothing_any_more_is_told_as_far_as_it_was_sent() {
+        let us = Process::open(i32::try_from(std::process::id()).unwrap()).unwrap();
+        // Four granules of four pages: full, empty, empty but for its end, and empty.
+        let mut memory = vec![0u8; 17 * PAGE as usize];
+        let base = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+        let from = (base - memory.as_ptr() as u64) as usize;
+        memory[from..from + 4 * PAGE as usize].fill(7);
+        memory[from + 12 * PAGE as usize - 1] = 1;
+        let region = Region { base, bytes: 16 * PAGE };
+        let run = |first, pages| PageRun { first, pages };
+        let sent = [run(0, 1), run(3, 3), run(7, 4), run(14, 1)];
+        assert_eq!(firsts_of(&sent, 4), [0, 4, 8, 14]);
+        assert_eq!(emptied(&us, &region, &sent, 4).unwrap(), [run(4, 2), run(7, 1), run(14, 1)]);
+        assert_eq!(emptied(&us, &region, &[], 4).unwrap(), []);
+        drop(memory);
+    }
 
     const SMAPS: &str = "\
 7f00-7f40 rw-p 00000000 00:0f 1   /memfd:a (deleted)

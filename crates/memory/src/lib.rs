@@ -51,6 +51,7 @@ pub use copy::{CopyError, Reader};
 pub use digest::{DigestError, digest};
 pub use footprint::{Footprint, FootprintError, Mapping, footprint};
 pub use helper::helper_main;
+pub use huge::emptied;
 pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use pager::{Fault, Installed, Pager, PagerError, Resolved};

@@ -5,6 +5,7 @@ use std::io;
 use std::ops::Range;
 
 use crate::backing::{self, Access, BackingError, Kind, Mappings, Segment};
+use crate::copy::CopyError;
 use crate::huge;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
 use crate::process::{Process, ProcessError};
@@ -30,6 +31,9 @@ pub enum PopulatedError {
     /// The mappings behind the region could not be read.
     #[error(transparent)]
     Backing(#[from] BackingError),
+    /// Its pages could not be read.
+    #[error(transparent)]
+    Copy(#[from] CopyError),
     /// The page tables could not be scanned.
     #[error("cannot scan the page tables of process {pid}; this needs Linux 6.7 or later")]
     Scan {

@@ -7,7 +7,7 @@ mod common;
 use common::{Victim, attach, content, pages, run};
 use sterna_lab::HugePages;
 use sterna_memory::{
-    Installer, PAGE, PageRun, Region, Tracker, WpAsyncTracker, digest, footprint, populated,
+    Installer, PAGE, PageRun, Reader, Region, Tracker, WpAsyncTracker, digest, emptied, footprint, populated,
 };
 
 /// Pages of 4 KiB in a huge one.
@@ -95,6 +95,31 @@ fn discards_are_told_while_tracked() {
         Box::new(tracker).stop().unwrap();
         common::assert_same(&before, &footprint(&victim.process).unwrap(), kind);
     }
+}
+
+/// A discarded page that is read is there again, and no scan tells that it is not what it was: it is found by what it holds.
+#[test]
+fn what_was_discarded_and_read_is_found_by_what_it_holds() {
+    let (_pool, mut victim, region) = mapped("huge-private");
+    victim.tell(&format!("fill 0 {} 1", 8 * HUGE));
+    let mut tracker = WpAsyncTracker::start(&victim.process, vec![region], &attach()).unwrap();
+    victim.tell(&format!("drop {} {}", 2 * HUGE, HUGE));
+    let reader = Reader::of(&victim.process, &[region]).unwrap();
+    let mut page = vec![1; PAGE as usize];
+    reader.read(&[region.span(run(2 * HUGE + 300, 1))], &mut page).unwrap();
+    assert!(page.iter().all(|byte| *byte == 0));
+    let mut written = Vec::new();
+    tracker.collect(0, &mut written).unwrap();
+    let sent = [run(0, 2 * HUGE + 100), run(2 * HUGE + 200, 6 * HUGE - 200)];
+    assert_eq!(
+        (&written[..], there(&victim, &region)),
+        (&[][..], vec![run(0, 8 * HUGE)]),
+        "as the kernel tells it"
+    );
+    let found = emptied(&victim.process, &region, &sent, HUGE).unwrap();
+    assert_eq!(found, [run(2 * HUGE, 100), run(2 * HUGE + 200, HUGE - 200)]);
+    assert_eq!(held(&mut victim, "huge-private"), 8, "looking filled nothing");
+    Box::new(tracker).stop().unwrap();
 }
 
 #[test]

@@ -16,8 +16,8 @@ use crate::control::explain;
 use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
-    Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, mapped,
-    may_merge, merged, own, own_within, populated, populated_all, with_data,
+    Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, emptied,
+    mapped, may_merge, merged, own, own_within, populated, populated_all, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -158,8 +158,12 @@ impl Collector {
         let (mut pages, mut absent) = (Vec::new(), Vec::new());
         if block.backing == Backing::HugePages {
             tracker.collect(at, &mut pages).map_err(unscanned)?;
-            let there = self.populated(at)?;
-            return Ok((intersect(&pages, &there), subtract(&self.sent(at), &there)));
+            let (there, sent) = (self.populated(at)?, self.sent(at));
+            let kept = subtract(&intersect(&sent, &there), &pages);
+            let region = &self.blocks[at].region;
+            let emptied = emptied(&self.process, region, &kept, Backing::HugePages.granule());
+            let holes = merge(&subtract(&sent, &there), &emptied.map_err(|why| unseen(&why))?);
+            return Ok((intersect(&pages, &there), holes));
         }
         tracker.collect_sorted(at, &mut pages, &mut absent).map_err(unscanned)?;
         if block.backing == Backing::Template {
