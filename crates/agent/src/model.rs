@@ -60,7 +60,7 @@ pub struct PushView {
     pub host: String,
     /// Bytes that were sent now: 0 where it was there already.
     pub bytes: u64,
-    /// Whether all of it is there. One request sends for a minute at most: repeat it, and it goes on.
+    /// Whether all of it is there. One request sends for a few seconds: repeat it, and it goes on.
     pub complete: bool,
 }
 
@@ -539,9 +539,12 @@ pub struct RamView {
     /// Pages that did not travel because the target has them in the VM's template.
     #[serde(rename = "template-pages", default)]
     pub template_pages: u64,
-    /// Bytes of the template itself that were sent before, since the target did not have it. They are in no other figure.
+    /// Bytes of the template itself that were sent, since the target did not have it. They are in no other figure.
     #[serde(rename = "template-bytes", default)]
     pub template_bytes: u64,
+    /// Bytes of it that are to be sent in all.
+    #[serde(rename = "template-total", default)]
+    pub template_total: u64,
     /// Pages that the VM has in common with others that left with it, or in several places, and that did not travel with it.
     #[serde(rename = "common-pages", default)]
     pub common_pages: u64,

@@ -134,6 +134,25 @@ pub(crate) fn check(
     Ok(Checked { blocks, offer, shape, writers, activity, images })
 }
 
+/// Looks for every reason against a move, at both ends, before anything is sent for it.
+pub(crate) fn check_there(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    verify: bool,
+    (peer, address): (&str, &str),
+) -> Result<(), Outcome> {
+    let checked = check(host, vm, 1, verify, (peer, address))?;
+    let process = host.process_of(vm).map_err(Outcome::Failed)?;
+    let is_clone = !checked.offer.template.is_empty();
+    let expected_bytes = room::expected(&process, is_clone, 1, &[]).map_err(Outcome::Failed)?;
+    // The images are marked as long as `checked` is there.
+    let offer = Offer { expected_bytes, ..checked.offer.clone() };
+    match with_targets_reasons(host, Vec::new(), offer, (peer, address)) {
+        reasons if reasons.is_empty() => Ok(()),
+        reasons => Err(Outcome::Refused(reasons)),
+    }
+}
+
 /// Adds what the target has against the VM, so that every reason is told at once.
 fn with_targets_reasons(
     host: &Host,

@@ -101,6 +101,17 @@ impl View {
         });
     }
 
+    /// An earlier life of this agent has handed the VM over, with this limit.
+    pub(crate) fn came_back(&self, serves: bool, max_bandwidth: Option<u64>) {
+        self.shown.send_modify(|view| {
+            view.max_bandwidth = max_bandwidth;
+            if serves {
+                view.status = Status::PostcopyPaused.word().into();
+                view.runs_at = view.target.clone();
+            }
+        });
+    }
+
     /// Nobody knows whether the target runs the VM.
     pub(crate) fn unresolved(&self, why: &str) {
         self.shown.send_modify(|view| view.error_desc = Some(why.to_owned()));
@@ -111,9 +122,14 @@ impl View {
         self.shown.send_modify(|view| view.ram.balloon_bytes = bytes);
     }
 
-    /// So many bytes of its template were sent.
-    pub(crate) fn template_sent(&self, sent: u64) {
-        self.shown.send_modify(|view| view.ram.template_bytes = sent);
+    /// So many bytes of its template were sent, of so many.
+    pub(crate) fn template_sent(&self, sent: u64, of: u64) {
+        self.shown.send_modify(|view| (view.ram.template_bytes, view.ram.template_total) = (sent, of));
+    }
+
+    /// So much time has passed, of which nobody else knows yet.
+    pub(crate) fn elapsed(&self, time: Duration) {
+        self.shown.send_modify(|view| view.total_time = time.as_secs_f64() * 1e3);
     }
 
     /// So many pages are at the target already, in its template.

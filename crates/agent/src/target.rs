@@ -607,10 +607,17 @@ impl Arriving<'_> {
         }
     }
 
+    /// On a thread of its own: a QEMU whose guest waits for a page may answer only when that has come, on connections that are taken here.
     fn announce(&self) {
-        let Some(vm) = &self.vm else { return };
-        if let Err(why) = self.host.with_qemu(vm, |qemu| qemu.announce()) {
-            tracing::warn!(vm = vm.name(), why, "the VM was not announced to the network");
+        let Some(vm) = self.vm.clone() else { return };
+        let host = self.host.clone();
+        let announcing = std::thread::Builder::new().name("announce".into()).spawn(move || {
+            if let Err(why) = host.with_qemu(&vm, |qemu| qemu.announce()) {
+                tracing::warn!(vm = vm.name(), why, "the VM was not announced to the network");
+            }
+        });
+        if let Err(why) = announcing {
+            tracing::warn!(vm = self.offer.vm, %why, "the VM was not announced to the network: no thread can be started");
         }
     }
 

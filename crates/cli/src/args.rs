@@ -199,7 +199,8 @@ pub(crate) enum Template {
     /// have all that the VM had, its random state, machine id and MAC address included: give QEMU `-device vmgenid` so that guests notice.
     #[command(after_help = "Examples:\n  \
         sterna template create web --console /run/web.log --until-line ready -- \\\n    \
-        qemu-system-x86_64 -m 1G -kernel vmlinuz -initrd web.img -serial file:/run/{vm}.log -display none\n  \
+        qemu-system-x86_64 -m 1G -drive file=/srv/{vm}.qcow2,format=qcow2,if=virtio -display none \\\n    \
+        -chardev file,id=console,path=/run/{vm}.log,append=on -serial chardev:console\n  \
         sterna template create web --until-command 'curl -sf http://192.0.2.9/' -- qemu-system-x86_64 ...\n  \
         sterna template create web --from vm7")]
     Create(TemplateCreate),

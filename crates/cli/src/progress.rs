@@ -101,7 +101,7 @@ fn draw(bar: &ProgressBar, view: &MigrationView) {
     bar.set_prefix(plain(&format!("{} {}", view.vm, view.status)));
     bar.set_length(view.ram.total.max(1));
     bar.set_position(done(view));
-    bar.set_message(plain(&detail(view)));
+    bar.set_message(plain(&(detail(view) + &template(view))));
 }
 
 /// Bytes of RAM that need not be sent any more.
@@ -114,13 +114,24 @@ fn done(view: &MigrationView) -> u64 {
 
 fn figures(view: &MigrationView) -> String {
     match view.status.as_str() {
-        "setup" => return format!("setup, to {}", view.target),
+        "setup" => return format!("setup, to {}{}", view.target, template(view)),
         // How far it came does not matter any more; the result says why.
         "failed" | "cancelled" => return view.status.clone(),
         _ => {}
     }
     let percent = done(view) as f64 * 100.0 / view.ram.total.max(1) as f64;
-    format!("{}, {percent:.1} %, {}", view.status, detail(view))
+    format!("{}, {percent:.1} %, {}{}", view.status, detail(view), template(view))
+}
+
+/// How far its template is, while that is on its way.
+fn template(view: &MigrationView) -> String {
+    let ram = &view.ram;
+    match ram.template_bytes < ram.template_total {
+        true => {
+            format!(", template {} of {}", short_bytes(ram.template_bytes), short_bytes(ram.template_total))
+        }
+        false => String::new(),
+    }
 }
 
 fn detail(view: &MigrationView) -> String {

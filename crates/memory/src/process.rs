@@ -11,6 +11,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use crate::page::PAGE;
 use crate::sys;
 
+/// How memfds of ours are called in a list of mappings.
+const OURS: &str = "/memfd:sterna-";
+
 /// A process: its pid, a descriptor of it, and when it started.
 ///
 /// The descriptor makes signals and waiting safe against pid reuse; the start time makes the name durable: it can be
@@ -150,7 +153,7 @@ impl Process {
         }
     }
 
-    /// What memory it uses (`smaps_rollup`).
+    /// What memory it uses (`smaps_rollup`, and `smaps` where it maps what others may map too).
     pub fn usage(&self) -> Result<Usage, ProcessError> {
         let text = self.read_proc("smaps_rollup")?;
         let of = |names: &[&str]| {
@@ -168,7 +171,20 @@ impl Process {
                 swapped: of(&["Swap"])?,
             })
         };
-        usage().ok_or_else(|| self.malformed("smaps_rollup"))
+        let mut usage = usage().ok_or_else(|| self.malformed("smaps_rollup"))?;
+        // A page that nobody else has mapped just now is private to the kernel.
+        let lone = self.lone_bytes()?;
+        usage.own = usage.own.saturating_sub(lone);
+        usage.shared += lone;
+        Ok(usage)
+    }
+
+    /// What of memfds of ours it alone has mapped, and has not written: templates and stores, which are there for others too.
+    fn lone_bytes(&self) -> Result<u64, ProcessError> {
+        if !self.read_proc("maps")?.contains(OURS) {
+            return Ok(0);
+        }
+        Ok(crate::smaps::lone_bytes(&self.read_proc("smaps")?, OURS))
     }
 
     /// What of it is in memory, in bytes (`/proc/PID/statm`, see proc(5)): quick to be had, however large the process is.

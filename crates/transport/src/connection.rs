@@ -131,6 +131,11 @@ impl Connection {
         self.reader.session().round_trip()
     }
 
+    /// How many bytes the kernel sends in one segment at most, as it finds just now.
+    pub fn segment_bytes(&self) -> Option<usize> {
+        self.reader.session().segment_bytes()
+    }
+
     /// Waits until the kernel takes more to send.
     pub fn wait_for_room(&self, deadline: Option<Instant>) -> Result<()> {
         self.reader.session().wait(PollFlags::OUT, deadline, Operation::Write)

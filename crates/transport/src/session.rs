@@ -171,6 +171,11 @@ impl Session {
         Some(Duration::from_micros(info.tcpi_rtt.into()))
     }
 
+    /// The longest segment (TCP_INFO's `tcpi_snd_mss`, tcp(7)).
+    pub(crate) fn segment_bytes(&self) -> Option<usize> {
+        Some(TcpInfo.get(&self.socket).ok()?.tcpi_snd_mss as usize)
+    }
+
     /// Wakes a waiting reader only when so many bytes are there (SO_RCVLOWAT, socket(7)), or the stream ends.
     pub(crate) fn set_receive_low_water(&self, bytes: usize) -> io::Result<()> {
         Ok(ReceiveLowWater.set(&self.socket, &bytes)?)

@@ -400,7 +400,7 @@ impl Answering {
     fn is_coming(&self, place: u16, asked: PageRun) -> bool {
         let mut order = lock(&self.shelf.order);
         let Order { prepaging, listed } = &mut *order;
-        let taken = *listed && (asked.first..asked.end()).all(|page| !prepaging.wants(place, page));
+        let taken = *listed && (asked.first..asked.end()).all(|page| prepaging.is_taken(place, page));
         prepaging.sent(place, asked.first, asked.pages);
         prepaging.fault(place, asked.first);
         taken && (prepaging.is_streaming() || self.shelf.granule(place) > 1)

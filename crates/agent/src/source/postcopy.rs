@@ -239,8 +239,25 @@ impl Outgoing {
         let failed = move |why| drop(tell.send(Event::Faded(of, why)));
         let serving = self.lazy.serving.as_mut().ok_or("nothing is served")?;
         serving.push(streams, options, failed)?;
+        self.count_template();
         self.account_here();
         Ok(())
+    }
+
+    /// What of a clone did not travel. Where nothing was tracked it was not counted yet, and now there is time.
+    fn count_template(&self) {
+        let shared = |block: &SourceBlock| {
+            let mut there = Vec::new();
+            populated(&self.process, &block.region, &mut there).map_err(|why| explain(&why))?;
+            Ok::<_, String>(subtract(&there, &self.own(block)?).iter().map(|run| run.pages).sum::<u64>())
+        };
+        let clones = self.blocks.iter().filter(|block| block.backing == Backing::Template);
+        let counted: Result<u64, String> = clones.map(shared).sum();
+        if let Ok(pages @ 1..) = counted
+            && !self.tracks_all()
+        {
+            self.view.template_pages(pages);
+        }
     }
 
     /// Connects again to a target that runs the VM and misses pages.

@@ -3,13 +3,15 @@
 use super::{Event, Order, Outgoing};
 use crate::host::Host;
 use crate::model::{Dedup, MigrateRequest, SendTemplate};
+use crate::offer;
 use crate::progress::View;
 use crate::registry::{UsedTemplate, Vm};
 use crate::templates::{self, Follower, Told};
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::source::{Outcome, SourceInput};
+use sterna_engine::wire::message::Reason;
 use sterna_transport::Pacer;
 
 /// How often it is looked whether the user has cancelled.
@@ -40,13 +42,16 @@ pub(super) fn send(
     pacer: &Arc<Pacer>,
     (tell, orders, view): (&mpsc::Sender<Event>, &mpsc::Receiver<Event>, &mut View),
 ) -> Result<Option<Trailing>, Outcome> {
+    let began = Instant::now();
     let Some(used) = vm.record().template else { return Ok(None) };
     let entry = host.templates().entry(&used.digest).ok_or_else(|| {
         let (us, UsedTemplate { name, digest, .. }) = (host.name(), used);
-        Outcome::Failed(format!(
-            "host {us} does not have template {name} ({digest}) any more, which VM {} is a clone of",
+        let text = format!(
+            "host {us} does not have template {name} ({digest}), which VM {} is a clone of; on a host that has it: sterna template push \
+             {name} {us}",
             vm.name()
-        ))
+        );
+        Outcome::Refused(vec![Reason { code: "template".into(), text }])
     })?;
     let (first, hear) = mpsc::channel();
     let (tell, when) = (tell.clone(), request.send_template);
@@ -59,15 +64,21 @@ pub(super) fn send(
     loop {
         match hear.recv_timeout(LOOK) {
             Ok(Told::Over(how)) => return how.map(|()| None).map_err(Outcome::Failed),
-            Ok(Told::Sent(bytes)) => view.template_sent(bytes),
-            Ok(Told::Agreed { complete: false }) if when != SendTemplate::Before => {
-                return Ok(Some(Trailing { when, _follower: follower }));
+            Ok(Told::Sent { bytes, of }) => view.template_sent(bytes, of),
+            Ok(Told::Agreed { complete: false }) => {
+                // Whatever else speaks against the move is told before a byte of it goes.
+                offer::check_there(host, vm, request.verify, target)?;
+                follower.wants();
+                if when != SendTemplate::Before {
+                    return Ok(Some(Trailing { when, _follower: follower }));
+                }
             }
             Ok(Told::Agreed { .. }) | Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => {
                 return Err(Outcome::Failed("nobody sends its template".into()));
             }
         }
+        view.elapsed(began.elapsed());
         if orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel))) {
             return Err(Outcome::Cancelled);
         }
@@ -79,15 +90,18 @@ impl Outgoing {
     pub(super) fn on_template(&mut self, machine: &mut Source, told: Told) {
         let lost = match told {
             Told::Agreed { .. } => return,
-            Told::Sent(bytes) => return self.view.template_sent(bytes),
+            Told::Sent { bytes, of } => return self.view.template_sent(bytes, of),
             Told::Over(how) => how.err(),
         };
         self.template = None;
         match lost {
             None => self.feed(machine, SourceInput::Arrived),
             Some(why) if machine.is_postcopy() => self.view.notice(&format!(
-                "{why}: the pages that it lacks go with the VM's own, and it cannot move on from there before the template is there: \
-                 sterna template push"
+                "{why}: the pages that it lacks go with the VM's own, and it cannot move on from there before the template is there: on \
+                 host {}: sterna template push {} {}",
+                self.host.name(),
+                self.vm.record().template.map(|used| used.name).unwrap_or_default(),
+                self.peer
             )),
             Some(why) => self.feed(machine, SourceInput::Failed(why)),
         }

@@ -31,8 +31,10 @@ pub(crate) fn resolve(
     std::thread::spawn(move || {
         let machine = Source::recover(&record, Duration::ZERO);
         let mut view = view;
-        // Released is not ours: it is stopped here, and may run there.
+        // Released is not ours: it is stopped here, and may run there; served is there.
         view.stopping();
+        let max = vm.record().leaving.and_then(|leaving| leaving.max_bandwidth);
+        view.came_back(record.step == Step::Serving, max);
         let process = match host.process_of(&vm) {
             Ok(process) => process,
             Err(why) => {
@@ -41,14 +43,13 @@ pub(crate) fn resolve(
             }
         };
         let address = host.address_of(&record.peer).unwrap_or_default();
-        let max = vm.record().leaving.and_then(|leaving| leaving.max_bandwidth).map(Rate);
         let mut outgoing = Outgoing::new(
             host,
             vm,
             record.peer.clone(),
             address,
             record.id,
-            RateLimits { max, ..RateLimits::default() },
+            RateLimits { max: max.map(Rate), ..RateLimits::default() },
             tell,
             view,
             process,

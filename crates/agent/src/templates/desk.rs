@@ -4,10 +4,6 @@ use super::{Entry, Template};
 use crate::model::{PushRequest, PushView, RunRequest, TemplateRequest, TemplateView, VmView};
 use crate::registry::Vm;
 use crate::{Agent, AgentError, templates};
-use std::time::{Duration, Instant};
-
-/// How long one request sends a template: who asks does not wait for ever, and asks again.
-const PUSH_AT_MOST: Duration = Duration::from_secs(60);
 
 impl Agent {
     /// The templates of this host, by name.
@@ -52,17 +48,9 @@ impl Agent {
         let entry = self.find_template(name)?;
         let address = self.host().address_of(&request.host).map_err(AgentError::NotFound)?;
         let target = (request.host.as_str(), address.as_str());
-        let (began, mut so_far, mut paused) = (Instant::now(), 0, false);
-        let pushed = templates::ensure(self.host(), &entry, target, request.max_bandwidth, |sent| {
-            so_far = sent;
-            paused = began.elapsed() > PUSH_AT_MOST;
-            if paused { Err("the rest follows".into()) } else { Ok(()) }
-        });
-        let bytes = match pushed {
-            Err(_) if paused => so_far,
-            pushed => pushed.map_err(AgentError::Failed)?,
-        };
-        Ok(PushView { name: entry.name, host: request.host.clone(), bytes, complete: !paused })
+        let pushed = templates::push(self.host(), &entry, target, request.max_bandwidth);
+        let (bytes, complete) = pushed.map_err(AgentError::Failed)?;
+        Ok(PushView { name: entry.name, host: request.host.clone(), bytes, complete })
     }
 
     /// Removes a template that no VM of this host uses.

@@ -13,7 +13,7 @@
 
 use crate::control::explain;
 use crate::registry::{Registry, is_usable, lock};
-use push::Sending;
+use push::{Sending, push};
 use std::collections::HashMap;
 use std::fs::{self, DirBuilder, File};
 use std::io;
@@ -33,7 +33,7 @@ pub(crate) use base::Base;
 use format::Pages;
 pub(crate) use format::{Manifest, StoredBlock};
 pub(crate) use make::make;
-pub(crate) use push::{Follower, Told, ensure, follow, receive};
+pub(crate) use push::{Follower, Told, follow, receive};
 pub(crate) use start::{Started, start};
 
 const MANIFEST: &str = "manifest.json";

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError, mpsc};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_PIECE_BYTES_MAX;
@@ -22,11 +22,15 @@ use sterna_transport::{Connection, Pacer};
 const PIECE_WITHIN: Duration = Duration::from_secs(30);
 /// How long it may take to check all of it: it reads it once.
 const CHECK_WITHIN: Duration = Duration::from_secs(300);
+/// Why one is not sent to the end that all who wanted it have given up.
+const NOBODY: &str = "nobody waits for it any more";
 /// How long it is waited for another one that is on its way here, and the pause between two looks.
 const BUSY_WITHIN: Duration = Duration::from_secs(3);
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
-/// How often who waits for one looks whether it is still to wait.
-const LOOK: Duration = Duration::from_millis(100);
+/// How long one request sends a template: who asks shows how far it is, and asks again.
+const PUSH_AT_MOST: Duration = Duration::from_secs(3);
+/// How soon that must be: who does not ask again wants no more of it.
+const LINGERS: Duration = Duration::from_secs(5);
 
 /// What becomes of a template that is on its way to another host.
 #[derive(Clone, Debug)]
@@ -36,7 +40,11 @@ pub(crate) enum Told {
         complete: bool,
     },
     /// So many bytes went over the link; told to one of those who wait for it.
-    Sent(u64),
+    Sent {
+        bytes: u64,
+        /// How many there are to send.
+        of: u64,
+    },
     Over(Result<(), String>),
 }
 
@@ -46,15 +54,20 @@ type Tell = Box<dyn Fn(Told) + Send>;
 #[derive(Default)]
 pub(super) struct Sending {
     followers: Mutex<Followers>,
+    changed: Condvar,
 }
 
 #[derive(Default)]
 struct Followers {
     /// What the other host has answered.
     agreed: Option<bool>,
-    /// In the order in which they came.
-    tells: BTreeMap<u64, Tell>,
+    /// Somebody wants it sent.
+    wanted: bool,
+    /// In the order in which they came; who only lingers hears nothing.
+    tells: BTreeMap<u64, Option<Tell>>,
     next: u64,
+    /// How many bytes have gone.
+    sent: u64,
 }
 
 impl Followers {
@@ -64,7 +77,7 @@ impl Followers {
         }
         let id = self.next;
         self.next += 1;
-        self.tells.insert(id, tell);
+        self.tells.insert(id, Some(tell));
         id
     }
 }
@@ -79,14 +92,24 @@ impl Sending {
     fn agreed(&self, complete: bool) {
         let mut followers = lock(&self.followers);
         followers.agreed = Some(complete);
-        followers.tells.values().for_each(|tell| tell(Told::Agreed { complete }));
+        followers.tells.values().flatten().for_each(|tell| tell(Told::Agreed { complete }));
+    }
+
+    /// Waits until somebody wants it sent; false when nobody follows it any more.
+    fn is_wanted(&self) -> bool {
+        let mut followers = lock(&self.followers);
+        while !followers.wanted && !followers.tells.is_empty() {
+            followers = self.changed.wait(followers).unwrap_or_else(std::sync::PoisonError::into_inner);
+        }
+        followers.wanted && !followers.tells.is_empty()
     }
 
     /// False once nobody follows it any more.
-    fn sent(&self, bytes: u64) -> bool {
-        let followers = lock(&self.followers);
-        if let Some(tell) = followers.tells.values().next() {
-            tell(Told::Sent(bytes));
+    fn sent(&self, bytes: u64, of: u64) -> bool {
+        let mut followers = lock(&self.followers);
+        followers.sent = bytes;
+        if let Some(tell) = followers.tells.values().flatten().next() {
+            tell(Told::Sent { bytes, of });
         }
         !followers.tells.is_empty()
     }
@@ -97,16 +120,39 @@ impl Sending {
 pub(crate) struct Follower {
     sending: Arc<Sending>,
     id: u64,
+    /// How many bytes had gone when it came.
+    from: u64,
+}
+
+impl Follower {
+    /// Has it sent: until somebody says so the other host is only asked.
+    pub(crate) fn wants(&self) {
+        lock(&self.sending.followers).wanted = true;
+        self.sending.changed.notify_all();
+    }
+
+    /// Hears nothing more, and keeps it going for a moment.
+    fn linger(self) {
+        if let Some(tell) = lock(&self.sending.followers).tells.get_mut(&self.id) {
+            *tell = None;
+        }
+        // Where no thread can be had it ends now.
+        drop(std::thread::Builder::new().name("template-wait".into()).spawn(move || {
+            std::thread::sleep(LINGERS);
+            drop(self);
+        }));
+    }
 }
 
 impl Drop for Follower {
     fn drop(&mut self) {
         lock(&self.sending.followers).tells.remove(&self.id);
+        self.sending.changed.notify_all();
     }
 }
 
-/// Sees to it that another host has a template, in a thread of its own, and tells how that goes. What several want at once goes once, at the
-/// pace of who came first.
+/// Asks another host for a template, in a thread of its own, sends what it lacks once somebody wants that, and tells how it goes. What several want at
+/// once goes once, at the pace of who came first.
 pub(crate) fn follow(
     host: &Arc<Host>,
     entry: &Entry,
@@ -116,11 +162,15 @@ pub(crate) fn follow(
 ) -> Follower {
     let key = (peer.to_owned(), entry.digest.clone());
     let mut all = lock(&host.templates().sending);
-    let is_new = !all.contains_key(&key);
-    let sending = all.entry(key.clone()).or_default().clone();
-    let id = lock(&sending.followers).add(Box::new(tell));
-    drop(all);
-    let follower = Follower { sending: sending.clone(), id };
+    // One that everybody has left is about to end.
+    let found = all.get(&key).filter(|sending| !lock(&sending.followers).tells.is_empty()).cloned();
+    let is_new = found.is_none();
+    let sending = found.unwrap_or_default();
+    all.insert(key.clone(), sending.clone());
+    let mut followers = lock(&sending.followers);
+    let (from, id) = (followers.sent, followers.add(Box::new(tell)));
+    drop((followers, all));
+    let follower = Follower { sending: sending.clone(), id, from };
     if is_new {
         let over = Over { host: host.clone(), key, sending, how: Err("its thread has ended".into()) };
         let (entry, address) = (entry.clone(), address.to_owned());
@@ -147,38 +197,44 @@ struct Over {
 impl Drop for Over {
     fn drop(&mut self) {
         let mut all = lock(&self.host.templates().sending);
-        all.remove(&self.key);
+        if all.get(&self.key).is_some_and(|found| Arc::ptr_eq(found, &self.sending)) {
+            all.remove(&self.key);
+        }
         let tells = std::mem::take(&mut lock(&self.sending.followers).tells);
         drop(all);
-        tells.into_values().for_each(|tell| tell(Told::Over(self.how.clone())));
+        tells.into_values().flatten().for_each(|tell| tell(Told::Over(self.how.clone())));
     }
 }
 
-/// The same, on this thread; how many bytes of it went over the link for that. `told` hears how many were sent, and may end it.
+/// The same, on this thread, for a while: how many bytes of it went over the link, and whether it is there. Who asks again soon finds it under way.
 ///
 /// # Errors
 /// Why it is not there; what was sent stays there for the next time.
-pub(crate) fn ensure(
+pub(super) fn push(
     host: &Arc<Host>,
     entry: &Entry,
     target: (&str, &str),
     limit: Option<u64>,
-    mut told: impl FnMut(u64) -> Result<(), String>,
-) -> Result<u64, String> {
+) -> Result<(u64, bool), String> {
+    let until = Instant::now() + PUSH_AT_MOST;
     let (tell, hear) = mpsc::channel();
-    let _follower = follow(host, entry, target, Arc::new(Pacer::new(limit)), move |what| {
+    let follower = follow(host, entry, target, Arc::new(Pacer::new(limit)), move |what| {
         // Who does not wait any more does not want to know.
         drop(tell.send(what));
     });
+    follower.wants();
     let mut sent = 0;
     loop {
-        match hear.recv_timeout(LOOK) {
-            Ok(Told::Over(how)) => return how.map(|()| sent),
-            Ok(Told::Sent(bytes)) => sent = bytes,
-            Ok(Told::Agreed { .. }) | Err(mpsc::RecvTimeoutError::Timeout) => {}
+        match hear.recv_timeout(until.saturating_duration_since(Instant::now())) {
+            Ok(Told::Over(how)) => return how.map(|()| (sent, true)),
+            Ok(Told::Sent { bytes, .. }) => sent = bytes - follower.from,
+            Ok(Told::Agreed { .. }) => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                follower.linger();
+                return Ok((sent, false));
+            }
             Err(mpsc::RecvTimeoutError::Disconnected) => return Err("no thread sends it".into()),
         }
-        told(sent)?;
     }
 }
 
@@ -199,6 +255,9 @@ fn send(
     if there.complete {
         return Ok(());
     }
+    if !sending.is_wanted() {
+        return Err(NOBODY.into());
+    }
     let total = entry.manifest.bytes;
     let from = there.bytes.min(total);
     let file = File::open(host.templates().dir.join(&entry.digest).join(PAGES));
@@ -206,8 +265,8 @@ fn send(
     let mut piece = vec![0; STATE_PIECE_BYTES_MAX];
     let mut at = from;
     while at < total {
-        if !sending.sent(at - from) {
-            return Err("nobody waits for it any more".into());
+        if !sending.sent(at - from, total - from) {
+            return Err(NOBODY.into());
         }
         let most = STATE_PIECE_BYTES_MAX.min(pacer.batch_limit().max(1));
         let piece = &mut piece[..most.min((total - at) as usize)];
@@ -216,7 +275,7 @@ fn send(
         control::send_piece(&mut connection, piece, PIECE_WITHIN)?;
         at += piece.len() as u64;
     }
-    sending.sent(at - from);
+    sending.sent(at - from, total - from);
     let there = state(&mut connection, CHECK_WITHIN)?;
     if !there.complete {
         return Err("it was sent, and is not complete there".into());
@@ -288,7 +347,13 @@ fn take(host: &Arc<Host>, peer: &str, offered: &Offered, connection: &mut Connec
     let taken = fill(host, (peer, offered), connection, (&file, have, &folder), &coming.base);
     match &taken {
         Ok(_) => coming.has_come(),
-        Err(why) => coming.will_not_come(why),
+        Err(why) => {
+            coming.will_not_come(why);
+            if file.metadata().is_ok_and(|found| found.len() == 0) {
+                // Its source only asked.
+                drop(fs::remove_dir_all(&folder));
+            }
+        }
     }
     taken
 }

@@ -136,8 +136,10 @@ fn a_template_goes_after_its_clone(version: &str) {
     let scene = Scene::with_clones(version);
     let id = scene.a.migrate(after("c0"), None).unwrap().id;
     until("it runs there", MOVE, || (scene.now(&id).status == "postcopy-active").then_some(()));
-    assert!(scene.b.template("web").is_err(), "its template is not there yet");
-    scene.world.wait_for_more("c0", "LOAD", MOVE);
+    for _ in 0..2 {
+        scene.world.wait_for_more("c0", "LOAD", MOVE);
+    }
+    assert!(scene.b.template("web").is_err(), "its template is not there yet, and it goes on");
     let view = wait(&scene.a, &id);
     println!("{:?} {:?} {:?}", view.downtime, view.ram, view.postcopy);
     scene.arrived(&view);
@@ -184,6 +186,8 @@ fn a_template_that_comes_damaged() {
 #[test]
 fn one_that_is_cancelled_beside_its_template() {
     let scene = Scene::with_clones("7.2");
+    let all = scene.stored().metadata().unwrap().len();
+    let mut gone = 0;
     for how in [beside("c0"), after("c1")] {
         let id = scene.a.migrate(MigrateRequest { max_bandwidth: Some(SLOW / 4), ..how }, None).unwrap().id;
         let sent = || scene.now(&id).ram.template_bytes;
@@ -192,6 +196,7 @@ fn one_that_is_cancelled_beside_its_template() {
             let view = wait(&scene.a, &id);
             assert_eq!(view.status, "cancelled", "{view:?}");
             stays_at_a(&scene.a, &view);
+            gone += view.ram.template_bytes;
         } else {
             // The second runs there already.
             scene.arrived(&wait(&scene.a, &id));
@@ -199,8 +204,9 @@ fn one_that_is_cancelled_beside_its_template() {
     }
     let view = migrate(&scene.a, beside("c0"));
     scene.arrived(&view);
-    let all = scene.stored().metadata().unwrap().len();
-    assert!(view.ram.template_bytes < all, "{all}: {view:?}");
+    // What was in the sockets when a connection was cut may be lost, and the last piece that went may not have been told.
+    let sent = gone + view.ram.template_bytes;
+    assert!(sent.abs_diff(all) < 8 << 20, "{sent} bytes of {all} went: {view:?}");
     scene.end();
 }
 

@@ -86,7 +86,11 @@ fn conclude(ends: Vec<MigrationView>, gang: &GangView, failures: Vec<Failure>) -
     for refused in &gang.refused {
         // Where others move it is no mere mistake: something was changed.
         let exit = if gang.migrations.is_empty() { Exit::Usage } else { Exit::Failed };
-        all.push(Failure::new(exit, refused.text.clone()));
+        let text = match refused.text.contains(&refused.vm) {
+            true => refused.text.clone(),
+            false => format!("VM {} was not moved: {}", refused.vm, refused.text),
+        };
+        all.push(Failure::new(exit, text));
     }
     let graveness = |failure: &Failure| match failure.exit {
         Exit::Attention => 0,

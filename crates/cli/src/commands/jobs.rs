@@ -11,7 +11,7 @@ use crate::postcopy;
 use crate::progress::Progress;
 use crate::show;
 use hyper::Method;
-use sterna_agent::model::{MemoryReport, MemoryView, MigrationView, SetRequest, VmView};
+use sterna_agent::model::{MemoryReport, MemoryView, MigrationView, RamView, SetRequest, VmView};
 
 /// `sterna migrations`
 pub(crate) async fn list(client: &Client, format: Format) -> Result<Exit, Failure> {
@@ -132,6 +132,14 @@ fn job_info(view: &MigrationView) -> Vec<(&'static str, String)> {
     rows
 }
 
+/// What has gone of its template to a target that lacked it.
+pub(super) fn template_sent(ram: &RamView) -> String {
+    match ram.template_bytes < ram.template_total {
+        true => format!("{} of {}", bytes(ram.template_bytes), bytes(ram.template_total)),
+        false => bytes(ram.template_bytes),
+    }
+}
+
 /// What did not have to travel; what saved nothing is left out.
 fn savings(view: &MigrationView) -> impl Iterator<Item = (&'static str, String)> {
     let ram = &view.ram;
@@ -147,7 +155,7 @@ fn savings(view: &MigrationView) -> impl Iterator<Item = (&'static str, String)>
             ram.common_fallback_pages,
             bytes(ram.common_fallback_pages * ram.page_size),
         ),
-        ("Template sent before", ram.template_bytes, bytes(ram.template_bytes)),
+        ("Template sent", ram.template_total, template_sent(ram)),
         ("Given to the balloon", ram.balloon_bytes, bytes(ram.balloon_bytes)),
         ("Saved by delta", ram.delta_saved_bytes, delta),
         ("Saved by compression", ram.compression_saved_bytes, bytes(ram.compression_saved_bytes)),

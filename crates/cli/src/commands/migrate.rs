@@ -1,6 +1,7 @@
 //! `sterna migrate`: asks, waits, and tells what became of the VM.
 
 use super::gang;
+use super::jobs::template_sent;
 use crate::args::{Format, Migrate, SendTemplate};
 use crate::client::{Client, ClientError, segment};
 use crate::exit::{Exit, Failure};
@@ -208,6 +209,9 @@ fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
         ("Throughput", format!("{:.1} mbps", throughput(view))),
         ("Verified", verified),
     ];
+    if view.ram.template_total > 0 {
+        rows.push(("Template sent", template_sent(&view.ram)));
+    }
     rows.extend(shared(view));
     rows.extend(postcopy::rows(view));
     if format == Format::Wide {
@@ -231,7 +235,7 @@ fn shared(view: &MigrationView) -> Option<(&'static str, String)> {
         (0, _) => "with others".to_owned(),
         (_, 0) => "with its template".to_owned(),
         (template, common) => format!(
-            "{} with its template, {} with others",
+            "in all, {} with its template, {} with others",
             bytes(template * ram.page_size),
             bytes(common * ram.page_size)
         ),

@@ -4,6 +4,7 @@ use crate::args::{Format, Template, TemplateCreate};
 use crate::client::{Client, segment};
 use crate::exit::{Exit, Failure, tell};
 use crate::human::{age, bytes, short_bytes};
+use crate::interrupt::Interrupts;
 use crate::show;
 use hyper::Method;
 use std::path::Path;
@@ -83,11 +84,20 @@ async fn boot(client: &Client, args: &TemplateCreate) -> Result<TemplateView, Fa
     // What an earlier VM wrote to the same file is not this one's.
     let before = args.console.as_deref().map_or(0, length);
     let request = RunRequest { name: name.clone(), argv, template: None };
+    // From here on there is a VM that nobody else ends.
+    let mut interrupts = Interrupts::listen()?;
     let _: VmView = client.send(Method::POST, "/v1/vms", &request, None).await?;
     tell(&format!("{name}: booted; waiting until it is ready"));
-    let made = match ready(client, args, before).await {
-        Ok(()) => make(client, name, name, true, Some(args.argv.clone())).await,
-        Err(why) => Err(why),
+    let making = async {
+        ready(client, args, before).await?;
+        tell(&format!("{name}: ready; its memory is written down"));
+        make(client, name, name, true, Some(args.argv.clone())).await
+    };
+    let made = tokio::select! {
+        made = making => made,
+        () = interrupts.next() => {
+            Err(Failure::new(Exit::Cancelled, format!("template {name} was not made: interrupted; its VM was ended")))
+        }
     };
     if made.is_err() {
         // It may have ended by itself, and why is known better.

@@ -17,7 +17,7 @@ pub(crate) async fn run(client: &Client, args: Run) -> Result<Exit, Failure> {
 
 /// `sterna ps`
 pub(crate) async fn ps(client: &Client, format: Format) -> Result<Exit, Failure> {
-    let path = if format == Format::Wide { "/v1/vms?memory=true" } else { "/v1/vms" };
+    let path = if matches!(format, Format::Wide | Format::Json) { "/v1/vms?memory=true" } else { "/v1/vms" };
     let vms: Vec<VmView> = client.fetch(path).await?;
     print_vms(format, &vms, One::OfMany)
 }

@@ -56,6 +56,8 @@ struct Pivot {
 #[derive(Clone, Debug)]
 pub struct Prepaging {
     wanted: PageSet,
+    /// All that were ever wanted.
+    told: PageSet,
     /// The places of each block: it begins a word.
     blocks: Vec<Range<u64>>,
     pivots: Vec<Pivot>,
@@ -77,7 +79,8 @@ impl Prepaging {
             start..end
         });
         let blocks = blocks.collect();
-        Self { wanted: PageSet::new(end), blocks, pivots: Vec::new(), turn: 0, faults: 0, takes: 0, sweep: 0 }
+        let (wanted, told) = (PageSet::new(end), PageSet::new(end));
+        Self { wanted, told, blocks, pivots: Vec::new(), turn: 0, faults: 0, takes: 0, sweep: 0 }
     }
 
     /// How many pages are still to be pushed.
@@ -85,10 +88,10 @@ impl Prepaging {
         self.wanted.len()
     }
 
-    /// Whether this page is still to be pushed.
-    pub fn wants(&self, block: u16, page: u64) -> bool {
-        let places = self.places(block, page, 1);
-        !places.is_empty() && self.wanted.next(places.start) == Some(places.start)
+    /// Whether this page was to be pushed, and has been taken or sent. One that nobody wanted pushed has not.
+    pub fn is_taken(&self, block: u16, page: u64) -> bool {
+        let place = self.places(block, page, 1).start;
+        self.told.next(place) == Some(place) && self.wanted.next(place) != Some(place)
     }
 
     /// Whether the latest fault was one of a guest that walks along a stream.
@@ -100,6 +103,7 @@ impl Prepaging {
     pub fn want(&mut self, block: u16, first: u64, pages: u64) {
         let places = self.places(block, first, pages);
         self.wanted.insert(places.start, places.end);
+        self.told.insert(places.start, places.end);
     }
 
     /// These pages were sent in another way, or are wanted no more.
@@ -333,10 +337,12 @@ mod tests {
     #[test]
     fn what_was_taken_or_sent_is_not_wanted() {
         let mut pages = full(&[100]);
-        assert!(pages.wants(0, 0) && !pages.wants(0, 100) && !pages.wants(1, 0));
+        assert!(!pages.is_taken(0, 0) && !pages.is_taken(0, 100) && !pages.is_taken(1, 0));
         pages.take(10);
         pages.sent(0, 50, 1);
-        assert!(!pages.wants(0, 9) && pages.wants(0, 10) && !pages.wants(0, 50));
+        assert!(pages.is_taken(0, 9) && !pages.is_taken(0, 10), "what was sent is taken");
+        assert!(pages.is_taken(0, 50), "what was sent in another way too");
+        assert!(!Prepaging::new([100]).is_taken(0, 50), "what nobody wanted is not");
     }
 
     #[test]
