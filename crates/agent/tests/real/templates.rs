@@ -377,8 +377,9 @@ impl Scene {
 
     /// What a guest reads there.
     fn assert_block(&self, host: &str, vm: &str, block: u32, word: &str) {
+        self.world.order(host, vm, "echo 3 > /proc/sys/vm/drop_caches");
         let line = format!(
-            "echo 3 > /proc/sys/vm/drop_caches; echo READ''-{host}-{block}-$(dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | tr -d ' ')."
+            "echo READ''-{host}-{block}-$(dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | tr -d ' ')."
         );
         self.world.order(host, vm, &line);
         self.world.wait_for(vm, &format!("READ-{host}-{block}-{word}."), BOOT);

@@ -277,7 +277,11 @@ impl World {
         // What the guest prints meanwhile breaks the echo's lines.
         let squeezed = |text: &str| text.split_whitespace().collect::<String>();
         let wanted = squeezed(line);
-        self.wait_until(line, || squeezed(&without_load(&self.console(guest))).contains(&wanted));
+        let end = Instant::now() + BOOT;
+        while !squeezed(&without_load(&self.console(guest))).contains(&wanted) {
+            assert!(Instant::now() < end, "{guest} does not echo {line}:\n{}", tail(&self.console(guest)));
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
