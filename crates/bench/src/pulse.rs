@@ -37,14 +37,14 @@ pub enum App {
     Redis,
     /// wrk, which fetches a file of 64 KiB over and over.
     Web,
-    /// The same in what comes over the link: files are too few for a quarter of a second, and bytes are not.
-    WebFlow,
     /// wrk, which fetches a file of 512 KiB for 100 clients: the web server of Clark et al., NSDI 2005. In what comes over the link.
     WebCrowd,
     /// iperf3 from the client to the guest.
     ToGuest,
     /// iperf3 from the guest to the client.
     FromGuest,
+    /// The same at this rate, in Mbit/s: a client that wants so much and no more.
+    Steady(u32),
 }
 
 /// What an application did in a quarter of a second.
@@ -70,13 +70,13 @@ impl App {
     pub fn metric(self) -> Metric {
         match self {
             App::Redis | App::Web => Metric::OpsBefore,
-            App::WebFlow | App::WebCrowd | App::ToGuest | App::FromGuest => Metric::FlowBefore,
+            App::WebCrowd | App::ToGuest | App::FromGuest | App::Steady(_) => Metric::FlowBefore,
         }
     }
 
     /// What is told of it is read from the client's interface.
     fn is_weighed(self) -> bool {
-        matches!(self, App::WebFlow | App::WebCrowd)
+        self == App::WebCrowd
     }
 
     fn command(self, stage: &Stage, guest: Ipv4Addr) -> Result<Command, BenchError> {
@@ -84,8 +84,8 @@ impl App {
             (guest.to_string(), |text: &str| text.split(' ').map(str::to_owned).collect::<Vec<_>>());
         let mut command = match self {
             App::Redis => stage.client_command("redis-benchmark"),
-            App::Web | App::WebFlow | App::WebCrowd => stage.client_command("wrk"),
-            App::ToGuest | App::FromGuest => stage.client_command("iperf3"),
+            App::Web | App::WebCrowd => stage.client_command("wrk"),
+            App::ToGuest | App::FromGuest | App::Steady(_) => stage.client_command("iperf3"),
         };
         match self {
             // For good, 8 connections, values of 256 bytes, more keys than caches hold.
@@ -96,17 +96,17 @@ impl App {
                 command.args(words("-t 1 -c 16 --timeout 60s -d")).arg(DURATION_S).arg("-s").arg(script);
                 command.arg(format!("http://{guest}/file"))
             }
-            App::WebFlow => {
-                command.args(words("-t 1 -c 16 --timeout 60s -d")).arg(DURATION_S);
-                command.arg(format!("http://{guest}/file"))
-            }
             App::WebCrowd => {
                 command.args(words("-t 1 -c 100 --timeout 60s -d")).arg(DURATION_S);
                 command.arg(format!("http://{guest}/large"))
             }
-            App::ToGuest | App::FromGuest => {
+            App::ToGuest | App::FromGuest | App::Steady(_) => {
                 command.args(["-c", &guest, "-t", DURATION_S]).args(words("-i 0.25 -f m --forceflush"));
-                command.args(if self == App::FromGuest { &["-R"][..] } else { &[] })
+                match self {
+                    App::ToGuest => &mut command,
+                    App::Steady(rate) => command.args(["-R", "-b", &format!("{rate}M")]),
+                    _ => command.arg("-R"),
+                }
             }
         };
         Ok(command)
@@ -327,7 +327,7 @@ mod tests {
         values[16..20].fill(90.0);
         values[20..].fill(10.0);
         let window = Window { start_unix_ms: 4000.0, end_unix_ms: 6000.0 };
-        let course = Course::of(App::WebFlow, &beats(&values), window).unwrap();
+        let course = Course::of(App::WebCrowd, &beats(&values), window).unwrap();
         let kept = |round| course.clone().in_round_one(round).figures.get(Metric::AppRoundOne);
         assert_eq!(kept(Some((0.0, 1000.0))), Some(90.0));
         assert_eq!((kept(None), kept(Some((0.0, 0.0)))), (None, None));

@@ -29,8 +29,8 @@ const BATCH_PAGES_MAX: u64 = 64;
 /// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
 /// want the same core the guest gets nine tenths of it.
 const POLITE: i32 = 10;
-/// Segments that a socket has room for at least. The kernel doubles what it is told, so these are four.
-const SEGMENTS_MIN: usize = 2;
+/// Segments that a socket has room for at least. The kernel doubles what it is told, so these are two.
+const SEGMENTS_MIN: usize = 1;
 
 /// Pages that are looked through to find out whether a few of them were written: fewer than would cost another system call.
 const PEEK_GAP: u64 = 512;
@@ -401,8 +401,8 @@ impl Link {
         Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
-    /// What its socket may hold; no less than several segments: the other end acknowledges every second one at once, and a single one 40 ms
-    /// later.
+    /// What its socket may hold; no less than two segments: the other end acknowledges every second one at once, and a single one 40 ms
+    /// later. Those of loopback are longer than what is begun with.
     pub(super) fn set_queue(&self, bytes: usize) -> Result<(), String> {
         let segments = self.connection.segment_bytes().map_or(0, |segment| segment * SEGMENTS_MIN);
         self.connection.set_send_buffer(bytes.max(segments)).map_err(|why| self.failed(&why))

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{Content, Descriptor};
 use sterna_memory::{Process, Region, own};
-use sterna_vmm::qemu::{CommandLine, Qemu};
+use sterna_vmm::qemu::{CommandLine, Qemu, chain_reasons};
 use sterna_vmm::{Layout, Vmm, difference};
 
 /// How long a QEMU that could not be made a clone may take to quit before it is killed.
@@ -73,14 +73,21 @@ fn command_line(host: &Host, template: &Template, vm: &str, argv: &[String]) -> 
         return Ok(line.for_clone(&run_dir, &manifest.machine, cpu));
     };
     let ours = line.for_target(&run_dir, &manifest.machine, cpu, &host.config().map, &host.policy());
-    let ours = ours.map_err(|refusals| {
-        let texts: Vec<String> = refusals.iter().map(ToString::to_string).collect();
-        format!(
-            "template {} came from host {origin}, and this host does not allow: {}",
-            template.base.name,
+    let refused = |texts: Vec<String>| {
+        let name = &template.base.name;
+        Err(format!(
+            "template {name} came from host {origin}, and this host does not allow: {}",
             texts.join("; ")
-        )
-    })?;
+        ))
+    };
+    let ours = match ours {
+        Ok(ours) => ours,
+        Err(refusals) => return refused(refusals.iter().map(ToString::to_string).collect()),
+    };
+    let chains = chain_reasons(&line, &host.config().map, &host.policy());
+    if !chains.is_empty() {
+        return refused(chains.into_iter().map(|reason| reason.text).collect());
+    }
     let ours = CommandLine::parse_launched(ours).ok_or("its command line cannot be read")?;
     Ok(ours.on_template(&main.name, main.bytes)?.to_argv())
 }

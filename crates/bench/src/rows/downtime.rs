@@ -14,7 +14,7 @@ use crate::stock::StockWay;
 
 /// Moves of each, and in a quick run.
 const RUNS: u32 = 20;
-const RUNS_QUICK: u32 = 4;
+const RUNS_QUICK: u32 = 3;
 /// The disk is there for its device's state and its image's lock.
 const DISK_BYTES: u64 = 64 << 20;
 

@@ -63,8 +63,8 @@ fn case(run: &Run<'_>, stage: &Stage, (app, name, text): (App, &str, &str)) -> R
 fn guest(stage: &Stage, app: App, name: &str) -> GuestSpec {
     let server = match app {
         App::Redis => Program::Redis,
-        App::Web | App::WebFlow | App::WebCrowd => Program::Web,
-        App::ToGuest | App::FromGuest => Program::Iperf3,
+        App::Web | App::WebCrowd => Program::Web,
+        App::ToGuest | App::FromGuest | App::Steady(_) => Program::Iperf3,
     };
     let noise = load::memory(&[&format!("--fill={NOISE_MIB}"), "--dirty=0", "--sleep"]);
     GuestSpec {

@@ -117,7 +117,11 @@ fn ours_watched(stage: &Stage, guest: &GuestSpec, watched: Duration) -> Result<M
     let vm = OurVm::boot(stage, guest, 0)?;
     let console = || vm.console(stage);
     let before = loops_during(watched, console);
-    vm.begin(stage, &Order::with(&["--bandwidth", &format!("{BANDWIDTH_MIB}MiB/s"), "--timeout", "600"]))?;
+    // What is tracked is what costs: the move must not come to its end meanwhile, as it may where only what has changed goes.
+    let bandwidth = format!("{BANDWIDTH_MIB}MiB/s");
+    let endless =
+        ["--bandwidth", &bandwidth, "--timeout", "600", "--delta-cache", "0", "--max-downtime", "1"];
+    vm.begin(stage, &Order::with(&endless))?;
     let during = loops_during(watched, console);
     vm.abort(stage)?;
     vm.stop(stage)?;

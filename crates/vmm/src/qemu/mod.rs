@@ -36,7 +36,7 @@ use sterna_memory::Process;
 
 pub use cmdline::{CommandLine, CommandLineError, huge_pages};
 pub use huge::HugePages;
-pub use images::{ImageProof, MarkedImages, image_reasons, mark_images};
+pub use images::{ImageProof, MarkedImages, chain_reasons, image_reasons, mark_images};
 pub use launch::{Exit, Launch, LaunchError, Launched, User, log_tail, sweep_scopes};
 pub use looked_at::LookedAt;
 pub use policy::{HostMap, Refusal, TargetPolicy, new_file};

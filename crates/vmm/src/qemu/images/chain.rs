@@ -95,11 +95,11 @@ fn number64(bytes: &[u8], at: usize) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     /// A header of version 3 with a backing file and its format.
-    fn header(name: &str, format: &str, features: u64) -> Vec<u8> {
+    pub(in super::super) fn header(name: &str, format: &str, features: u64) -> Vec<u8> {
         let mut bytes = vec![0; 1024];
         bytes[..4].copy_from_slice(&MAGIC);
         bytes[4..8].copy_from_slice(&3u32.to_be_bytes());

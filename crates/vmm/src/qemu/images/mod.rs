@@ -133,6 +133,21 @@ pub fn image_reasons(
     reasons
 }
 
+/// Every reason why this host does not open what the images of a peer's command line lead to: QEMU follows their headers.
+pub fn chain_reasons(line: &CommandLine, map: &HostMap, policy: &TargetPolicy) -> Vec<Reason> {
+    let host = Host { map, policy };
+    let mut reasons = Vec::new();
+    for image in line.images() {
+        let Ok(path) = host.path(&image.path, Presence::Required) else { continue };
+        let allowed = files(&image, path.clone().into())
+            .and_then(|files| files.iter().skip(1).try_for_each(|file| host.allows(file).map(drop)));
+        if let Err(why) = allowed {
+            reasons.push(Reason::new(Code::Image, format!("image {path}: {why}")));
+        }
+    }
+    reasons
+}
+
 fn compare(path: &Path, proof: Option<&ImageProof>) -> Result<(), String> {
     let failed = |why: std::io::Error| format!("its locks cannot be asked for: {why}");
     let proof =
@@ -233,4 +248,33 @@ fn names_below(pairs: &[(String, String)], prefix: &str) -> bool {
 fn is_unlocked(pairs: &[(String, String)]) -> bool {
     let off = |value: &str| matches!(value, "off" | "no" | "false" | "n");
     pairs.iter().any(|(key, value)| key.rsplit('.').next() == Some("locking") && off(value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a peer's image leads to is opened by QEMU unasked: it lies where this host allows it, or the image is refused.
+    #[test]
+    fn an_image_leads_nowhere_that_this_host_does_not_allow() {
+        let folder = tempfile::tempdir().unwrap();
+        let images = folder.path().join("images");
+        std::fs::create_dir(&images).unwrap();
+        for secret in [folder.path().join("secret"), images.join("base")] {
+            std::fs::write(secret, "content").unwrap();
+        }
+        let policy = TargetPolicy { path_roots: vec![images.clone()], ..TargetPolicy::default() };
+        let top = images.join("top.qcow2");
+        let line = ["qemu", "-drive", &format!("file={},format=qcow2,if=virtio", top.display())];
+        let line = CommandLine::parse(line.map(str::to_owned).to_vec()).unwrap();
+        let reasons = |base: &str| {
+            std::fs::write(&top, chain::tests::header(base, "raw", 0)).unwrap();
+            chain_reasons(&line, &HostMap::default(), &policy)
+        };
+        assert_eq!(reasons("base"), []);
+        for outside in ["../secret", "/etc/shadow", "nbd:localhost:1"] {
+            let found = reasons(outside);
+            assert!(found.len() == 1 && found[0].code == Code::Image, "{outside}: {found:?}");
+        }
+    }
 }
