@@ -83,7 +83,7 @@ fn states(registry: &mut Registry, vms: &[VmView]) {
 type Figure = (&'static str, &'static str, Option<Unit>, fn(&MigrationView) -> u64);
 
 /// Gauges of a migration that goes on; the unit becomes the end of the name.
-const FIGURES: [Figure; 6] = [
+const FIGURES: [Figure; 8] = [
     ("data_total", "RAM of the VM", Some(Unit::Bytes), |view| view.ram.total),
     ("data_processed", "Page data and descriptors sent", Some(Unit::Bytes), |view| view.ram.transferred),
     ("data_remaining", "RAM known to be unsent", Some(Unit::Bytes), |view| view.ram.remaining),
@@ -93,6 +93,10 @@ const FIGURES: [Figure; 6] = [
     ("memory_transfer_rate", "RAM sent per second in the last round", Some(Unit::Bytes), |view| {
         // A float cast saturates, and makes zero of what is no number.
         (view.ram.mbps * 1e6 / 8.0) as u64
+    }),
+    ("template_sent", "Bytes of the VM's template sent", Some(Unit::Bytes), |view| view.ram.template_bytes),
+    ("template_total", "Bytes of it that the target lacked", Some(Unit::Bytes), |view| {
+        view.ram.template_total
     }),
     ("round", "Round that is being sent", None, |view| u64::from(view.ram.dirty_sync_count)),
 ];

@@ -19,6 +19,7 @@ pub(crate) use collect::{Collector, Writers};
 pub(crate) use fetch::{Fetch, Fetched, summand};
 pub(crate) use receive::{Install, Received, Receiver, Sink, Sinks};
 pub(crate) use send::{Haste, Job, Part, SendCounters, SendOptions, Senders};
+pub(crate) use sender::set_queue;
 pub(crate) use serve::Serving;
 pub(crate) use set::{SendSet, intersect, merge, rounded, subtract};
 

@@ -17,7 +17,7 @@ use sterna_engine::wire::batch::{
     BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch, encode_packed_batch,
 };
 use sterna_memory::{PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
-use sterna_transport::{Connection, Pacer};
+use sterna_transport::{Connection, Pacer, TransportError};
 
 /// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
 const WRITE_WITHIN: Duration = Duration::from_secs(120);
@@ -29,8 +29,8 @@ const BATCH_PAGES_MAX: u64 = 64;
 /// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
 /// want the same core the guest gets nine tenths of it.
 const POLITE: i32 = 10;
-/// Segments that a socket has room for at least. The kernel doubles what it is told, so these are two.
-const SEGMENTS_MIN: usize = 1;
+/// The kernel takes a socket's buffer to hold its bookkeeping too, and doubles what it is told (socket(7)).
+const KERNEL_DOUBLES: usize = 2;
 
 /// Pages that are looked through to find out whether a few of them were written: fewer than would cost another system call.
 const PEEK_GAP: u64 = 512;
@@ -391,6 +391,13 @@ impl Sender {
     }
 }
 
+/// Bounds what a connection's socket may hold; no less than two segments: the other end acknowledges every second one at once, and a single one
+/// 40 ms later. Those of loopback are longer than what is begun with.
+pub(crate) fn set_queue(connection: &Connection, bytes: Bytes) -> Result<(), TransportError> {
+    let bytes = bytes.0 as usize / KERNEL_DOUBLES;
+    connection.set_send_buffer(bytes.max(connection.segment_bytes().unwrap_or(0)))
+}
+
 impl Link {
     pub(super) fn new(
         stream: u32,
@@ -401,11 +408,9 @@ impl Link {
         Self { stream, connection, pacer, counters, waited: Duration::ZERO, within: WRITE_WITHIN }
     }
 
-    /// What its socket may hold; no less than two segments: the other end acknowledges every second one at once, and a single one 40 ms
-    /// later. Those of loopback are longer than what is begun with.
-    pub(super) fn set_queue(&self, bytes: usize) -> Result<(), String> {
-        let segments = self.connection.segment_bytes().map_or(0, |segment| segment * SEGMENTS_MIN);
-        self.connection.set_send_buffer(bytes.max(segments)).map_err(|why| self.failed(&why))
+    /// What its socket may hold ([`set_queue`]).
+    pub(super) fn set_queue(&self, bytes: Bytes) -> Result<(), String> {
+        set_queue(&self.connection, bytes).map_err(|why| self.failed(&why))
     }
 
     /// How long what is sent takes to be acknowledged just now.

@@ -27,8 +27,6 @@ use sterna_transport::{Connection, Pacer, Shutdown, Writer};
 const ANSWER_PAGES_MAX: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
 /// Pages that a pusher sends at once: more would make a fault's answer wait behind them.
 const PUSH_PAGES_MAX: u64 = 16;
-/// The kernel takes a socket's buffer to hold its bookkeeping too, and doubles what it is told (socket(7)).
-const KERNEL_DOUBLES: usize = 2;
 /// How long a write may wait. A target whose guest runs takes pages all the time: one that does not is gone.
 const WRITE_WITHIN: Duration = Duration::from_secs(10);
 /// Batches of post-copy belong to no round.
@@ -137,7 +135,7 @@ impl Serving {
             let (shelf, failed) = (self.shelf.clone(), failed.clone());
             let mut link = Link::new(at as u32, connection, self.pacer.clone(), shelf.counters.clone());
             link.within = WRITE_WITHIN;
-            link.set_queue(PushQueue::first().0 as usize / KERNEL_DOUBLES)?;
+            link.set_queue(PushQueue::first())?;
             let mut pusher = Pushing {
                 shelf,
                 link,
@@ -468,7 +466,7 @@ impl Pushing {
         self.link.flush()?;
         let told = self.queue.wrote(took.0, self.began.elapsed(), || self.link.round_trip());
         if let Some(bytes) = told {
-            self.link.set_queue(bytes.0 as usize / KERNEL_DOUBLES)?;
+            self.link.set_queue(bytes)?;
             if self.queue.is_wide() && !self.shelf.wide.swap(true, Ordering::Relaxed) {
                 self.shelf.more.notify_all();
             }

@@ -6,7 +6,7 @@ use crate::model::{Dedup, MigrateRequest, SendTemplate};
 use crate::offer;
 use crate::progress::View;
 use crate::registry::{UsedTemplate, Vm};
-use crate::templates::{self, Follower, Told};
+use crate::templates::{self, Follower, Manners, Told};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
@@ -55,7 +55,8 @@ pub(super) fn send(
     })?;
     let (first, hear) = mpsc::channel();
     let (tell, when) = (tell.clone(), request.send_template);
-    let follower = templates::follow(host, &entry, target, pacer.clone(), move |told| {
+    let manners = if when == SendTemplate::After { Manners::Behind } else { Manners::Plain };
+    let follower = templates::follow(host, &entry, target, (pacer.clone(), manners), move |told| {
         // Until its migration begins it is heard here, then there. Who hears nothing any more needs nothing.
         if let Err(mpsc::SendError(told)) = first.send(told) {
             drop(tell.send(Event::Template(told)));

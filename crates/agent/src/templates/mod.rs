@@ -33,7 +33,7 @@ pub(crate) use base::Base;
 use format::Pages;
 pub(crate) use format::{Manifest, StoredBlock};
 pub(crate) use make::make;
-pub(crate) use push::{Follower, Told, follow, receive};
+pub(crate) use push::{Follower, Manners, Told, follow, receive};
 pub(crate) use start::{Started, start};
 
 const MANIFEST: &str = "manifest.json";

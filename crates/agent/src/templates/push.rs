@@ -6,6 +6,7 @@ use super::format::{Manifest, Pages};
 use super::{Base, Entry, PAGES, unusable_name};
 use crate::control::{self, CONNECT_WITHIN, explain};
 use crate::host::Host;
+use crate::pages::set_queue;
 use crate::registry::{is_usable, lock};
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
@@ -13,10 +14,12 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, TryLockError, mpsc};
 use std::time::{Duration, Instant};
+use sterna_engine::policy::PushQueue;
+use sterna_engine::units::Bytes;
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_PIECE_BYTES_MAX;
 use sterna_engine::wire::message::{Template as Offered, TemplateState};
-use sterna_transport::{Connection, Pacer};
+use sterna_transport::{Connection, Pacer, TransportError};
 
 /// How long the other host may take for a piece, or to say that it has one.
 const PIECE_WITHIN: Duration = Duration::from_secs(30);
@@ -27,10 +30,48 @@ const NOBODY: &str = "nobody waits for it any more";
 /// How long it is waited for another one that is on its way here, and the pause between two looks.
 const BUSY_WITHIN: Duration = Duration::from_secs(3);
 const BUSY_PAUSE: Duration = Duration::from_millis(10);
+/// Bytes that are sent at once where little is to queue.
+const SHORT_PIECE_BYTES: usize = 64 << 10;
 /// How long one request sends a template: who asks shows how far it is, and asks again.
 const PUSH_AT_MOST: Duration = Duration::from_secs(3);
 /// How soon that must be: who does not ask again wants no more of it.
 const LINGERS: Duration = Duration::from_secs(5);
+
+/// How a template shares the link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Manners {
+    /// As any connection does.
+    Plain,
+    /// Pages that a guest waits for go over the same link: little of it queues.
+    Behind,
+}
+
+/// What of it may lie in the socket.
+struct Queue {
+    short: Option<PushQueue>,
+    began: Instant,
+}
+
+impl Queue {
+    fn of(manners: Manners, connection: &Connection) -> Result<Self, TransportError> {
+        let began = Instant::now();
+        if manners == Manners::Plain {
+            return Ok(Self { short: None, began });
+        }
+        set_queue(connection, PushQueue::first())?;
+        Ok(Self { short: Some(PushQueue::new(Duration::ZERO)), began })
+    }
+
+    fn piece_bytes(&self) -> usize {
+        if self.short.is_some() { SHORT_PIECE_BYTES } else { STATE_PIECE_BYTES_MAX }
+    }
+
+    fn wrote(&mut self, bytes: usize, connection: &Connection) -> Result<(), TransportError> {
+        let Some(queue) = &mut self.short else { return Ok(()) };
+        let told = queue.wrote(Bytes(bytes as u64), self.began.elapsed(), || connection.round_trip());
+        told.map_or(Ok(()), |bytes| set_queue(connection, bytes))
+    }
+}
 
 /// What becomes of a template that is on its way to another host.
 #[derive(Clone, Debug)]
@@ -157,7 +198,7 @@ pub(crate) fn follow(
     host: &Arc<Host>,
     entry: &Entry,
     (peer, address): (&str, &str),
-    pacer: Arc<Pacer>,
+    (pacer, manners): (Arc<Pacer>, Manners),
     tell: impl Fn(Told) + Send + 'static,
 ) -> Follower {
     let key = (peer.to_owned(), entry.digest.clone());
@@ -176,7 +217,8 @@ pub(crate) fn follow(
         let (entry, address) = (entry.clone(), address.to_owned());
         let work = move || {
             let mut over = over;
-            let sent = send(&over.host, &entry, (&over.key.0, &address), &pacer, &over.sending);
+            let target = (over.key.0.as_str(), address.as_str());
+            let sent = send(&over.host, &entry, target, (&pacer, manners), &over.sending);
             over.how = sent
                 .map_err(|why| format!("template {} does not get to host {}: {why}", entry.name, over.key.0));
         };
@@ -218,7 +260,8 @@ pub(super) fn push(
 ) -> Result<(u64, bool), String> {
     let until = Instant::now() + PUSH_AT_MOST;
     let (tell, hear) = mpsc::channel();
-    let follower = follow(host, entry, target, Arc::new(Pacer::new(limit)), move |what| {
+    let how = (Arc::new(Pacer::new(limit)), Manners::Plain);
+    let follower = follow(host, entry, target, how, move |what| {
         // Who does not wait any more does not want to know.
         drop(tell.send(what));
     });
@@ -242,7 +285,7 @@ fn send(
     host: &Host,
     entry: &Entry,
     (peer, address): (&str, &str),
-    pacer: &Pacer,
+    (pacer, manners): (&Pacer, Manners),
     sending: &Sending,
 ) -> Result<(), String> {
     let connection = host.endpoint().connect(address, peer, CONNECT_WITHIN);
@@ -264,15 +307,17 @@ fn send(
     let file = file.map_err(|why| explain(&why))?;
     let mut piece = vec![0; STATE_PIECE_BYTES_MAX];
     let mut at = from;
+    let mut queue = Queue::of(manners, &connection).map_err(|why| explain(&why))?;
     while at < total {
         if !sending.sent(at - from, total - from) {
             return Err(NOBODY.into());
         }
-        let most = STATE_PIECE_BYTES_MAX.min(pacer.batch_limit().max(1));
+        let most = queue.piece_bytes().min(pacer.batch_limit().max(1));
         let piece = &mut piece[..most.min((total - at) as usize)];
         file.read_exact_at(piece, at).map_err(|why| explain(&why))?;
         pacer.acquire(piece.len());
         control::send_piece(&mut connection, piece, PIECE_WITHIN)?;
+        queue.wrote(piece.len(), &connection).map_err(|why| explain(&why))?;
         at += piece.len() as u64;
     }
     sending.sent(at - from, total - from);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::memory::{a_round_passes, balloon};
+use crate::support::cage::{Cage, Swap, swapped};
 use crate::support::scene::until;
 use crate::support::{BOOT, MOVE, World, request, wait};
 use sterna_agent::Agent;
@@ -387,4 +388,51 @@ fn what_a_guest_gives_back_of_common_pages() {
     scene.b.set(&id, fast).unwrap();
     scene.moved(&scene.b, &id);
     scene.end();
+}
+
+/// Bytes per second at which a round takes seconds.
+const SLOW: u64 = 20_000_000;
+/// Bytes of each VM that are swapped out at least.
+const SWAPPED: u64 = 16 << 20;
+
+/// Half of what two VMs have is swapped out, merged pages too, before they leave and again while they move. It moves all the same.
+#[test]
+fn what_is_swapped_out_is_not_lost() {
+    let _swap = Swap::on(512);
+    let cage = Cage::new();
+    // QEMUs are charged where they are started.
+    cage.take_in(std::process::id());
+    let scene = Scene::boot(World::new("7.2"), &["one", "two"], |_, guest| GuestSpec {
+        programs: vec![twin(7, 5)],
+        ..guest
+    });
+    let ksm = Ksm::run().unwrap();
+    scene.merge(&scene.a, &ksm);
+    drop(ksm);
+    let squeeze = || {
+        cage.squeeze(50);
+        let of = |name: &&str| swapped(scene.a.vm(name).unwrap().pid);
+        let out: Vec<u64> = scene.names.iter().map(of).collect();
+        println!("swapped out: {out:?}");
+        assert!(out.iter().all(|bytes| *bytes > SWAPPED), "{out:?}");
+    };
+    squeeze();
+    let slowly = |request| MigrateRequest { max_bandwidth: Some(SLOW), timeout: None, ..request };
+    let ids = scene.begin(&scene.a, "b", slowly);
+    ids.iter().for_each(|id| {
+        until("it moves", MOVE, || {
+            let view = scene.a.watch(id).unwrap().borrow().clone();
+            (view.ram.transferred > SWAPPED / 4).then_some(())
+        });
+    });
+    squeeze();
+    for id in &ids {
+        let fast = SetRequest { max_bandwidth: Some(0), ..SetRequest::default() };
+        // One that is so far that it needs none is as good.
+        drop(scene.a.set(id, fast));
+    }
+    ids.iter().for_each(|id| drop(scene.moved(&scene.a, id)));
+    scene.moves(&scene.b, "a", |request| MigrateRequest { postcopy: true, timeout: None, ..request });
+    scene.end();
+    drop(cage);
 }

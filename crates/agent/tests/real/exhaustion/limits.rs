@@ -1,11 +1,11 @@
 //! Descriptors, mappings and memory that run out.
 
-use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::{begin_slowly, fails_at_once, told};
 use crate::support::World;
-use crate::support::scene::{AT_REST, Scene, until};
+use crate::support::cage::Cage;
+use crate::support::scene::Scene;
 
 /// What the target's QEMU may take more: far less than the guest's pages.
 const MEMORY_BYTES: u64 = 8 << 20;
@@ -43,42 +43,11 @@ fn limit_descriptors(pid: i32, soft: &str) {
     assert!(status.unwrap().success());
 }
 
-/// A cgroup with a limit of memory.
-struct Cage(PathBuf);
-
-impl Cage {
-    fn new() -> Self {
-        let (v1, v2) = (Path::new("/sys/fs/cgroup/memory"), Path::new("/sys/fs/cgroup"));
-        let (root, limit) = match v1.join("memory.limit_in_bytes").exists() {
-            true => (v1, "memory.limit_in_bytes"),
-            false => (v2, "memory.max"),
-        };
-        drop(std::fs::write(v2.join("cgroup.subtree_control"), "+memory"));
-        let cage = Self(root.join(format!("sterna-test-{}", std::process::id())));
-        std::fs::create_dir(&cage.0).unwrap();
-        std::fs::write(cage.0.join(limit), MEMORY_BYTES.to_string()).unwrap();
-        // Otherwise it is slow, and not killed.
-        for no_swap in ["memory.swappiness", "memory.swap.max"] {
-            drop(std::fs::write(cage.0.join(no_swap), "0"));
-        }
-        cage
-    }
-
-    fn take_in(&self, pid: i32) {
-        std::fs::write(self.0.join("cgroup.procs"), pid.to_string()).unwrap();
-    }
-}
-
-impl Drop for Cage {
-    fn drop(&mut self) {
-        until("the cgroup is empty", AT_REST, || std::fs::remove_dir(&self.0).is_ok().then_some(()));
-    }
-}
-
 fn the_targets_qemu_has_no_memory(scene: &Scene) {
-    let cage = Cage::new();
+    let cage = Cage::new().without_swap();
+    cage.limit(MEMORY_BYTES);
     let id = begin_slowly(scene);
-    cage.take_in(scene.qemus("b")[0]);
+    cage.take_in(scene.qemus("b")[0].unsigned_abs());
     let why = told(scene, &scene.a.wait(&id));
     println!("without memory at b: {why}");
     assert!(why.contains("emory"), "{why}");

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking, its helpers too")]
 #![allow(dead_code, reason = "each test file uses its own part of this")]
 
+pub(crate) mod cage;
 pub(crate) mod daemon;
 pub(crate) mod hold;
 pub(crate) mod holdings;
