@@ -204,11 +204,15 @@ fn a_switch_tells_before_the_stop_what_is_stale() {
 /// However little is left: what the target needs beside the pages is there before the VM stops. Rounds go on, and the stop follows at once.
 #[test]
 fn a_vm_does_not_stop_before_what_it_awaits_is_there() {
-    let awaiting = SourceParameters { awaits: true, ..parameters(RateLimits::default(), false, LIMIT) };
+    // Its time is over at once: it would stop after any scan.
+    let timeout = Some(Duration::from_secs(1));
+    let awaiting =
+        SourceParameters { awaits: true, timeout, ..parameters(RateLimits::default(), false, LIMIT) };
     let inputs = vec![
         SourceInput::Tracked(Pages(RAM)),
         barrier(1),
         SourceInput::Scanned(Pages(1)),
+        SourceInput::Tick,
         SourceInput::Tick,
         barrier(2),
         SourceInput::Scanned(Pages(0)),
@@ -218,9 +222,12 @@ fn a_vm_does_not_stop_before_what_it_awaits_is_there() {
     assert_eq!(done, [rounds(1), scan.clone(), rounds(2), scan.clone()]);
     let at = Duration::from_secs(20);
     source.handle(SourceInput::Arrived, at);
-    source.handle(SourceInput::Scanned(Pages(0)), at);
+    // What was written while it rested is more than what is written in a round: it goes first, once.
+    source.handle(SourceInput::Scanned(Pages(2000)), at);
+    source.handle(barrier(3), at + Duration::from_millis(70));
+    source.handle(SourceInput::Scanned(Pages(2000)), at + Duration::from_millis(70));
     let after: Vec<_> = std::iter::from_fn(|| source.poll()).collect();
-    assert_eq!(after, [scan, SourceAction::Stop]);
+    assert_eq!(after, [scan.clone(), rounds(3), scan, SourceAction::Stop]);
 }
 
 /// The same of one that switches at once, and of one that switches when its time is over: it does not look again and again meanwhile.

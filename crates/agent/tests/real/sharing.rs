@@ -410,11 +410,13 @@ fn what_is_swapped_out_is_not_lost() {
     scene.merge(&scene.a, &ksm);
     drop(ksm);
     let squeeze = || {
-        cage.squeeze(50);
-        let of = |name: &&str| swapped(scene.a.vm(name).unwrap().pid);
-        let out: Vec<u64> = scene.names.iter().map(of).collect();
+        let out = until("they are swapped out", MOVE, || {
+            cage.squeeze(50);
+            let of = |name: &&str| swapped(scene.a.vm(name).unwrap().pid);
+            let out: Vec<u64> = scene.names.iter().map(of).collect();
+            out.iter().all(|bytes| *bytes > SWAPPED).then_some(out)
+        });
         println!("swapped out: {out:?}");
-        assert!(out.iter().all(|bytes| *bytes > SWAPPED), "{out:?}");
     };
     squeeze();
     let slowly = |request| MigrateRequest { max_bandwidth: Some(SLOW), timeout: None, ..request };

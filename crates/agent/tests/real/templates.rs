@@ -371,18 +371,20 @@ impl Scene {
         let line = format!(
             "printf %4096s {word} | dd of=/dev/vda bs=4096 seek={block} conv=notrunc,fsync 2>/dev/null; echo WROTE''-{block}-{word}"
         );
-        self.world.order(host, vm, &line);
-        self.world.wait_for(vm, &done, BOOT);
+        self.world.order_until(host, vm, &line, || self.world.console(vm).contains(&done).then_some(()));
     }
 
     /// What a guest reads there.
     fn assert_block(&self, host: &str, vm: &str, block: u32, word: &str) {
-        self.world.order(host, vm, "echo 3 > /proc/sys/vm/drop_caches");
         let line = format!(
-            "echo READ''-{host}-{block}-$(dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | tr -d ' ')."
+            "echo 3 > /proc/sys/vm/drop_caches; echo READ''-{host}-{block}-$(dd if=/dev/vda bs=4096 skip={block} count=1 2>/dev/null | tr -d ' ')."
         );
-        self.world.order(host, vm, &line);
-        self.world.wait_for(vm, &format!("READ-{host}-{block}-{word}."), BOOT);
+        let found = self.world.order_until(host, vm, &line, || {
+            let console = self.world.console(vm);
+            let (_, after) = console.split_once(&format!("READ-{host}-{block}-"))?;
+            Some(after.split_once('.')?.0.to_owned())
+        });
+        assert_eq!(found, word, "{vm} at {host}, block {block}");
     }
 
     fn image(&self, vm: &str) -> std::path::PathBuf {

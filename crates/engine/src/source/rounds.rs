@@ -39,6 +39,8 @@ pub(super) struct Rounds {
     postponed: Pages,
     postponed_before: Pages,
     stunned: bool,
+    /// What the VM has waited for is there: what it wrote meanwhile goes before it stops.
+    arrived: bool,
 }
 
 impl Rounds {
@@ -56,6 +58,7 @@ impl Rounds {
             postponed: Pages(0),
             postponed_before: Pages(0),
             stunned: false,
+            arrived: false,
         }
     }
 
@@ -158,6 +161,9 @@ impl Source {
                 self.go_on(pages, Seen { written: writes, bandwidth, fits }, now, round_time);
             }
             Verdict::Stop if self.parameters.awaits => self.rest(pages, now),
+            Verdict::Stop if pages > Pages(0) && std::mem::take(&mut self.rounds.arrived) => {
+                self.begin_round(self.progress.rounds + 1, pages, now);
+            }
             Verdict::Stop => self.stop(now),
         }
     }
@@ -170,8 +176,8 @@ impl Source {
 
     /// From now on the VM may stop: it is looked at once whether it can.
     pub(super) fn on_arrived(&mut self, now: Duration) {
-        self.parameters.awaits = false;
-        if matches!(self.state, State::Resting { .. }) {
+        if std::mem::take(&mut self.parameters.awaits) && matches!(self.state, State::Resting { .. }) {
+            self.rounds.arrived = true;
             self.look_again(now);
         }
     }

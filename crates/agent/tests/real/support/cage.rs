@@ -6,6 +6,9 @@ use std::process::Command;
 
 use super::scene::{AT_REST, until};
 
+/// In how many steps memory is taken.
+const STEPS: u64 = 10;
+
 /// A cgroup with a limit of memory.
 pub(crate) struct Cage {
     folder: PathBuf,
@@ -36,14 +39,21 @@ impl Cage {
     }
 
     pub(crate) fn limit(&self, bytes: u64) {
-        fs::write(self.folder.join(self.limit), bytes.to_string()).unwrap();
+        self.try_limit(bytes).unwrap();
     }
 
-    /// Has the kernel take this part of what is used, in percent, to the swap, and leaves no limit.
+    fn try_limit(&self, bytes: u64) -> std::io::Result<()> {
+        fs::write(self.folder.join(self.limit), bytes.to_string())
+    }
+
+    /// Has the kernel take as much of this part of what is used, in percent, to the swap as it can, and leaves no limit.
     pub(crate) fn squeeze(&self, percent: u64) {
         let used = fs::read_to_string(self.folder.join(self.usage)).unwrap();
         let used: u64 = used.trim().parse().unwrap();
-        self.limit(used / 100 * (100 - percent));
+        for step in 1..=STEPS {
+            // It is refused where guests touch what is taken as fast as it is.
+            drop(self.try_limit(used / 100 * (100 - percent * step / STEPS)));
+        }
         self.limit(1 << 40);
     }
 

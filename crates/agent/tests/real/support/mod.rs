@@ -22,6 +22,8 @@ use sterna_lab::guest::{Arrival, GuestSpec, HostSide, Program, Serial};
 use sterna_lab::{LabDir, Packages, image, packages};
 use sterna_transport::pki;
 
+/// When a line is typed again that nothing came of.
+const AGAIN: Duration = Duration::from_secs(10);
 /// How long a guest may take to boot under TCG on a busy machine.
 pub(crate) const BOOT: Duration = Duration::from_secs(120);
 /// How long a migration of a test may take.
@@ -272,17 +274,48 @@ impl World {
 
     /// Types a line at the guest's console, whose shell obeys.
     pub(crate) fn order(&self, host: &str, guest: &str, line: &str) {
+        let echoed = self.type_line(host, guest, line, BOOT);
+        assert!(echoed, "{guest} does not echo {line}:\n{}", tail(&self.console(guest)));
+    }
+
+    /// Types a line that may be obeyed twice until `look` sees what comes of it: a shell that has just ended a command throws away what was
+    /// typed meanwhile.
+    pub(crate) fn order_until<T>(
+        &self,
+        host: &str,
+        guest: &str,
+        line: &str,
+        mut look: impl FnMut() -> Option<T>,
+    ) -> T {
+        let end = Instant::now() + BOOT;
+        loop {
+            self.type_line(host, guest, line, AGAIN);
+            let until = Instant::now() + AGAIN;
+            while Instant::now() < until {
+                if let Some(seen) = look() {
+                    return seen;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            assert!(Instant::now() < end, "{guest} does not obey {line}:\n{}", tail(&self.console(guest)));
+        }
+    }
+
+    /// False if it is not echoed in this time.
+    fn type_line(&self, host: &str, guest: &str, line: &str, within: Duration) -> bool {
         let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
         writeln!(console, "{line}").unwrap();
         // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
         // What the guest prints meanwhile breaks the echo's lines.
         let squeezed = |text: &str| text.split_whitespace().collect::<String>();
-        let wanted = squeezed(line);
-        let end = Instant::now() + BOOT;
-        while !squeezed(&without_load(&self.console(guest))).contains(&wanted) {
-            assert!(Instant::now() < end, "{guest} does not echo {line}:\n{}", tail(&self.console(guest)));
+        let (wanted, end) = (squeezed(line), Instant::now() + within);
+        while Instant::now() < end {
+            if squeezed(&without_load(&self.console(guest))).contains(&wanted) {
+                return true;
+            }
             std::thread::sleep(Duration::from_millis(20));
         }
+        false
     }
 
     pub(crate) fn run(&self, agent: &Agent, guest: &GuestSpec) -> VmView {
