@@ -41,6 +41,10 @@ fn becomes(scene: &Scene, host: &str, wanted: &str) {
 fn begin(scene: &Scene) -> String {
     let id = scene.a.migrate(&slowly("a")).unwrap();
     becomes(scene, "b", "postcopy-active");
+    // The word of it is on its way: a source that does not get it does not know that it serves.
+    until("the source serves", MOVE, || {
+        (scene.a.migration(&id).unwrap().status == "postcopy-active").then_some(())
+    });
     id
 }
 

@@ -75,7 +75,8 @@ pub(crate) struct Swap(tempfile::NamedTempFile);
 
 impl Swap {
     pub(crate) fn on(mib: usize) -> Self {
-        let mut file = tempfile::NamedTempFile::new().unwrap();
+        // Not in `/tmp`, which may be memory itself.
+        let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         // Without holes, as the kernel wants it.
         for _ in 0..mib {
             std::io::Write::write_all(&mut file, &vec![0; 1 << 20]).unwrap();

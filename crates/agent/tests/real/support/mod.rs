@@ -303,14 +303,16 @@ impl World {
 
     /// False if it is not echoed in this time.
     fn type_line(&self, host: &str, guest: &str, line: &str, within: Duration) -> bool {
-        let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
-        writeln!(console, "{line}").unwrap();
         // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
         // What the guest prints meanwhile breaks the echo's lines.
         let squeezed = |text: &str| text.split_whitespace().collect::<String>();
-        let (wanted, end) = (squeezed(line), Instant::now() + within);
+        let wanted = squeezed(line);
+        let echoes = || squeezed(&without_load(&self.console(guest))).matches(&wanted).count();
+        let (before, end) = (echoes(), Instant::now() + within);
+        let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
+        writeln!(console, "{line}").unwrap();
         while Instant::now() < end {
-            if squeezed(&without_load(&self.console(guest))).contains(&wanted) {
+            if echoes() > before {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(20));
