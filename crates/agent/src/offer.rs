@@ -122,11 +122,7 @@ pub(crate) fn check(
         reasons.push(Reason { code: "layout".into(), text: "it has too many blocks of RAM".into() });
     }
     if !reasons.is_empty() {
-        let process = host.process_of(vm);
-        let expected =
-            process.and_then(|process| room::expected(&process, !offer.template.is_empty(), 1, &[]));
-        let offer = Offer { expected_bytes: expected.unwrap_or_default(), ..offer };
-        return Err(Outcome::Refused(with_targets_reasons(host, reasons, offer, (peer, address))));
+        return Err(Outcome::Refused(with_targets_reasons(host, vm, reasons, offer, (peer, address))));
     }
     let blocks = source_blocks(host, vm, &layout, writers).map_err(failed)?;
     // One that cannot be moved has a reason against it.
@@ -142,12 +138,8 @@ pub(crate) fn check_there(
     (peer, address): (&str, &str),
 ) -> Result<(), Outcome> {
     let checked = check(host, vm, 1, verify, (peer, address))?;
-    let process = host.process_of(vm).map_err(Outcome::Failed)?;
-    let is_clone = !checked.offer.template.is_empty();
-    let expected_bytes = room::expected(&process, is_clone, 1, &[]).map_err(Outcome::Failed)?;
     // The images are marked as long as `checked` is there.
-    let offer = Offer { expected_bytes, ..checked.offer.clone() };
-    match with_targets_reasons(host, Vec::new(), offer, (peer, address)) {
+    match with_targets_reasons(host, vm, Vec::new(), checked.offer.clone(), (peer, address)) {
         reasons if reasons.is_empty() => Ok(()),
         reasons => Err(Outcome::Refused(reasons)),
     }
@@ -156,10 +148,14 @@ pub(crate) fn check_there(
 /// Adds what the target has against the VM, so that every reason is told at once.
 fn with_targets_reasons(
     host: &Host,
+    vm: &Vm,
     mut reasons: Vec<Reason>,
     offer: Offer,
     (peer, address): (&str, &str),
 ) -> Vec<Reason> {
+    let process = host.process_of(vm);
+    let expected = process.and_then(|process| room::expected(&process, !offer.template.is_empty(), 1, &[]));
+    let offer = Offer { expected_bytes: expected.unwrap_or_default(), ..offer };
     let asked = control::ask(host.endpoint(), address, peer, &Message::Check(offer));
     let Ok(Message::Refused(more)) = asked else { return reasons };
     // What the target says of images that could not be marked here is no news.

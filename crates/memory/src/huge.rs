@@ -122,8 +122,11 @@ pub fn emptied(
     sent: &[PageRun],
     granule: u64,
 ) -> Result<Vec<PageRun>, PopulatedError> {
-    let reader = Reader::of(process, std::slice::from_ref(region))?;
     let firsts = firsts_of(sent, granule);
+    if firsts.is_empty() {
+        return Ok(Vec::new());
+    }
+    let reader = Reader::of(process, std::slice::from_ref(region))?;
     let mut samples = vec![0; firsts.len() * SAMPLE_BYTES];
     let spans = firsts
         .iter()

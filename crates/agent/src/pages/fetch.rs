@@ -155,19 +155,15 @@ impl Fetch {
         of_template: Vec<Vec<PageRun>>,
     ) -> Result<(), String> {
         let pager = &self.shared.pager;
+        self.shared.awaits.store(!of_template.is_empty(), Ordering::Relaxed);
+        let _ = self.shared.template.set(of_template);
         let pages: Vec<u64> = pager.bits().pages().collect();
         for (region, (pages, missing)) in pages.into_iter().zip(missing).enumerate() {
             let there = subtract(&[PageRun { first: 0, pages }], missing);
-            let there = match of_template.get(region) {
-                Some(later) => subtract(&there, later),
-                None => there,
-            };
-            for run in there {
+            for run in subtract(&there, self.shared.of_template(region)) {
                 pager.bits().set(region, run);
             }
         }
-        self.shared.awaits.store(!of_template.is_empty(), Ordering::Relaxed);
-        let _ = self.shared.template.set(of_template);
         pager.begin().map_err(|why| crate::control::explain(&why))?;
         self.go_on();
         Ok(())

@@ -246,6 +246,9 @@ impl Outgoing {
 
     /// What of a clone did not travel. Where nothing was tracked it was not counted yet, and now there is time.
     fn count_template(&self) {
+        if self.tracks_all() {
+            return;
+        }
         let shared = |block: &SourceBlock| {
             let mut there = Vec::new();
             populated(&self.process, &block.region, &mut there).map_err(|why| explain(&why))?;
@@ -253,9 +256,7 @@ impl Outgoing {
         };
         let clones = self.blocks.iter().filter(|block| block.backing == Backing::Template);
         let counted: Result<u64, String> = clones.map(shared).sum();
-        if let Ok(pages @ 1..) = counted
-            && !self.tracks_all()
-        {
+        if let Ok(pages @ 1..) = counted {
             self.view.template_pages(pages);
         }
     }

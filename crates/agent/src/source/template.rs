@@ -14,8 +14,8 @@ use sterna_engine::source::{Outcome, SourceInput};
 use sterna_engine::wire::message::Reason;
 use sterna_transport::Pacer;
 
-/// How often it is looked whether the user has cancelled.
-const LOOK: Duration = Duration::from_millis(20);
+/// How often the time that passes is shown.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A template that is still on its way.
 pub(super) struct Trailing {
@@ -53,20 +53,18 @@ pub(super) fn send(
         );
         Outcome::Refused(vec![Reason { code: "template".into(), text }])
     })?;
-    let (first, hear) = mpsc::channel();
     let (tell, when) = (tell.clone(), request.send_template);
     let manners = if when == SendTemplate::After { Manners::Behind } else { Manners::Plain };
     let follower = templates::follow(host, &entry, target, (pacer.clone(), manners), move |told| {
-        // Until its migration begins it is heard here, then there. Who hears nothing any more needs nothing.
-        if let Err(mpsc::SendError(told)) = first.send(told) {
-            drop(tell.send(Event::Template(told)));
-        }
+        // Who hears nothing any more needs nothing.
+        drop(tell.send(Event::Template(told)));
     });
+    // What is not taken here the migration takes later, from the same channel.
     loop {
-        match hear.recv_timeout(LOOK) {
-            Ok(Told::Over(how)) => return how.map(|()| None).map_err(Outcome::Failed),
-            Ok(Told::Sent { bytes, of }) => view.template_sent(bytes, of),
-            Ok(Told::Agreed { complete: false }) => {
+        match orders.recv_timeout(LOOK) {
+            Ok(Event::Template(Told::Over(how))) => return how.map(|()| None).map_err(Outcome::Failed),
+            Ok(Event::Template(Told::Sent { bytes, of })) => view.template_sent(bytes, of),
+            Ok(Event::Template(Told::Agreed { complete: false })) => {
                 // Whatever else speaks against the move is told before a byte of it goes.
                 offer::check_there(host, vm, request.verify, target)?;
                 follower.wants();
@@ -74,15 +72,10 @@ pub(super) fn send(
                     return Ok(Some(Trailing { when, _follower: follower }));
                 }
             }
-            Ok(Told::Agreed { .. }) | Err(mpsc::RecvTimeoutError::Timeout) => {}
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Outcome::Failed("nobody sends its template".into()));
-            }
+            Ok(Event::Order(Order::Cancel)) => return Err(Outcome::Cancelled),
+            Ok(_) | Err(_) => {}
         }
         view.elapsed(began.elapsed());
-        if orders.try_iter().any(|event| matches!(event, Event::Order(Order::Cancel))) {
-            return Err(Outcome::Cancelled);
-        }
     }
 }
 

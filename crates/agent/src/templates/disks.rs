@@ -3,7 +3,7 @@
 //! The template's VM is never run again, so what it has left stays as it was when the memory was read. Whoever changes it
 //! nevertheless would let clones find another disk than the one that they remember: so its length and time are compared.
 
-use super::start::{PLACEHOLDER, named};
+use super::start::PLACEHOLDER;
 use crate::control::explain;
 use crate::host::Host;
 use serde::{Deserialize, Serialize};
@@ -36,7 +36,7 @@ pub(super) fn own(line: &CommandLine) -> Vec<String> {
 /// What a VM that has ended has left of its own images.
 pub(super) fn left(paths: Vec<String>, vm: &str) -> Result<Vec<StoredDisk>, String> {
     let of = |path: String| {
-        let base = named(std::slice::from_ref(&path), vm).swap_remove(0);
+        let base = path.replace(PLACEHOLDER, vm);
         let (bytes, modified) = state_of(Path::new(&base))?;
         Ok(StoredDisk { path, base, bytes, modified })
     };
@@ -60,14 +60,14 @@ impl Made {
     /// # Errors
     /// Why there is none; those that were made are removed.
     pub(super) fn of(host: &Host, disks: &[StoredDisk], vm: &str, from_peer: bool) -> Result<Self, String> {
+        let here = |asked: &str| match from_peer {
+            true => new_file(&host.config().map, &host.policy(), asked),
+            false => Ok(asked.to_owned()),
+        };
         let mut made = Self::default();
         for disk in disks {
-            let path = named(std::slice::from_ref(&disk.path), vm).swap_remove(0);
-            let here = |asked: &str| match from_peer {
-                true => new_file(&host.config().map, &host.policy(), asked),
-                false => Ok(asked.to_owned()),
-            };
-            let (path, base) = (PathBuf::from(here(&path)?), here(&disk.base)?);
+            let path = PathBuf::from(here(&disk.path.replace(PLACEHOLDER, vm))?);
+            let base = here(&disk.base)?;
             if state_of(Path::new(&base))? != (disk.bytes, disk.modified) {
                 return Err(format!(
                     "image {base} has been written since the template was made, and its clones remember it as it was: make the \

@@ -79,12 +79,11 @@ pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) ->
         }
         keep(templates, &folder, name, manifest, memory)
     });
-    if made.is_err() {
+    let made = made.map_err(|why| {
         drop(fs::remove_dir_all(&folder));
-        if *end && vm.is_alive() {
-            host.with_qemu(vm, |qemu| qemu.restore())?;
-        }
-    }
+        let restored = if *end && vm.is_alive() { host.with_qemu(vm, |qemu| qemu.restore()) } else { Ok(()) };
+        restored.err().map_or_else(|| why.clone(), |and| format!("{why}; and the VM stands still: {and}"))
+    });
     made.map_err(|why| if vm.is_alive() { why } else { format!("{why}; VM {} has ended", record.name) })
 }
 

@@ -107,8 +107,9 @@ struct Followers {
     /// In the order in which they came; who only lingers hears nothing.
     tells: BTreeMap<u64, Option<Tell>>,
     next: u64,
-    /// How many bytes have gone.
+    /// How many bytes have gone, and of how many it was told.
     sent: u64,
+    told: Option<u64>,
 }
 
 impl Followers {
@@ -149,8 +150,11 @@ impl Sending {
     fn sent(&self, bytes: u64, of: u64) -> bool {
         let mut followers = lock(&self.followers);
         followers.sent = bytes;
-        if let Some(tell) = followers.tells.values().flatten().next() {
+        let due =
+            bytes == of || followers.told.is_none_or(|told| bytes >= told + STATE_PIECE_BYTES_MAX as u64);
+        if due && let Some(tell) = followers.tells.values().flatten().next() {
             tell(Told::Sent { bytes, of });
+            followers.told = Some(bytes);
         }
         !followers.tells.is_empty()
     }

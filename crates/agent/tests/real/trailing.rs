@@ -192,14 +192,15 @@ fn one_that_is_cancelled_beside_its_template() {
         let id = scene.a.migrate(MigrateRequest { max_bandwidth: Some(SLOW / 4), ..how }, None).unwrap().id;
         let sent = || scene.now(&id).ram.template_bytes;
         until("some of it has gone", MOVE, || (sent() > 0).then_some(()));
-        if scene.a.cancel(&id).is_ok() {
-            let view = wait(&scene.a, &id);
+        let cancelled = scene.a.cancel(&id).is_ok();
+        let view = wait(&scene.a, &id);
+        gone += view.ram.template_bytes;
+        if cancelled {
             assert_eq!(view.status, "cancelled", "{view:?}");
             stays_at_a(&scene.a, &view);
-            gone += view.ram.template_bytes;
         } else {
             // The second runs there already.
-            scene.arrived(&wait(&scene.a, &id));
+            scene.arrived(&view);
         }
     }
     let view = migrate(&scene.a, beside("c0"));
