@@ -113,10 +113,9 @@ pub fn image_reasons(
 ) -> Vec<Reason> {
     let host = Host { map, policy };
     let mut reasons = unlocked_reasons(line);
-    for image in line.images() {
-        let Ok(path) = host.path(&image.path, Presence::Required) else { continue };
+    for (image, path, files) in chains(line, host) {
         let mut refuse = |text: String| reasons.push(Reason::new(Code::Image, format!("image {text}")));
-        match files(&image, path.clone().into()) {
+        match files {
             Err(why) => refuse(format!("{path}: {why}")),
             Ok(files) => {
                 let shown = proofs.iter().skip_while(|proof| proof.path != image.path).map(Some);
@@ -136,16 +135,24 @@ pub fn image_reasons(
 /// Every reason why this host does not open what the images of a peer's command line lead to: QEMU follows their headers.
 pub fn chain_reasons(line: &CommandLine, map: &HostMap, policy: &TargetPolicy) -> Vec<Reason> {
     let host = Host { map, policy };
-    let mut reasons = Vec::new();
-    for image in line.images() {
-        let Ok(path) = host.path(&image.path, Presence::Required) else { continue };
-        let allowed = files(&image, path.clone().into())
-            .and_then(|files| files.iter().skip(1).try_for_each(|file| host.allows(file).map(drop)));
-        if let Err(why) = allowed {
-            reasons.push(Reason::new(Code::Image, format!("image {path}: {why}")));
-        }
-    }
-    reasons
+    let refusal = |(_, path, files): (Image, String, Result<Vec<PathBuf>, String>)| {
+        let below =
+            files.and_then(|files| files.iter().skip(1).try_for_each(|file| host.allows(file).map(drop)));
+        below.err().map(|why| Reason::new(Code::Image, format!("image {path}: {why}")))
+    };
+    chains(line, host).filter_map(refusal).collect()
+}
+
+/// The images of a peer's command line that are here, each with its path here and all that it leads to, itself first.
+fn chains(
+    line: &CommandLine,
+    host: Host<'_>,
+) -> impl Iterator<Item = (Image, String, Result<Vec<PathBuf>, String>)> {
+    line.images().into_iter().filter_map(move |image| {
+        let path = host.path(&image.path, Presence::Required).ok()?;
+        let files = files(&image, path.clone().into());
+        Some((image, path, files))
+    })
 }
 
 fn compare(path: &Path, proof: Option<&ImageProof>) -> Result<(), String> {
