@@ -289,6 +289,8 @@ fn a_vm_that_a_full_disk_stopped_moves_and_tries_again_there() {
     world.wait_for("vm", "WRITTEN it is\r\n", BOOT);
     scene.assert_goes_on();
     b.stop("vm").unwrap();
+    // Before its folder goes.
+    drop(small);
 }
 
 /// A file system that is soon full.
