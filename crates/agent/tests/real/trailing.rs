@@ -189,9 +189,9 @@ fn one_that_is_cancelled_beside_its_template() {
     let all = scene.stored().metadata().unwrap().len();
     let mut gone = 0;
     for how in [beside("c0"), after("c1")] {
-        let id = scene.a.migrate(MigrateRequest { max_bandwidth: Some(SLOW / 4), ..how }, None).unwrap().id;
+        let id = scene.a.migrate(MigrateRequest { max_bandwidth: Some(SLOW / 2), ..how }, None).unwrap().id;
         let sent = || scene.now(&id).ram.template_bytes;
-        until("some of it has gone", MOVE, || (sent() > 0).then_some(()));
+        until("a quarter of it has gone", MOVE, || (sent() > all / 4).then_some(()));
         let cancelled = scene.a.cancel(&id).is_ok();
         let view = wait(&scene.a, &id);
         gone += view.ram.template_bytes;
@@ -205,9 +205,9 @@ fn one_that_is_cancelled_beside_its_template() {
     }
     let view = migrate(&scene.a, beside("c0"));
     scene.arrived(&view);
-    // What was in the sockets when a connection was cut may be lost, and the last piece that went may not have been told.
+    // What was in the sockets when a connection was cut may be lost. What went after the last word of it was never told.
     let sent = gone + view.ram.template_bytes;
-    assert!(sent.abs_diff(all) < 8 << 20, "{sent} bytes of {all} went: {view:?}");
+    assert!(sent < all + (16 << 20), "{sent} bytes of {all} went: {view:?}");
     scene.end();
 }
 
