@@ -1,10 +1,11 @@
 //! Incoming migrations that go on, so that page streams, questions and later tries find them.
 
+use crate::pages::{Ahead, Gate, Room};
 use crate::registry::lock;
 use crate::room::Promise;
 use crate::target::Event;
 use std::collections::HashMap;
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 use sterna_engine::handoff::MigrationId;
 use sterna_engine::target::TargetInput;
@@ -23,6 +24,8 @@ pub(crate) struct Incoming {
     /// Held while it is looked whether there is room for one, until it has been promised.
     admission: Mutex<()>,
     by_id: Mutex<HashMap<MigrationId, Try>>,
+    /// What page streams have read before there was a QEMU.
+    ahead: Room,
 }
 
 struct Try {
@@ -31,6 +34,8 @@ struct Try {
     vm: String,
     generation: u64,
     promise: Promise,
+    /// Opens when there is a QEMU for its pages.
+    gate: Arc<Gate>,
     tell: mpsc::Sender<Event>,
 }
 
@@ -47,6 +52,7 @@ impl Incoming {
                     vm: String::new(),
                     generation: 0,
                     promise: Promise::default(),
+                    gate: Arc::default(),
                     tell,
                 },
             );
@@ -55,7 +61,23 @@ impl Incoming {
     }
 
     pub(crate) fn leave(&self, id: MigrationId) {
-        lock(&self.by_id).remove(&id);
+        if let Some(left) = lock(&self.by_id).remove(&id) {
+            left.gate.close();
+        }
+    }
+
+    /// There is a QEMU: what comes on page streams can be put into it.
+    pub(crate) fn is_ready(&self, id: MigrationId) {
+        if let Some(found) = lock(&self.by_id).get(&id) {
+            found.gate.open();
+        }
+    }
+
+    /// There will be no QEMU: page streams that wait for one are let go.
+    pub(crate) fn ends(&self, id: MigrationId) {
+        if let Some(found) = lock(&self.by_id).get(&id) {
+            found.gate.close();
+        }
     }
 
     /// Looks whether there is room for a VM, and promises it if there is: one after the other, so that nothing is promised twice.
@@ -89,7 +111,8 @@ impl Incoming {
             .collect()
     }
 
-    /// Hands a page stream to its migration. It must come from the host that began it.
+    /// Hands a page stream to its migration. It must come from the host that began it. What comes before there is a QEMU is read here, on the
+    /// stream's own thread.
     pub(crate) fn stream(
         &self,
         id: MigrationId,
@@ -97,12 +120,25 @@ impl Incoming {
         (purpose, index): (Purpose, u32),
         connection: Connection,
     ) {
-        match lock(&self.by_id).get(&id) {
-            Some(found) if found.peer == peer => {
-                drop(found.tell.send(Event::Stream(purpose, index, connection)))
-            }
-            _ => tracing::warn!(peer, %id, "a page stream for no migration was refused"),
-        }
+        let found = lock(&self.by_id)
+            .get(&id)
+            .filter(|found| found.peer == peer)
+            .map(|found| (found.gate.clone(), found.tell.clone()));
+        let Some((gate, tell)) = found else {
+            return tracing::warn!(peer, %id, "a page stream for no migration was refused");
+        };
+        let event = match purpose {
+            Purpose::Rounds => match Ahead::read(connection.split().0, &gate, &self.ahead) {
+                Some(reader) => Event::Rounds(index, reader),
+                None => {
+                    return tracing::debug!(peer, %id, index, "a page stream ended before there was a QEMU");
+                }
+            },
+            Purpose::Demand => Event::Demand(connection),
+            Purpose::Push => Event::Push(index, connection),
+        };
+        // Its migration may be over.
+        drop(tell.send(event));
     }
 
     /// Hands a new control connection to a migration whose VM runs here with pages missing. Gives it back if there is none from that host.

@@ -1,17 +1,19 @@
 //! The TLS port: who calls, and what for.
 
-use crate::control::{self, FIRST_MESSAGE_WITHIN};
+use crate::config::PageStreams;
+use crate::control::{self, FIRST_MESSAGE_WITHIN, explain};
 use crate::host::Host;
 use crate::registry::is_usable;
 use crate::sharing;
 use crate::target;
 use crate::templates;
 use std::sync::Arc;
+use std::time::Instant;
 use sterna_engine::handoff::{
     Generation, Journal, MigrationId, Ownership, Record, Step, answer, answer_to_target,
 };
 use sterna_engine::wire::Message;
-use sterna_engine::wire::message::{Answer, Purpose, Query, Refused, Text};
+use sterna_engine::wire::message::{Answer, Purpose, Query, Refused, Stream, Text};
 use sterna_transport::{Connection, PeerName};
 
 /// Handles one connection of a verified peer, on a thread of its own.
@@ -38,9 +40,9 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
                 reply(&mut connection, &Message::Abort(Text { text }));
             }
         }
-        Ok(Message::Stream(stream)) => match identity(&stream.id).zip(Purpose::from_number(stream.purpose)) {
-            Some((id, purpose)) => incoming.stream(id, &peer, (purpose, stream.index), connection),
-            None => tracing::warn!(peer, "a page stream without an identity was refused"),
+        Ok(Message::Stream(stream)) => match page_stream(host, &stream, connection) {
+            Ok((id, purpose, connection)) => incoming.stream(id, &peer, (purpose, stream.index), connection),
+            Err(why) => tracing::warn!(peer, why, "a page stream was refused"),
         },
         Ok(Message::Query(query)) if query.by_target => {
             reply(&mut connection, &Message::Answer(owner_as_source(host, &query, &peer)))
@@ -56,6 +58,22 @@ pub(crate) fn handle(host: &Arc<Host>, mut connection: Connection) {
         Ok(_) => tracing::warn!(peer, "a connection that began with the wrong message was closed"),
         Err(why) => tracing::warn!(peer, why, "a connection that said nothing useful was closed"),
     }
+}
+
+/// What a stream is for; it leaves TLS where both hosts say so.
+fn page_stream(
+    host: &Host,
+    stream: &Stream,
+    mut connection: Connection,
+) -> Result<(MigrationId, Purpose, Connection), String> {
+    let what = identity(&stream.id).zip(Purpose::from_number(stream.purpose));
+    let (id, purpose) = what.ok_or("it does not say whose it is")?;
+    if host.config().tls.page_streams == PageStreams::Clear {
+        connection.set_deadline(Some(Instant::now() + FIRST_MESSAGE_WITHIN));
+        connection.receive_in_clear().map_err(|why| explain(&why))?;
+        connection.set_deadline(None);
+    }
+    Ok((id, purpose, connection))
 }
 
 fn reply(connection: &mut Connection, message: &Message) {

@@ -145,6 +145,8 @@ struct Outgoing {
     lap: Instant,
     /// Why the target's last answer did not come.
     no_answer: String,
+    /// A QEMU waits at the target.
+    accepted: bool,
     /// The target has heard that this try is over.
     told_loss: bool,
     /// It was looked what memory the VM takes here.
@@ -238,6 +240,7 @@ impl Outgoing {
             scanned: None,
             lap: Instant::now(),
             no_answer: String::new(),
+            accepted: false,
             told_loss: false,
             accounted: false,
             accounts: false,
@@ -403,6 +406,8 @@ impl Outgoing {
         let SourceInput::Message(message) = input else { return };
         match message {
             Message::Accepted(accepted) => {
+                self.accepted = true;
+                self.senders.iter().for_each(Senders::are_taken);
                 self.lazy.eager.clone_from(&accepted.eager);
                 self.sharing.accepted(accepted);
                 self.has_room(accepted.head_room);
@@ -445,9 +450,18 @@ impl Outgoing {
         match action {
             SourceAction::Record(record) => Some(self.record(&record)),
             SourceAction::Send(message) => self.message(&message),
-            SourceAction::OpenStreams { count, demand } => {
-                Some(settle(self.open_streams(count, demand), |()| SourceInput::Opened))
-            }
+            SourceAction::OpenStreams(count) => match self.open(count, Purpose::Rounds) {
+                Ok(streams) => {
+                    self.streams = streams;
+                    Some(SourceInput::Opened)
+                }
+                Err(why) => {
+                    // A target that refuses has said so already, or is about to.
+                    self.wait_for_last_words(why);
+                    None
+                }
+            },
+            SourceAction::OpenDemand => self.open_demand().err().map(SourceInput::Failed),
             SourceAction::Pace(rate) => {
                 self.pacer.set_rate(rate.map(|rate| rate.0));
                 None
@@ -511,12 +525,9 @@ impl Outgoing {
         sent.err().map(lost)
     }
 
-    fn open_streams(&mut self, count: u32, demand: bool) -> Result<(), String> {
-        self.streams = self.open(count, Purpose::Rounds)?;
-        if demand {
-            self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
-            self.look_ahead();
-        }
+    fn open_demand(&mut self) -> Result<(), String> {
+        self.lazy.demand = self.open(1, Purpose::Demand)?.pop();
+        self.look_ahead();
         Ok(())
     }
 

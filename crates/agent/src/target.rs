@@ -5,7 +5,7 @@ use crate::control::{Arrival, Control, explain};
 use crate::fit::{check_digests, is_staged, settle_late, sinks, verify, with_guesses};
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
-use crate::pages::{Fetched, Received, Receiver, Sink, Sinks};
+use crate::pages::{Ahead, Fetched, Received, Receiver, Sink, Sinks};
 use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
 use crate::templates::{Base, StoredBlock};
 use std::collections::BTreeMap;
@@ -15,7 +15,7 @@ use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
-use sterna_engine::wire::message::{Block, Hello, Image, Offer, Purpose, Reason, StateEnd};
+use sterna_engine::wire::message::{Block, Hello, Image, Offer, Reason, StateEnd};
 use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
@@ -42,7 +42,10 @@ const DYING: Duration = Duration::from_millis(500);
 pub(crate) enum Event {
     Input(TargetInput),
     State(Vec<u8>),
-    Stream(Purpose, u32, Connection),
+    /// A page stream, once there is a QEMU.
+    Rounds(u32, Ahead),
+    Demand(Connection),
+    Push(u32, Connection),
     /// The source of a post-copy is here again.
     Reattach(Connection),
     /// What becomes of the pages that are missing.
@@ -320,9 +323,9 @@ impl Arriving<'_> {
                 self.state.extend_from_slice(&piece);
                 Some(TargetInput::Received)
             }
-            Event::Stream(Purpose::Rounds, index, connection) => self.add_stream(index, connection),
-            Event::Stream(Purpose::Demand, _, connection) => self.add_demand(connection),
-            Event::Stream(Purpose::Push, index, connection) => self.add_push(index, connection),
+            Event::Rounds(index, stream) => self.add_stream(index, stream),
+            Event::Demand(connection) => self.add_demand(connection),
+            Event::Push(index, connection) => self.add_push(index, connection),
             Event::Reattach(connection) => self.reattach(connection),
             Event::Fetched(fetched) => self.fetched(fetched),
             Event::Template(how) => self.template_known(how),
@@ -351,15 +354,7 @@ impl Arriving<'_> {
         }
     }
 
-    /// A stream of the source's, which leaves TLS where both hosts say so.
-    fn in_clear(&self, mut connection: Connection) -> Result<Connection, String> {
-        if self.host.config().tls.page_streams == PageStreams::Clear {
-            connection.receive_in_clear().map_err(|why| explain(&why))?;
-        }
-        Ok(connection)
-    }
-
-    fn add_stream(&mut self, index: u32, connection: Connection) -> Option<TargetInput> {
+    fn add_stream(&mut self, index: u32, stream: Ahead) -> Option<TargetInput> {
         let Some(sinks) = &self.sinks else {
             return Some(TargetInput::Disconnected("the source opened a page stream too early".into()));
         };
@@ -368,13 +363,8 @@ impl Arriving<'_> {
             let why = format!("the source opened page stream {index}, which it may not");
             return Some(TargetInput::Disconnected(why));
         }
-        let connection = match self.in_clear(connection) {
-            Ok(connection) => connection,
-            Err(why) => return Some(TargetInput::Disconnected(why)),
-        };
         let tell = self.tell.clone();
-        let (reader, _) = connection.split();
-        let receiver = Receiver::start((index, 1), reader, sinks.clone(), 0, move |received| {
+        let receiver = Receiver::start((index, 1), stream, sinks.clone(), 0, move |received| {
             drop(tell.send(Event::Received(received)));
         });
         match receiver {
@@ -532,6 +522,7 @@ impl Arriving<'_> {
         let shared = |main: &StoredBlock| self.offer.blocks.iter().position(|block| block.name == main.name);
         let shared = main.and_then(shared);
         self.sinks = Some(Arc::new(sinks(&self.host, &process, &self.offer, &layout, shared)?));
+        self.incoming.is_ready(self.id);
         Ok(Vec::new())
     }
 
@@ -644,6 +635,7 @@ impl Arriving<'_> {
         self.drop_streams();
         self.lazy = Lazy::default();
         self.sinks = None;
+        self.incoming.ends(self.id);
         self.qemu = None;
         if let Some(vm) = self.vm.take() {
             // The handle of its start if there is one: a pid that cannot be opened for want of descriptors is not dead.

@@ -1,8 +1,8 @@
 //! The source's state machine.
 //!
 //! ```text
-//! Recording -> Negotiating -> Offered -> Opening -> Arming -> (Sharing) -> Sending <-> Scanning,    the VM runs
-//!                                                                         Settling, Resting
+//! Recording -> Negotiating -> (Offered) -> Opening -> Arming -> (Sharing) -> Sending <-> Scanning,    the VM runs
+//!                                                                           Settling, Resting
 //!                                                                            |
 //!                                           Releasing <- Finishing <- Stopping         the VM is stopped, and ours
 //!                                               |
@@ -11,6 +11,9 @@
 //!                                               |        Fencing -> Reclaiming         an operator has decided
 //!                                           Serving <-> Asking, Reattaching            post-copy: the target fetches pages
 //! ```
+//!
+//! The target's answer to the offer, that a QEMU waits, comes in *Offered*, or in any of the four states behind it but *Sharing*: what the
+//! first pages need is made ready meanwhile, and they are on their way.
 //!
 //! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
 //! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
@@ -25,6 +28,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 mod interface;
+mod offer;
 mod postcopy;
 mod recover;
 mod rounds;
@@ -125,8 +129,13 @@ pub struct Source {
     /// An earlier life of this agent has stopped the VM, nobody knows when.
     recovered: bool,
     released_at: Option<Duration>,
-    touched: bool,
     connected: bool,
+    /// A QEMU waits at the target.
+    accepted: bool,
+    /// Until when it may take to start.
+    accept_by: Duration,
+    /// What the first look has found, where nothing may go before that.
+    tracked: Option<Pages>,
     last_sent: Bytes,
     cancelling: bool,
     choice: Option<Choice>,
@@ -191,8 +200,10 @@ impl Source {
             stopped_at: None,
             recovered: false,
             released_at: None,
-            touched: false,
             connected: false,
+            accepted: false,
+            accept_by: Duration::ZERO,
+            tracked: None,
             last_sent: Bytes(0),
             cancelling: false,
             choice: None,
@@ -270,7 +281,6 @@ impl Source {
             SourceInput::Recorded => self.on_recorded(now),
             SourceInput::RecordFailed(why) => self.on_record_failed(why, now),
             SourceInput::Opened if self.state == State::Opening => {
-                self.touched = true;
                 self.enter(State::Arming, SourceAction::Track, now, LOCAL_WAIT);
             }
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
@@ -333,11 +343,11 @@ impl Source {
                         welcome.version
                     )));
                 }
-                let offer = Message::Offer(self.parameters.offer.clone());
-                self.enter(State::Offered, SourceAction::Send(offer), now, ACCEPT_WAIT);
+                self.offer(now);
             }
-            (Message::Accepted(accepted), State::Offered) => self.on_accepted(&accepted, now),
-            (Message::Refused(refused), State::Negotiating | State::Offered) => {
+            (Message::Accepted(accepted), _) if self.awaits_target() => self.on_accepted(&accepted, now),
+            (Message::Refused(refused), State::Negotiating) => self.fail(Outcome::Refused(refused.reasons)),
+            (Message::Refused(refused), _) if self.awaits_target() => {
                 self.fail(Outcome::Refused(refused.reasons));
             }
             (Message::Barrier(barrier), _) => self.on_barrier(barrier.round, barrier.stream, now),
@@ -411,49 +421,6 @@ impl Source {
             // The target's record decides; ours only saves a question after a crash.
             State::Ending => self.actions.push_back(SourceAction::End),
             _ => {}
-        }
-    }
-
-    fn on_sent(&mut self, bytes: Bytes, now: Duration) {
-        if bytes == self.last_sent {
-            return;
-        }
-        let more = Bytes(bytes.0.saturating_sub(self.last_sent.0));
-        self.last_sent = bytes;
-        self.progress.transferred = bytes;
-        self.progress.ram_remaining = Bytes(self.progress.ram_remaining.0.saturating_sub(more.0));
-        match self.state {
-            State::Sending { .. } => self.wait(now, STALL_WAIT),
-            State::Finishing { .. } => self.wait(now, STOPPED_STALL_WAIT),
-            _ => {}
-        }
-    }
-
-    fn on_barrier(&mut self, got: u32, stream: u32, now: Duration) {
-        let all = self.all_barriers();
-        let bit = 1u64.checked_shl(stream).unwrap_or(0) & all;
-        let (State::Sending { round, barriers, .. }
-        | State::Dropping { round, barriers }
-        | State::Finishing { round, barriers, .. }) = &mut self.state
-        else {
-            return self.on_disconnected(format!("the target confirmed round {got} out of turn"), now);
-        };
-        if got != *round || bit == 0 || *barriers & bit != 0 {
-            let round = *round;
-            return self.on_disconnected(
-                format!("the target confirmed round {got} on stream {stream} during round {round}"),
-                now,
-            );
-        }
-        *barriers |= bit;
-        if *barriers != all {
-            return;
-        }
-        self.progress.ram_remaining = Bytes(0);
-        match self.state {
-            State::Sending { began, sent_before, .. } => self.on_round_over(began, sent_before, now),
-            State::Dropping { .. } => self.switch(now),
-            _ => self.wait(now, self.load_wait()),
         }
     }
 
@@ -584,7 +551,7 @@ impl Source {
             State::Reattaching => self.lose(now),
             State::Undoing(_) | State::Over => {}
             state => {
-                let what = waiting_for(state);
+                let what = waiting_for(state, self.accepted);
                 self.fail(Outcome::Failed(format!("gave up waiting for {what}")));
             }
         }
@@ -657,8 +624,10 @@ impl Source {
         self.wait(now, wait);
     }
 
+    /// At the most so long, or as long as the target may take to start a QEMU: before that it takes no pages.
     fn wait(&mut self, now: Duration, wait: Duration) {
-        self.deadline = Some(now + wait);
+        let deadline = now + wait;
+        self.deadline = Some(if self.accepted { deadline } else { deadline.max(self.accept_by) });
     }
 
     fn record(&mut self, step: Step) {
@@ -684,10 +653,11 @@ impl Source {
     }
 }
 
-fn waiting_for(state: &State) -> &'static str {
+fn waiting_for(state: &State, accepted: bool) -> &'static str {
     match state {
         State::Negotiating => "the target's first answer",
         State::Offered => "the target to start a QEMU",
+        State::Arming | State::Sending { .. } if !accepted => "the target to start a QEMU",
         State::Sharing => "the target to map what the VM has in common with others",
         State::Sending { .. } => "pages to move: the target takes none",
         State::Finishing { .. } => "the target to load the VM",

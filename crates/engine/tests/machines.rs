@@ -215,7 +215,7 @@ impl SourceDriver {
                 self.honest.push_back(In::Recorded);
             }
             SourceAction::Send(message) => self.sent(message),
-            SourceAction::OpenStreams { .. } => self.honest.push_back(In::Opened),
+            SourceAction::OpenStreams(_) => self.honest.push_back(In::Opened),
             SourceAction::Track => self.honest.push_back(In::Tracked(Pages(9))),
             SourceAction::Share => self.honest.extend([In::Sharing, In::Shared(Pages(7))]),
             SourceAction::SendRound(round)
@@ -230,7 +230,7 @@ impl SourceDriver {
                     self.honest.push_back(In::Message(Message::Loaded(Loaded::default())));
                 }
             }
-            SourceAction::Pace(_) | SourceAction::Abandon => {}
+            SourceAction::Pace(_) | SourceAction::Abandon | SourceAction::OpenDemand => {}
             SourceAction::Push => {
                 assert!(self.needed || !self.owned_by_target, "served nobody");
                 let filled = Filled { generation: GENERATION, ..Filled::default() };

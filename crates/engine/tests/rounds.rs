@@ -8,9 +8,9 @@ use std::time::Duration;
 use sterna_engine::Status;
 use sterna_engine::handoff::{Activity, MigrationId};
 use sterna_engine::policy::{KEEP_ALL, RateLimits};
-use sterna_engine::source::{Postcopy, Source, SourceAction, SourceInput, SourceParameters};
-use sterna_engine::units::{Pages, Rate};
-use sterna_engine::wire::message::{Accepted, Barrier, Block, Offer, Welcome};
+use sterna_engine::source::{Outcome, Postcopy, Source, SourceAction, SourceInput, SourceParameters};
+use sterna_engine::units::{Bytes, Pages, Rate};
+use sterna_engine::wire::message::{Accepted, Barrier, Block, Offer, Reason, Refused, Welcome};
 use sterna_engine::wire::{Message, VERSION_MAX};
 
 /// Pages of RAM: 512 MiB.
@@ -93,7 +93,7 @@ fn drive(guest: Guest, rate: RateLimits, auto_converge: bool, limit: Duration, a
                 SourceAction::Send(Message::Offer(_)) => {
                     inputs.push_back(SourceInput::Message(Message::Accepted(Accepted::default())));
                 }
-                SourceAction::OpenStreams { .. } => inputs.push_back(SourceInput::Opened),
+                SourceAction::OpenStreams(_) => inputs.push_back(SourceInput::Opened),
                 SourceAction::Track => inputs.push_back(SourceInput::Tracked(Pages(RAM))),
                 SourceAction::Pace(pace) => seen.paces.push(pace),
                 SourceAction::Stun(part) => {
@@ -171,6 +171,48 @@ fn steps(parameters: SourceParameters, inputs: Vec<SourceInput>) -> (Source, Vec
 
 fn barrier(round: u32) -> SourceInput {
     SourceInput::Message(Message::Barrier(Barrier { round, stream: 0 }))
+}
+
+/// While the target starts a QEMU, which may take minutes, pages go already; what the link takes is measured once they are taken.
+#[test]
+fn the_first_round_begins_while_the_target_starts_a_qemu() {
+    let at = Duration::from_millis;
+    let offered = || {
+        let mut source = Source::new(parameters(RateLimits::default(), false, LIMIT), at(0));
+        let welcome = Welcome { version: VERSION_MAX, software: String::new() };
+        source.handle(SourceInput::Recorded, at(0));
+        source.handle(SourceInput::Message(Message::Welcome(welcome)), at(0));
+        source.handle(SourceInput::Opened, at(10));
+        source.handle(SourceInput::Tracked(Pages(RAM)), at(20));
+        let done: Vec<_> = std::iter::from_fn(|| source.poll()).skip(3).collect();
+        assert_eq!(
+            done,
+            [SourceAction::OpenStreams(1), SourceAction::Track, SourceAction::SendRound(1)],
+            "the target has not answered yet"
+        );
+        source.handle(SourceInput::Sent(Bytes(8 << 20)), at(100));
+        source
+    };
+    let mut source = offered();
+    assert!(source.deadline() > Some(Duration::from_secs(100)), "it may take its time to start a QEMU");
+    source.handle(SourceInput::Message(Message::Accepted(Accepted::default())), at(60_000));
+    assert!(source.deadline() < Some(Duration::from_secs(100)), "pages must move from now on");
+    source.handle(SourceInput::Sent(Bytes(RAM * 4096)), at(61_000));
+    source.handle(barrier(1), at(61_000));
+    assert_eq!(source.progress().bandwidth, Rate::measured(Bytes(RAM * 4096 - (8 << 20)), at(1000)));
+    assert_eq!(source.poll(), Some(SourceAction::Scan));
+
+    let mut refused = offered();
+    let reasons = vec![Reason { code: "target-qemu".into(), text: "no".into() }];
+    refused.handle(SourceInput::Message(Message::Refused(Refused { reasons: reasons.clone() })), at(200));
+    assert!(
+        std::iter::from_fn(|| refused.poll())
+            .any(|done| done == SourceAction::Over(Outcome::Refused(reasons.clone())))
+    );
+
+    let mut confirmed = offered();
+    confirmed.handle(barrier(1), at(200));
+    assert_eq!(confirmed.status(at(200)), Status::Failed, "nobody can have installed what was sent");
 }
 
 /// What is to be dropped at the target is told while the VM runs: a round that sends nothing, then the stop, whose round follows that one and
@@ -314,7 +356,7 @@ fn a_guest_that_may_not_be_slowed_any_more_is_let_go_at_once() {
                     ..Welcome::default()
                 })),
                 SourceAction::Send(_) => SourceInput::Message(Message::Accepted(Accepted::default())),
-                SourceAction::OpenStreams { .. } => SourceInput::Opened,
+                SourceAction::OpenStreams(_) => SourceInput::Opened,
                 SourceAction::Track => SourceInput::Tracked(Pages(RAM)),
                 SourceAction::Scan => SourceInput::Scanned(Pages(RAM)),
                 SourceAction::Stun(part) => {

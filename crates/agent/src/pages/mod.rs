@@ -3,6 +3,7 @@
 //! A page's stream is a function of its place ([`stream_of`]), so every version of it travels on one connection and
 //! cannot be overtaken by an older one. Threads, 1 MiB batches, no message, allocation or system call per page.
 
+mod ahead;
 mod block;
 mod collect;
 mod fetch;
@@ -14,6 +15,7 @@ mod sender;
 mod serve;
 mod set;
 
+pub(crate) use ahead::{Ahead, Gate, Room};
 pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
 pub(crate) use fetch::{Fetch, Fetched, summand};

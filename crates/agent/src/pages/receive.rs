@@ -1,5 +1,6 @@
 //! Receivers: one thread a stream reads batches and installs them in the QEMU that waits.
 
+use super::Ahead;
 use crate::registry::FetchRegion;
 use lz4_flex::block::decompress_into;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
@@ -12,7 +13,7 @@ use sterna_engine::wire::batch::{
 };
 use sterna_engine::wire::patch;
 use sterna_memory::{Installer, PAGE, PageRun};
-use sterna_transport::{Reader, Shutdown};
+use sterna_transport::Shutdown;
 
 /// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
 const READ_WITHIN: Duration = Duration::from_secs(180);
@@ -87,11 +88,12 @@ impl Receiver {
     /// the thread is.
     pub(crate) fn start(
         (stream, round): (u32, u32),
-        reader: Reader,
+        reader: impl Into<Ahead>,
         sinks: Arc<dyn Install>,
         nice: i32,
         tell: impl Fn(Received) + Send + 'static,
     ) -> std::io::Result<Self> {
+        let reader = reader.into();
         let shutdown = reader.shutdown_handle();
         let mut receiving = Receiving {
             stream,
@@ -145,7 +147,7 @@ impl Drop for Receiver {
 struct Receiving {
     stream: u32,
     round: u32,
-    reader: Reader,
+    reader: Ahead,
     sinks: Arc<dyn Install>,
     raw: Vec<u8>,
     runs: Vec<Descriptor>,

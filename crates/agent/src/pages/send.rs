@@ -78,15 +78,17 @@ pub(crate) struct Senders {
     threads: Vec<JoinHandle<()>>,
     shutdowns: Vec<Shutdown>,
     pacer: Arc<Pacer>,
-    left: Arc<Left>,
+    shared: Arc<Shared>,
 }
 
-/// What senders leave when a round is abandoned.
+/// What all senders know, and what they leave when a round is abandoned.
 #[derive(Debug, Default)]
-pub(super) struct Left {
+pub(super) struct Shared {
+    /// The target takes pages. Before that it reads ahead as much as it likes, and a write that waits tells nothing of the link.
+    pub(super) taken: AtomicBool,
     pub(super) abandoned: AtomicBool,
-    /// Runs, with their block's place among those that are sent.
-    pub(super) runs: Mutex<Vec<(usize, PageRun)>>,
+    /// Runs that are left, with their block's place among those that are sent.
+    pub(super) left: Mutex<Vec<(usize, PageRun)>>,
 }
 
 impl Senders {
@@ -105,14 +107,14 @@ impl Senders {
             threads: Vec::new(),
             shutdowns: Vec::new(),
             pacer: pacer.clone(),
-            left: Arc::default(),
+            shared: Arc::default(),
         };
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
             senders.shutdowns.push(connection.shutdown_handle());
             let (tell, jobs) = mpsc::channel::<Job>();
             let link = (stream as u32, count, connection, pacer.clone(), counters.clone());
-            let mut sender = Sender::new(link, process, blocks.clone(), options, senders.left.clone())?;
+            let mut sender = Sender::new(link, process, blocks.clone(), options, senders.shared.clone())?;
             let failed = failed.clone();
             let thread = std::thread::Builder::new().name(format!("pages-out-{stream}")).spawn(move || {
                 while let Ok(job) = jobs.recv() {
@@ -127,14 +129,19 @@ impl Senders {
         Ok(senders)
     }
 
+    /// From now on the target takes pages.
+    pub(crate) fn are_taken(&self) {
+        self.shared.taken.store(true, Ordering::Relaxed);
+    }
+
     /// Nothing more of the round that is under way is sent, but its end.
     pub(crate) fn abandon(&self) {
-        self.left.abandoned.store(true, Ordering::Relaxed);
+        self.shared.abandoned.store(true, Ordering::Relaxed);
     }
 
     /// What was left of it: complete once the round has ended.
     pub(crate) fn left(&self) -> Vec<(usize, PageRun)> {
-        std::mem::take(&mut lock(&self.left.runs))
+        std::mem::take(&mut lock(&self.shared.left))
     }
 
     /// The last round of a post-copy: these pages, and what is missing.

@@ -2,7 +2,7 @@
 
 use super::kept::{Kept, Sent};
 use super::pack::Packer;
-use super::send::{Haste, Job, Left, Part, SendCounters, SendOptions};
+use super::send::{Haste, Job, Part, SendCounters, SendOptions, Shared};
 use super::{PAGES_PER_STRIPE, SourceBlock, stream_of, stripes_of, subtract};
 use crate::control::explain;
 use crate::registry::lock;
@@ -31,6 +31,9 @@ const BATCH_PAGES_MAX: u64 = 64;
 const POLITE: i32 = 10;
 /// The kernel takes a socket's buffer to hold its bookkeeping too, and doubles what it is told (socket(7)).
 const KERNEL_DOUBLES: usize = 2;
+
+/// A write that takes longer, before the target takes pages, waits for that and not for the link.
+const STALLED: Duration = Duration::from_millis(50);
 
 /// Pages that are looked through to find out whether a few of them were written: fewer than would cost another system call.
 const PEEK_GAP: u64 = 512;
@@ -91,7 +94,7 @@ pub(super) struct Sender {
     patched: Vec<Descriptor>,
     patches: Vec<u8>,
     haste: Haste,
-    left: Arc<Left>,
+    shared: Arc<Shared>,
 }
 
 impl Sender {
@@ -101,7 +104,7 @@ impl Sender {
         process: &Process,
         blocks: Arc<Vec<SourceBlock>>,
         options: SendOptions,
-        left: Arc<Left>,
+        shared: Arc<Shared>,
     ) -> Result<Self, String> {
         let regions: Vec<_> = blocks.iter().map(|block| block.region).collect();
         let peeker = options.postpone.then(|| Peeker::new(process)).transpose();
@@ -121,7 +124,7 @@ impl Sender {
             patched: Vec::new(),
             patches: Vec::new(),
             haste: Haste::Urgent,
-            left,
+            shared,
         })
     }
 
@@ -179,8 +182,8 @@ impl Sender {
         }
         let mut pages = 0;
         for mut run in share {
-            if self.haste == Haste::Polite && self.left.abandoned.load(Ordering::Relaxed) {
-                lock(&self.left.runs).push((at, run));
+            if self.haste == Haste::Polite && self.shared.abandoned.load(Ordering::Relaxed) {
+                lock(&self.shared.left).push((at, run));
                 continue;
             }
             // A batch is in ascending order.
@@ -232,6 +235,7 @@ impl Sender {
         if self.pending.is_empty() {
             return Ok(());
         }
+        let taken = self.shared.taken.load(Ordering::Relaxed);
         self.link.wait_for_room()?;
         self.postpone(block)?;
         let spans: Vec<Span> = self.pending.iter().map(|run| block.region.span(*run)).collect();
@@ -247,10 +251,16 @@ impl Sender {
             encode_packed_batch(block.index, round, &self.patched, packed, &mut self.head);
             self.link.write(&self.head, &[&self.patches])?;
         }
-        if self.descriptors.is_empty() { Ok(()) } else { self.send_whole(block, round, &whole) }
+        if self.descriptors.is_empty() { Ok(()) } else { self.send_whole(block, round, &whole, taken) }
     }
 
-    fn send_whole(&mut self, block: &SourceBlock, round: u32, whole: &[Range<usize>]) -> Result<(), String> {
+    fn send_whole(
+        &mut self,
+        block: &SourceBlock,
+        round: u32,
+        whole: &[Range<usize>],
+        taken: bool,
+    ) -> Result<(), String> {
         self.head.clear();
         let took = match self.packer.pack(&self.buffer, whole) {
             Some((encoding, bytes)) => {
@@ -266,7 +276,9 @@ impl Sender {
                 self.link.write(&self.head, &parts)?
             }
         };
-        self.packer.rule.wrote(took.0, took.1);
+        if taken || took.1 < STALLED {
+            self.packer.rule.wrote(took.0, took.1);
+        }
         Ok(())
     }
 

@@ -7,7 +7,8 @@ pub(crate) fn phase(action: &SourceAction) -> &'static str {
     match action {
         SourceAction::Record(_) => "record",
         SourceAction::Send(_) => "message",
-        SourceAction::OpenStreams { .. } => "open streams",
+        SourceAction::OpenStreams(_) => "open streams",
+        SourceAction::OpenDemand => "open demand",
         SourceAction::Pace(_) => "pace",
         SourceAction::Stun(_) => "stun",
         SourceAction::Track => "track",

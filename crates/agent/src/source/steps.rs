@@ -37,7 +37,11 @@ impl Outgoing {
         let failed = move |why| drop(tell.send(Event::Broken(why)));
         let streams = std::mem::take(&mut self.streams);
         let how = (self.pacer.clone(), self.options);
-        self.senders = Some(Senders::start(streams, &self.process, &tracked, how, &self.counters, failed)?);
+        let senders = Senders::start(streams, &self.process, &tracked, how, &self.counters, failed)?;
+        if self.accepted {
+            senders.are_taken();
+        }
+        self.senders = Some(senders);
         if self.lazy.when == Postcopy::AtOnce && pages == Pages(0) {
             // No round hides it.
             self.qemu(|qemu| qemu.prepare_save())?;

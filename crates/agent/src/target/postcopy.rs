@@ -184,10 +184,6 @@ impl Arriving<'_> {
 
     /// A connection of post-copy.
     pub(super) fn add_demand(&mut self, connection: Connection) -> Option<TargetInput> {
-        let connection = match self.in_clear(connection) {
-            Ok(connection) => connection,
-            Err(why) => return self.lost(why),
-        };
         if self.lazy.filled {
             return None;
         }
@@ -211,10 +207,6 @@ impl Arriving<'_> {
         if self.lazy.filled {
             return None;
         }
-        let connection = match self.in_clear(connection) {
-            Ok(connection) => connection,
-            Err(why) => return self.lost(why),
-        };
         let pushed = self.lazy.fetch.as_mut().map(|fetch| fetch.push(index, connection));
         pushed
             .unwrap_or_else(|| Err("the source pushes pages out of turn".into()))

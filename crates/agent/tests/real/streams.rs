@@ -1,13 +1,16 @@
 //! Parallel page streams: any number of them moves a guest that writes, and the loss of one ends the try.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use crate::support::daemon::Daemon;
+use crate::support::hold::Hold;
 use crate::support::proxy::Proxy;
-use crate::support::scene::until;
+use crate::support::scene::{Scene, to_the_other, until};
 use crate::support::{BOOT, MOVE, World, load, migrate, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::MigrateRequest;
-use sterna_lab::guest::GuestSpec;
+use sterna_lab::guest::{GuestSpec, Program};
 
 /// So many streams are the default, fewer where there are fewer processors (docs/guide.md).
 const DEFAULT: usize = 2;
@@ -103,4 +106,50 @@ fn one_stream_of_three_is_lost() {
     world.wait_for_more("vm", "LOAD", BOOT);
     assert!(!world.console("vm").contains("BAD"), "{}", world.console("vm"));
     b.stop("vm").unwrap();
+}
+
+/// A link does not stand idle while the target starts a QEMU: it reads ahead, up to a limit. Who changes his mind meanwhile has his VM at once.
+#[test]
+fn pages_go_while_the_target_starts_a_qemu() {
+    let world = World::new("7.2");
+    let (a, b) = (Daemon::start(&world, "a"), Daemon::start(&world, "b"));
+    let much = ["--fill=160", "--dirty=8", "--rate=10", "--check"].map(str::to_owned).to_vec();
+    let spec = GuestSpec { programs: vec![Program::Load(much)], memory_mib: 320, ..world.parts.guest("vm") };
+    a.run("vm", world.argv(&spec)).unwrap();
+    world.wait_for("vm", "LOAD t=", BOOT);
+    let scene = Scene { a, b, world };
+    let sent = |id: &str| scene.a.migration(id).unwrap().ram.transferred;
+    let begin = || {
+        let hold = Hold::arm(&scene.world, &scene.b, "target-prepare");
+        let id =
+            scene.a.migrate(&MigrateRequest { parallel_connections: Some(2), ..to_the_other("a") }).unwrap();
+        hold.reached();
+        until("pages go", MOVE, || (sent(&id) > 8 << 20).then_some(()));
+        assert!(scene.qemus("b").is_empty(), "the target has a QEMU already");
+        (hold, id)
+    };
+    let (hold, id) = begin();
+    let full = until("no more goes", MOVE, || {
+        let before = sent(&id);
+        std::thread::sleep(Duration::from_millis(500));
+        (sent(&id) == before).then_some(before)
+    });
+    assert!((32 << 20..96 << 20).contains(&full), "{full} bytes were read ahead");
+    drop(hold);
+    let view = scene.a.wait(&id);
+    assert_eq!(view.status, "completed", "{view:?}");
+    assert!(view.blocks_verified.is_some_and(|blocks| blocks > 0), "{view:?}");
+    assert_eq!(scene.settle(), "b");
+    scene.assert_guest_goes_on();
+    scene.move_verified("b");
+
+    let (hold, id) = begin();
+    let asked = Instant::now();
+    scene.a.cancel(&id).unwrap();
+    assert_eq!(scene.a.wait(&id).status, "cancelled");
+    assert!(asked.elapsed() < Duration::from_secs(5), "it waited for the target");
+    assert_eq!(scene.a.vm("vm").unwrap().state, "running");
+    drop(hold);
+    assert_eq!(scene.settle(), "a");
+    scene.move_verified("a");
 }

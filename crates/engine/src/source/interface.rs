@@ -134,13 +134,10 @@ pub enum SourceAction {
     Record(Record),
     /// Send a message on the control connection.
     Send(Message),
-    /// Open this many page streams, and one for the demands of a post-copy where the target can do that.
-    OpenStreams {
-        /// How many.
-        count: u32,
-        /// Whether that one too.
-        demand: bool,
-    },
+    /// Open this many page streams. The target may be starting its QEMU still, and take little until [`Message::Accepted`].
+    OpenStreams(u32),
+    /// Open the connection for the demands of a post-copy, which the target can do. It is answered only if it fails.
+    OpenDemand,
     /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
     Track,
     /// Find out which pages of the send-set are in common with others, have each content travel once, and the target map it

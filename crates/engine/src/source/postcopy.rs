@@ -5,13 +5,13 @@
 //! meanwhile, a connection or either agent, is found again in one way: ask the target, and connect anew.
 
 use super::{
-    ASK_PAUSE_MAX, ASK_PAUSE_MIN, LOCAL_WAIT, Outcome, Postcopy, STALL_WAIT, Source, SourceAction,
-    SourceParameters, State,
+    ASK_PAUSE_MAX, ASK_PAUSE_MIN, Outcome, Postcopy, STALL_WAIT, Source, SourceAction, SourceParameters,
+    State,
 };
 use crate::handoff::Step;
 use crate::progress::Status;
 use crate::wire::Message;
-use crate::wire::message::{Accepted, Reason, Text};
+use crate::wire::message::Text;
 use std::time::Duration;
 
 /// How long connecting again may take.
@@ -39,6 +39,10 @@ pub(super) struct Lazy {
 }
 
 impl Lazy {
+    pub(super) fn is_refused(&mut self, why: String) {
+        self.refusal = Some(why);
+    }
+
     pub(super) fn is_switched(&self) -> bool {
         self.switched
     }
@@ -74,24 +78,6 @@ pub(super) fn timeout_of_stop(parameters: &SourceParameters) -> Option<Duration>
 }
 
 impl Source {
-    pub(super) fn on_accepted(&mut self, accepted: &Accepted, now: Duration) {
-        if !accepted.postcopy {
-            let text = match accepted.postcopy_refusal.as_str() {
-                "" => "its agent does not know post-copy".into(),
-                why => why.to_owned(),
-            };
-            if self.parameters.postcopy != Postcopy::OnDemand {
-                let text = format!("on {}: {text}", self.parameters.peer);
-                return self.fail(Outcome::Refused(vec![Reason { code: "postcopy".into(), text }]));
-            }
-            self.lazy.refusal = Some(text);
-        }
-        self.room = accepted.room;
-        let count = self.parameters.offer.streams;
-        let open = SourceAction::OpenStreams { count, demand: accepted.postcopy };
-        self.enter(State::Opening, open, now, LOCAL_WAIT);
-    }
-
     /// Why this migration cannot switch to post-copy, if it cannot.
     pub fn postcopy_refusal(&self) -> Option<&str> {
         self.lazy.refusal.as_deref()

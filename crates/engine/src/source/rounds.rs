@@ -1,6 +1,6 @@
 //! Rounds: how fast they go, what follows them, and what a guest that outruns them keeps of its time.
 
-use super::{LOCAL_WAIT, STALL_WAIT, Source, SourceAction, SourceParameters, State};
+use super::{LOCAL_WAIT, STALL_WAIT, STOPPED_STALL_WAIT, Source, SourceAction, SourceParameters, State};
 use crate::policy::{KEEP_ALL, Observation, RateLimits, Seen, Verdict};
 use crate::units::{Bytes, PAGE_BYTES, Pages, Rate};
 use std::time::Duration;
@@ -41,6 +41,8 @@ pub(super) struct Rounds {
     stunned: bool,
     /// What the VM has waited for is there: what it wrote meanwhile goes before it stops.
     arrived: bool,
+    /// When the target began to take pages in the middle of the first round, and how much had gone before.
+    flows: Option<(Duration, Bytes)>,
 }
 
 impl Rounds {
@@ -59,6 +61,7 @@ impl Rounds {
             postponed_before: Pages(0),
             stunned: false,
             arrived: false,
+            flows: None,
         }
     }
 
@@ -79,6 +82,49 @@ impl Source {
         self.enter(state, SourceAction::SendRound(round), now, STALL_WAIT);
     }
 
+    pub(super) fn on_sent(&mut self, bytes: Bytes, now: Duration) {
+        if bytes == self.last_sent {
+            return;
+        }
+        let more = Bytes(bytes.0.saturating_sub(self.last_sent.0));
+        self.last_sent = bytes;
+        self.progress.transferred = bytes;
+        self.progress.ram_remaining = Bytes(self.progress.ram_remaining.0.saturating_sub(more.0));
+        match self.state {
+            State::Sending { .. } => self.wait(now, STALL_WAIT),
+            State::Finishing { .. } => self.wait(now, STOPPED_STALL_WAIT),
+            _ => {}
+        }
+    }
+
+    pub(super) fn on_barrier(&mut self, got: u32, stream: u32, now: Duration) {
+        let all = self.all_barriers();
+        let bit = 1u64.checked_shl(stream).unwrap_or(0) & all;
+        let (State::Sending { round, barriers, .. }
+        | State::Dropping { round, barriers }
+        | State::Finishing { round, barriers, .. }) = &mut self.state
+        else {
+            return self.on_disconnected(format!("the target confirmed round {got} out of turn"), now);
+        };
+        if got != *round || bit == 0 || *barriers & bit != 0 || !self.accepted {
+            let round = *round;
+            return self.on_disconnected(
+                format!("the target confirmed round {got} on stream {stream} during round {round}"),
+                now,
+            );
+        }
+        *barriers |= bit;
+        if *barriers != all {
+            return;
+        }
+        self.progress.ram_remaining = Bytes(0);
+        match self.state {
+            State::Sending { began, sent_before, .. } => self.on_round_over(began, sent_before, now),
+            State::Dropping { .. } => self.switch(now),
+            _ => self.wait(now, self.load_wait()),
+        }
+    }
+
     pub(super) fn on_counted(&mut self, normal: Pages, postponed: Pages) {
         self.rounds.normal = normal.max(self.rounds.normal);
         self.rounds.postponed = postponed.max(self.rounds.postponed);
@@ -92,17 +138,27 @@ impl Source {
     }
 
     pub(super) fn on_round_over(&mut self, began: Duration, sent_before: Bytes, now: Duration) {
-        let sent = Bytes(self.last_sent.0.saturating_sub(sent_before.0));
         let round_time = now.saturating_sub(began);
+        let since = |(began, before): (Duration, Bytes)| {
+            (Bytes(self.last_sent.0.saturating_sub(before.0)), now.saturating_sub(began))
+        };
+        // What the link takes is seen while the target takes pages, unless all had gone before.
+        let flowed = self.rounds.flows.take().map(since).filter(|(sent, _)| *sent >= BANDWIDTH_SAMPLE_MIN);
+        let (sent, took) = flowed.unwrap_or_else(|| since((began, sent_before)));
         if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
             // Figures that come late say that nothing was sent: no bandwidth that would ever fit a limit.
-            let measured = Rate::measured(sent, round_time).filter(|rate| *rate > Rate(0));
+            let measured = Rate::measured(sent, took).filter(|rate| *rate > Rate(0));
             self.progress.bandwidth = measured.or(self.progress.bandwidth);
             if let Some(measured) = measured {
                 self.learn_link(measured);
             }
         }
         self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
+    }
+
+    /// From now on the target takes pages.
+    pub(super) fn flows(&mut self, now: Duration) {
+        self.rounds.flows = Some((now, self.last_sent));
     }
 
     fn learn_link(&mut self, measured: Rate) {

@@ -8,6 +8,17 @@ impl Source {
     pub(super) fn on_tracked(&mut self, pages: Pages, now: Duration) {
         self.progress.setup_time = now.saturating_sub(self.began);
         self.progress.ram_remaining = pages.bytes();
+        match self.parameters.offer.common && !self.accepted {
+            // How much the target can map is part of its answer.
+            true => {
+                self.tracked = Some(pages);
+                self.wait(now, Duration::ZERO);
+            }
+            false => self.begin(pages, now),
+        }
+    }
+
+    pub(super) fn begin(&mut self, pages: Pages, now: Duration) {
         match self.parameters.offer.common && self.room > 0 {
             // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
             true => {

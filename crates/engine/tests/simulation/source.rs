@@ -200,7 +200,7 @@ impl World {
         match action {
             SourceAction::Record(record) => self.source_record(host, record),
             SourceAction::Send(message) => self.source_send(host, message),
-            SourceAction::OpenStreams { count: streams, .. } => {
+            SourceAction::OpenStreams(streams) => {
                 self.source_op(host, move |world| world.open_streams(host, streams))
             }
             SourceAction::Share => unreachable!("nothing is in common here"),
@@ -208,7 +208,8 @@ impl World {
             // The simulation has no rates, and a guest that is slowed is only slower.
             SourceAction::Pace(_) | SourceAction::Stun(_) => {}
             // Its targets refuse post-copy.
-            SourceAction::Abandon
+            SourceAction::OpenDemand
+            | SourceAction::Abandon
             | SourceAction::TellStale(_)
             | SourceAction::FinishPostcopy(_)
             | SourceAction::Push

@@ -18,6 +18,8 @@ pub(crate) struct TargetTask {
     busy: bool,
     control: ConnectionId,
     streams: Vec<(ConnectionId, u32)>,
+    /// What came on streams before there was a QEMU.
+    ahead: Option<Vec<(ConnectionId, Frame)>>,
     timer: Option<Duration>,
     layout: Layout,
     qemu: Option<QemuId>,
@@ -44,6 +46,7 @@ impl World {
             busy: false,
             control,
             streams: Vec::new(),
+            ahead: Some(Vec::new()),
             timer: None,
             layout: Layout::default(),
             qemu: None,
@@ -72,6 +75,9 @@ impl World {
     pub(crate) fn target_frame(&mut self, host: usize, id: ConnectionId, frame: Frame) {
         let task = self.hosts[host].target.as_mut().expect("the caller looked");
         let stream = task.streams.iter().find(|(stream, _)| *stream == id).map(|(_, index)| *index);
+        if let Some(ahead) = task.ahead.as_mut().filter(|_| stream.is_some()) {
+            return ahead.push((id, frame));
+        }
         let input = match (frame, stream) {
             (Frame::Message(bytes), None) => match unpack(&bytes) {
                 Ok(message) => TargetInput::Message(message),
@@ -206,7 +212,9 @@ impl World {
     fn end_target_op(&mut self, host: usize, serial: u64, input: TargetInput) {
         if let Some(task) = self.hosts[host].target.as_mut().filter(|task| task.serial == serial) {
             task.busy = false;
+            let ahead = task.ahead.take_if(|_| matches!(input, TargetInput::Prepared { .. }));
             self.target_input(host, input);
+            ahead.into_iter().flatten().for_each(|(id, frame)| self.on_frame(host, id, frame));
         }
     }
 

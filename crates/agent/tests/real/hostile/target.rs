@@ -1,6 +1,7 @@
 //! A hostile target against an agent whose VM wants to go there.
 
 use std::net::TcpListener;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::Duration;
 
 use sterna_engine::wire::Message;
@@ -123,7 +124,20 @@ fn meet(scene_a: &Daemon, world: &World, listener: &TcpListener, trick: &Trick) 
     assert!(matches!(peer.receive(), Some(Message::Hello(_))));
     trick.2(&mut peer, listener, world);
     drop(peer);
-    let view = scene_a.wait(&id);
+    // Page streams are opened while the target is believed to start a QEMU.
+    let (over, ends) = std::sync::mpsc::channel::<()>();
+    let view = std::thread::scope(|scope| {
+        listener.set_nonblocking(true).unwrap();
+        scope.spawn(move || {
+            while ends.recv_timeout(Duration::from_millis(10)) == Err(RecvTimeoutError::Timeout) {
+                drop(listener.accept());
+            }
+        });
+        let view = scene_a.wait(&id);
+        drop(over);
+        view
+    });
+    listener.set_nonblocking(false).unwrap();
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", "a"), "{}: {view:?}", trick.0);
     view.error_desc.unwrap()
 }
