@@ -367,7 +367,11 @@ impl Outgoing {
             machine.handle(SourceInput::Unsettled(Pages(collector.unsettled_count())), self.now());
             machine.handle(self.counted(), self.now());
         }
+        let ready = matches!(input, SourceInput::Message(Message::Accepted(_)));
         machine.handle(input, self.now());
+        if ready {
+            self.go_on_sharing(machine);
+        }
     }
 
     /// A target that was asked to prove RAM equal, says that it has the VM, and has not proved it.

@@ -12,8 +12,8 @@
 //!                                           Serving <-> Asking, Reattaching            post-copy: the target fetches pages
 //! ```
 //!
-//! The target's answer to the offer, that a QEMU waits, comes in *Offered*, or in any of the four states behind it but *Sharing*: what the
-//! first pages need is made ready meanwhile, and they are on their way.
+//! The target's answer to the offer, that a QEMU waits, comes in *Offered*, or in any state behind it up to *Sending*: what the first pages
+//! need is made ready meanwhile, and they are on their way.
 //!
 //! Anything that goes wrong before *Released* leads to [`State::Undoing`]: the VM is resumed here first, then the rest
 //! is taken down. Anything that goes wrong after it leads to *Asking*, until the target proves who owns the VM.
@@ -134,8 +134,8 @@ pub struct Source {
     accepted: bool,
     /// Until when it may take to start.
     accept_by: Duration,
-    /// What the first look has found, where nothing may go before that.
-    tracked: Option<Pages>,
+    /// What the VM has in common with others is looked for.
+    shares: bool,
     last_sent: Bytes,
     cancelling: bool,
     choice: Option<Choice>,
@@ -203,7 +203,7 @@ impl Source {
             connected: false,
             accepted: false,
             accept_by: Duration::ZERO,
-            tracked: None,
+            shares: false,
             last_sent: Bytes(0),
             cancelling: false,
             choice: None,
@@ -281,11 +281,15 @@ impl Source {
             SourceInput::Recorded => self.on_recorded(now),
             SourceInput::RecordFailed(why) => self.on_record_failed(why, now),
             SourceInput::Opened if self.state == State::Opening => {
+                // Whether the target can map anything may be part of its answer.
+                self.shares = self.parameters.offer.common && (self.room > 0 || !self.accepted);
                 self.enter(State::Arming, SourceAction::Track, now, LOCAL_WAIT);
             }
             SourceInput::Tracked(pages) if self.state == State::Arming => self.on_tracked(pages, now),
             SourceInput::Sharing if self.state == State::Sharing => self.wait(now, LOCAL_WAIT),
-            SourceInput::Shared(pages) if self.state == State::Sharing => self.begin_sending(pages, now),
+            SourceInput::Shared(pages) if self.state == State::Sharing && self.accepted => {
+                self.begin_sending(pages, now)
+            }
             SourceInput::Sent(bytes) => self.on_sent(bytes, now),
             SourceInput::Counted { normal, postponed } => self.on_counted(normal, postponed),
             SourceInput::Writes(rate) => self.on_writes(rate),
@@ -657,7 +661,7 @@ fn waiting_for(state: &State, accepted: bool) -> &'static str {
     match state {
         State::Negotiating => "the target's first answer",
         State::Offered => "the target to start a QEMU",
-        State::Arming | State::Sending { .. } if !accepted => "the target to start a QEMU",
+        State::Arming | State::Sharing | State::Sending { .. } if !accepted => "the target to start a QEMU",
         State::Sharing => "the target to map what the VM has in common with others",
         State::Sending { .. } => "pages to move: the target takes none",
         State::Finishing { .. } => "the target to load the VM",

@@ -145,24 +145,29 @@ impl Fit {
         self.dropped[usize::from(place.member)].binary_search(&place).is_err()
     }
 
+    /// Whether there is room for all.
+    pub(super) fn is_all(&self) -> bool {
+        self.dropped.iter().all(Vec::is_empty)
+    }
+
     /// How many pages of a member are not.
     pub(super) fn fallbacks(&self, member: usize) -> u64 {
         self.dropped[member].len() as u64
     }
 }
 
-/// Chooses what is mapped.
-pub(super) fn fit(groups: &Groups, members: &[Member]) -> Fit {
-    let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); members.len()];
+/// Chooses what is mapped, where each member has room for so many runs.
+pub(super) fn fit(groups: &Groups, rooms: &[u32]) -> Fit {
+    let mut placed: Vec<Vec<(Place, u32)>> = vec![Vec::new(); rooms.len()];
     for group in 0..groups.len() {
         for place in groups.get(group) {
             placed[usize::from(place.member)].push((*place, group as u32));
         }
     }
-    let of = |(mut places, member): (Vec<(Place, u32)>, &Member)| {
+    let of = |(mut places, room): (Vec<(Place, u32)>, &u32)| {
         places.sort_unstable();
         let mut runs: Vec<&[(Place, u32)]> = places.chunk_by(|one, next| follows(*one, *next)).collect();
-        let room = member.room as usize;
+        let room = *room as usize;
         if runs.len() <= room {
             return Vec::new();
         }
@@ -172,7 +177,7 @@ pub(super) fn fit(groups: &Groups, members: &[Member]) -> Fit {
         dropped.sort_unstable();
         dropped
     };
-    Fit { dropped: placed.into_iter().zip(members).map(of).collect() }
+    Fit { dropped: placed.into_iter().zip(rooms).map(of).collect() }
 }
 
 /// Whether a page and its place in the store come right after another's.

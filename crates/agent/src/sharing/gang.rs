@@ -1,6 +1,7 @@
 //! Who leaves together.
 
-use super::{Compared, Found, Word, find, send};
+use super::find::{self, Groups};
+use super::{Compared, Found, Word, send};
 use crate::host::Host;
 use crate::model::Dedup;
 use crate::pages::SourceBlock;
@@ -11,6 +12,10 @@ use sterna_memory::{PageRun, Process};
 
 /// How long who is ready waits for those who are not: a target that starts a dozen QEMUs at once takes its time.
 const WAIT: Duration = Duration::from_secs(60);
+
+/// How many runs any target can map: the kernel lets a process have four times as many mappings unless it is told otherwise, and a run takes up
+/// to two. One that can map less has the rest sent twice.
+const SURE_ROOM: u32 = 16 << 10;
 
 /// VMs that leave for the same host together.
 pub(crate) struct Gang {
@@ -41,9 +46,48 @@ pub(crate) struct Member {
     /// What is to be sent of each block.
     pub(crate) pages: Vec<Vec<PageRun>>,
     /// How many runs its target can map.
-    pub(crate) room: u32,
+    pub(crate) room: Arc<Room>,
     pub(crate) dedup: Dedup,
     pub(crate) told: Told,
+}
+
+/// How many runs a target can map, which is known once it has a QEMU.
+#[derive(Debug, Default)]
+pub(crate) struct Room {
+    runs: Mutex<Option<u32>>,
+    known: Condvar,
+}
+
+impl Room {
+    /// Now it is known; who says so first is right.
+    pub(crate) fn is(&self, runs: u32) {
+        lock(&self.runs).get_or_insert(runs);
+        self.known.notify_all();
+    }
+
+    pub(crate) fn get(&self) -> Option<u32> {
+        *lock(&self.runs)
+    }
+
+    /// Waits until it is known; none where that takes too long.
+    fn wait(&self, until: Instant) -> u32 {
+        let left = until.saturating_duration_since(Instant::now());
+        let runs = self.known.wait_timeout_while(lock(&self.runs), left, |runs| runs.is_none());
+        runs.unwrap_or_else(std::sync::PoisonError::into_inner).0.unwrap_or(0)
+    }
+}
+
+/// What can be shared of members, by how much room there is for it. A target starts its QEMU for a while: what it can surely map is not held
+/// up by that.
+fn fit(groups: &Groups, members: &[Member]) -> find::Fit {
+    let rooms: Vec<u32> = members.iter().map(|member| member.room.get().unwrap_or(SURE_ROOM)).collect();
+    let fit = find::fit(groups, &rooms);
+    if fit.is_all() {
+        return fit;
+    }
+    let until = Instant::now() + WAIT;
+    let rooms: Vec<u32> = members.iter().map(|member| member.room.wait(until)).collect();
+    find::fit(groups, &rooms)
 }
 
 /// Hears of a VM what was found, and then what came of the comparison.
@@ -113,7 +157,7 @@ impl Gang {
         drop(state);
         let began = Instant::now();
         let groups = find::find(&members);
-        let fit = find::fit(&groups, &members);
+        let fit = fit(&groups, &members);
         #[cfg(feature = "holds")]
         crate::hold::before(&self.host.config().run_dir, "source-compare");
         tracing::debug!(members = members.len(), groups = groups.len(), took = ?began.elapsed(), "pages that may be the same");

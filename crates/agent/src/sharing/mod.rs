@@ -19,7 +19,7 @@ mod store;
 
 use sterna_engine::wire::common::Run;
 
-pub(crate) use gang::{Gang, Member, Seat, Told};
+pub(crate) use gang::{Gang, Member, Room, Seat, Told};
 pub(crate) use send::Held;
 pub(crate) use store::{Stores, receive};
 
@@ -62,6 +62,19 @@ pub(crate) struct Found {
 }
 
 impl Found {
+    /// Leaves out the shortest runs where the target can map only so many.
+    pub(crate) fn limit(&mut self, room: usize) {
+        if self.runs.len() > room {
+            self.runs.sort_by_key(|run| std::cmp::Reverse(run.pages));
+            let excess = self.runs.split_off(room);
+            self.fallbacks += excess.iter().map(|run| u64::from(run.pages)).sum::<u64>();
+            self.runs.sort_by_key(|run| (run.block, run.first));
+        }
+        if self.runs.is_empty() {
+            self.store.clear();
+        }
+    }
+
     /// The pages of its first runs, block by block.
     pub(crate) fn pages(&self, blocks: &[SourceBlock], runs: usize) -> Vec<Vec<PageRun>> {
         let mut pages = vec![Vec::new(); blocks.len()];
@@ -87,5 +100,25 @@ pub(crate) fn raise_map_count(wanted: Option<u64>) {
         Err(why) => {
             tracing::warn!(%why, wanted, "vm.max_map_count cannot be raised: less is shared here than could be")
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_target_has_no_room_for_is_the_shortest() {
+        let run = |first, pages| Run { block: 0, first, pages, at: first };
+        let all = vec![run(0, 1), run(10, 9), run(20, 2), run(30, 8)];
+        let found = || Found { store: vec![1], runs: all.clone(), fallbacks: 1, bytes: 0 };
+        let mut some = found();
+        some.limit(2);
+        assert_eq!((some.runs, some.fallbacks), (vec![run(10, 9), run(30, 8)], 4));
+        let (mut enough, mut none) = (found(), found());
+        enough.limit(4);
+        none.limit(0);
+        assert_eq!((enough.runs, enough.fallbacks), (all, 1));
+        assert!(none.runs.is_empty() && none.store.is_empty() && none.fallbacks == 21, "nothing is mapped");
     }
 }

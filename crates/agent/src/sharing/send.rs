@@ -117,9 +117,6 @@ fn found(groups: &Groups, members: &[Member], id: &[u8]) -> Vec<Found> {
                 at: run[0].1,
             })
             .collect();
-        // Where groups were left out there may be more runs than were counted before.
-        let excess = found.runs.split_off(found.runs.len().min(member.room as usize));
-        found.fallbacks += excess.iter().map(|run| u64::from(run.pages)).sum::<u64>();
         if !found.runs.is_empty() {
             found.store = id.to_vec();
         }

@@ -3,7 +3,8 @@
 use super::{Event, Outgoing};
 use crate::model::Dedup;
 use crate::pages::subtract;
-use crate::sharing::{Compared, Found, Member, Seat, Told, Word};
+use crate::sharing::{Compared, Found, Member, Room, Seat, Told, Word};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::source::{Postcopy, SourceInput};
@@ -22,8 +23,12 @@ const TELL_EVERY: Duration = Duration::from_secs(15);
 pub(super) struct Sharing {
     dedup: Dedup,
     seat: Option<Seat>,
-    /// How many runs the target can map.
-    room: u32,
+    /// How many runs the target can map: known once it has a QEMU.
+    room: Arc<Room>,
+    /// Whether what is in common is looked for; decided when tracking begins.
+    on: bool,
+    /// What was found, until there is somebody to map it.
+    found: Option<Found>,
     /// Since when the target has heard nothing, as long as it is not over.
     told: Option<Instant>,
     /// What the target is to map, from when it was asked to.
@@ -42,9 +47,14 @@ impl Sharing {
         Self { dedup, seat: Some(seat).filter(|_| dedup != Dedup::None), ..Self::default() }
     }
 
+    /// Decides whether what is in common is looked for. A target that has not answered yet may be able to map it.
+    pub(super) fn decide(&mut self) {
+        self.on = self.dedup != Dedup::None && self.room.get() != Some(0);
+    }
+
     /// Whether what is in common will be, or was, looked for.
     pub(super) fn is_on(&self) -> bool {
-        self.room > 0 && self.dedup != Dedup::None
+        self.on
     }
 
     /// What was kept for the time after the switch of a block.
@@ -55,11 +65,13 @@ impl Sharing {
     /// It waits for nobody any more, and nobody for it.
     pub(super) fn leave(&mut self) {
         (self.seat, self.told, self.asked, self.mapped, self.compared) = (None, None, None, None, None);
+        self.found = None;
+        self.room.is(0);
     }
 
     pub(super) fn accepted(&mut self, accepted: &Accepted) {
-        self.room = accepted.room.min(common::RUNS_MAX as u32);
-        if self.room == 0 {
+        self.room.is(accepted.room.min(common::RUNS_MAX as u32));
+        if accepted.room == 0 {
             self.seat = None;
         }
     }
@@ -79,7 +91,7 @@ impl Outgoing {
             process,
             blocks,
             pages,
-            room: self.sharing.room,
+            room: self.sharing.room.clone(),
             dedup: self.sharing.dedup,
             told: Told::by(move |word| drop(tell.send(Event::Shared(word)))),
         };
@@ -88,7 +100,7 @@ impl Outgoing {
 
     /// The target hears that this one is at work still.
     pub(super) fn keep_awaiting(&mut self) {
-        if self.sharing.told.is_some_and(|told| told.elapsed() >= TELL_EVERY) {
+        if self.accepted && self.sharing.told.is_some_and(|told| told.elapsed() >= TELL_EVERY) {
             self.sharing.told = Some(Instant::now());
             let pending = Message::Common(Common { pending: true, ..Common::default() });
             // One that is lost is noticed by who reads.
@@ -102,36 +114,43 @@ impl Outgoing {
             return;
         }
         match word {
-            Ok(Word::Found(found)) => self.ask_to_map(machine, found),
-            Ok(Word::Compared(compared)) => self.compared(machine, compared),
+            Ok(Word::Found(found)) => self.sharing.found = Some(found),
+            Ok(Word::Compared(compared)) => self.sharing.compared = Some(compared),
             Err(why) => {
                 self.view.notice(&format!("nothing is shared: {why}"));
                 if self.sharing.asked.is_none() {
-                    self.ask_to_map(machine, Found::default());
+                    self.sharing.found = Some(Found::default());
                 }
                 // What was to be mapped may be mapped: nobody knows what lies there.
                 let blocks = self.tracked();
                 let all = self.sharing.asked.as_ref().map(|found| found.pages(&blocks, usize::MAX));
-                self.compared(machine, Compared { different: all.unwrap_or_default(), held: None });
+                let different = all.unwrap_or_default();
+                self.sharing.compared = Some(Compared { different, held: None });
             }
         }
+        self.go_on_sharing(machine);
     }
 
-    fn ask_to_map(&mut self, machine: &mut Source, found: Found) {
-        self.view.fallbacks(found.fallbacks, found.bytes);
-        let common = Common { store: found.store.clone(), runs: common::encode(&found.runs), pending: false };
-        self.sharing.asked = Some(found);
-        if let Some(lost) = self.message(&Message::Common(common)) {
-            self.feed(machine, lost);
+    /// Has the target map what was found, once it has a QEMU.
+    pub(super) fn go_on_sharing(&mut self, machine: &mut Source) {
+        if !self.accepted || self.sharing.told.is_none() {
+            return;
         }
-    }
-
-    fn compared(&mut self, machine: &mut Source, compared: Compared) {
-        self.sharing.compared = Some(compared);
-        // From now on only the target is waited for.
-        self.feed(machine, SourceInput::Sharing);
-        if let Some(done) = self.both_are_known() {
-            self.feed(machine, done);
+        if let Some(mut found) = self.sharing.found.take() {
+            found.limit(self.sharing.room.get().unwrap_or(0) as usize);
+            self.view.fallbacks(found.fallbacks, found.bytes);
+            let (store, runs) = (found.store.clone(), common::encode(&found.runs));
+            self.sharing.asked = Some(found);
+            if let Some(lost) = self.message(&Message::Common(Common { store, runs, pending: false })) {
+                return self.feed(machine, lost);
+            }
+        }
+        if self.sharing.asked.is_some() && self.sharing.compared.is_some() {
+            // From now on only the target is waited for.
+            self.feed(machine, SourceInput::Sharing);
+            if let Some(done) = self.both_are_known() {
+                self.feed(machine, done);
+            }
         }
     }
 

@@ -18,6 +18,7 @@ impl Outgoing {
     /// Attaches, and starts with every page that may not be zero.
     pub(super) fn track(&mut self) -> Result<Pages, String> {
         self.shrink();
+        self.sharing.decide();
         let (tracked, attach) = (self.tracked(), self.host.attach());
         let process = self.process.try_clone().map_err(|why| explain(&why))?;
         let mut collector = Collector::arm(process, tracked.clone(), &attach, self.writers)?;

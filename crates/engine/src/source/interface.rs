@@ -140,8 +140,8 @@ pub enum SourceAction {
     OpenDemand,
     /// Attach to the VM, arm write tracking, and put every page that may not be zero into the send-set.
     Track,
-    /// Find out which pages of the send-set are in common with others, have each content travel once, and the target map it
-    /// ([`Message::Common`]). [`Message::Mapped`] goes by the machine.
+    /// Find out which pages of the send-set are in common with others, have each content travel once, and, once the target has a QEMU, have it
+    /// map them ([`Message::Common`]). [`Message::Mapped`] goes by the machine.
     Share,
     /// From now on send at this rate; `None` is as fast as the link takes it. A migration begins at its maximum.
     Pace(Option<Rate>),

@@ -26,9 +26,8 @@ impl Source {
 
     /// The offer was made, and the target has not said yet that a QEMU waits.
     pub(super) fn awaits_target(&self) -> bool {
-        let offered =
-            matches!(self.state, State::Offered | State::Opening | State::Arming | State::Sending { .. });
-        offered && !self.accepted
+        use State::{Arming, Offered, Opening, Sending, Sharing};
+        !self.accepted && matches!(self.state, Offered | Opening | Arming | Sharing | Sending { .. })
     }
 
     pub(super) fn on_accepted(&mut self, accepted: &Accepted, now: Duration) {
@@ -54,12 +53,8 @@ impl Source {
                 self.flows(now);
                 self.wait(now, STALL_WAIT);
             }
-            _ => {
-                self.wait(now, LOCAL_WAIT);
-                if let Some(pages) = self.tracked.take() {
-                    self.begin(pages, now);
-                }
-            }
+            State::Sharing => self.deadline = None,
+            _ => self.wait(now, LOCAL_WAIT),
         }
     }
 }

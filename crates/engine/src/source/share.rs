@@ -8,26 +8,13 @@ impl Source {
     pub(super) fn on_tracked(&mut self, pages: Pages, now: Duration) {
         self.progress.setup_time = now.saturating_sub(self.began);
         self.progress.ram_remaining = pages.bytes();
-        match self.parameters.offer.common && !self.accepted {
-            // How much the target can map is part of its answer.
-            true => {
-                self.tracked = Some(pages);
-                self.wait(now, Duration::ZERO);
-            }
-            false => self.begin(pages, now),
+        if !self.shares {
+            return self.begin_sending(pages, now);
         }
-    }
-
-    pub(super) fn begin(&mut self, pages: Pages, now: Duration) {
-        match self.parameters.offer.common && self.room > 0 {
-            // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
-            true => {
-                self.state = State::Sharing;
-                self.deadline = None;
-                self.actions.push_back(SourceAction::Share);
-            }
-            false => self.begin_sending(pages, now),
-        }
+        self.state = State::Sharing;
+        // It is over when the last of those that share is ready and what they share has gone: the driver sees to deadlines.
+        self.deadline = Some(self.accept_by).filter(|_| !self.accepted);
+        self.actions.push_back(SourceAction::Share);
     }
 
     pub(super) fn begin_sending(&mut self, pages: Pages, now: Duration) {
