@@ -7,7 +7,7 @@ use std::ops::Range;
 use crate::backing::{self, Access, BackingError, Kind, Mappings, Segment};
 use crate::copy::CopyError;
 use crate::huge;
-use crate::page::{PAGE, PageRun, Region, Span, append_run, normalise};
+use crate::page::{PAGE, PageRun, Region, Span, append_run, intersection, near, normalise};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{FILE, PRESENT, PageMap, Query, SWAPPED, ZERO};
 
@@ -132,8 +132,12 @@ pub fn own_within(
     out.clear();
     let mut scanner = PageMap::new(process.open_proc("pagemap")?);
     let query = Query { none: FILE, any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED, ..Query::default() };
-    for span in runs.iter().map(|run| region.span(*run)) {
-        entries(&mut scanner, process, region, query, span.addr..span.end(), out)?;
+    let mut found = Vec::new();
+    for (all, runs) in near(runs) {
+        let span = region.span(all);
+        found.clear();
+        entries(&mut scanner, process, region, query, span.addr..span.end(), &mut found)?;
+        intersection(&found, runs, out);
     }
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }

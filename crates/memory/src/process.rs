@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use crate::page::PAGE;
+use crate::page::{PAGE, PageRun, Region};
+use crate::populated::PopulatedError;
 use crate::sys;
 
 /// How memfds of ours are called in a list of mappings.
@@ -153,7 +154,7 @@ impl Process {
         }
     }
 
-    /// What memory it uses (`smaps_rollup`, and `smaps` where it maps what others may map too).
+    /// What memory it uses (`smaps_rollup`, and `pagemap` where it maps what others may map too).
     pub fn usage(&self) -> Result<Usage, ProcessError> {
         let text = self.read_proc("smaps_rollup")?;
         let of = |names: &[&str]| {
@@ -181,10 +182,14 @@ impl Process {
 
     /// What of memfds of ours it alone has mapped, and has not written: templates and stores, which are there for others too.
     fn lone_bytes(&self) -> Result<u64, ProcessError> {
-        if !self.read_proc("maps")?.contains(OURS) {
-            return Ok(0);
-        }
-        Ok(crate::smaps::lone_bytes(&self.read_proc("smaps")?, OURS))
+        let ranges = mappings_of(&self.read_proc("maps")?, OURS);
+        let (Some((base, _)), Some((_, end))) = (ranges.first(), ranges.last()) else { return Ok(0) };
+        let region = Region { base: *base, bytes: end - base };
+        let runs: Vec<PageRun> = ranges.iter().map(|(from, to)| region.run(*from, *to)).collect();
+        crate::shared::lone_bytes(self, &region, &runs).map_err(|why| match why {
+            PopulatedError::Process(why) => why,
+            other => ProcessError::Proc { pid: self.pid, what: "pagemap", source: io::Error::other(other) },
+        })
     }
 
     /// What of it is in memory, in bytes (`/proc/PID/statm`, see proc(5)): quick to be had, however large the process is.
@@ -263,4 +268,12 @@ pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
     let rest = text.rsplit_once(") ").map(|(_, rest)| rest);
     let field = rest.and_then(|r| r.split(' ').nth(19)).and_then(|f| f.parse().ok());
     field.ok_or(ProcessError::Proc { pid, what: "stat", source: io::ErrorKind::InvalidData.into() })
+}
+/// Where files of this name are mapped, of the text of `/proc/PID/maps`: ascending.
+fn mappings_of(maps: &str, name: &str) -> Vec<(u64, u64)> {
+    let range = |line: &str| {
+        let (from, to) = line.split(' ').next()?.split_once('-')?;
+        Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
+    };
+    maps.lines().filter(|line| line.contains(name)).filter_map(range).collect()
 }

@@ -16,7 +16,7 @@ use crate::attach::protocol::{MAX_RANGES, Op};
 use crate::attach::{Attach, AttachError};
 use crate::backing::{BackingError, Kind, Mappings};
 use crate::copy;
-use crate::page::{PAGE, PageRun, Region, Span, append_run};
+use crate::page::{PAGE, PageRun, Region, Span, append_run, near};
 use crate::populated::PopulatedError;
 use crate::process::{Process, ProcessError};
 use crate::sealed::SealedMemory;
@@ -28,6 +28,7 @@ pub(crate) const NAME: &str = "sterna-common";
 
 /// `PM_PRESENT`, `PM_MMAP_EXCLUSIVE` and the frame number's bits of an entry of pagemap.rst.
 const ENTRY_PRESENT: u64 = 1 << 63;
+const ENTRY_FILE: u64 = 1 << 61;
 const ENTRY_EXCLUSIVE: u64 = 1 << 56;
 const ENTRY_FRAME: u64 = (1 << 55) - 1;
 
@@ -164,6 +165,18 @@ pub fn may_merge(process: &Process) -> bool {
     items.and_then(|items| items.trim().parse::<u64>().ok()).is_some_and(|items| items > 0)
 }
 
+/// Bytes of these pages, which map files, that no other process has mapped, and that the process has not written: they are the file's.
+pub(crate) fn lone_bytes(
+    process: &Process,
+    region: &Region,
+    runs: &[PageRun],
+) -> Result<u64, PopulatedError> {
+    let mut pages = 0;
+    let lone = ENTRY_PRESENT | ENTRY_FILE | ENTRY_EXCLUSIVE;
+    each_entry(process, region, runs, |_, entry| pages += u64::from(entry & lone == lone))?;
+    Ok(pages * PAGE)
+}
+
 /// Calls `seen` with each page and its entry in the process's pagemap.
 fn each_entry(
     process: &Process,
@@ -173,13 +186,20 @@ fn each_entry(
 ) -> Result<(), PopulatedError> {
     let scanner = PageMap::new(process.open_proc("pagemap")?);
     let mut entries = Vec::new();
-    for run in runs {
-        for first in (run.first..run.end()).step_by(ENTRIES_PER_READ as usize) {
-            let part = PageRun { first, pages: (run.end() - first).min(ENTRIES_PER_READ) };
+    for (all, mut runs) in near(runs) {
+        for first in (all.first..all.end()).step_by(ENTRIES_PER_READ as usize) {
+            let part = PageRun { first, pages: (all.end() - first).min(ENTRIES_PER_READ) };
             entries.resize(part.pages as usize, 0);
             let read = scanner.entries(region.span(part).addr, &mut entries);
             read.map_err(|source| PopulatedError::Scan { pid: process.pid(), source })?;
-            (first..).zip(&entries).for_each(|(page, entry)| seen(page, *entry));
+            while let Some((run, rest)) = runs.split_first() {
+                let pages = run.first.max(first)..run.end().min(part.end());
+                pages.for_each(|page| seen(page, entries[(page - first) as usize]));
+                if run.end() > part.end() {
+                    break;
+                }
+                runs = rest;
+            }
         }
     }
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }

@@ -27,27 +27,6 @@ pub(crate) fn details(process: &Process, region: &Region) -> Result<Vec<Details>
     Ok(all)
 }
 
-/// Bytes of pages in mappings of files of this name that no other process has mapped, and that are the file's.
-pub(crate) fn lone_bytes(text: &str, name: &str) -> u64 {
-    let (mut inside, mut private, mut anonymous, mut sum) = (false, 0u64, 0, 0);
-    for line in text.lines() {
-        let (key, value) = line.split_once(':').unwrap_or((line, ""));
-        let bytes = || value.trim().trim_end_matches(" kB").parse::<u64>().unwrap_or(0) << 10;
-        match key {
-            "Private_Clean" | "Private_Dirty" if inside => private += bytes(),
-            "Anonymous" if inside => anonymous = bytes(),
-            "VmFlags" => {
-                sum += private.saturating_sub(anonymous);
-                (inside, private, anonymous) = (false, 0, 0);
-            }
-            // The head of a mapping: no key has a space.
-            _ if key.contains(' ') => inside = line.contains(name),
-            _ => {}
-        }
-    }
-    sum
-}
-
 fn parse(text: &str) -> Vec<Details> {
     let mut all: Vec<Details> = Vec::new();
     for line in text.lines() {
@@ -71,21 +50,6 @@ fn parse(text: &str) -> Vec<Details> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_nobody_else_maps_of_our_files_is_not_its_own() {
-        let mapping = |name: &str, clean, dirty, anonymous| {
-            format!(
-                "7f00-8000 rw-p 00000000 00:01 7 {name}\nRss: 99 kB\nPrivate_Clean: {clean} kB\nPrivate_Dirty: {dirty} kB\n\
-                 Anonymous: {anonymous} kB\nVmFlags: rd wr\n"
-            )
-        };
-        let text = mapping("/memfd:sterna-template (deleted)", 8, 20, 12)
-            + &mapping("/memfd:other (deleted)", 100, 0, 0)
-            + &mapping("/memfd:sterna-common (deleted)", 0, 4, 4)
-            + &mapping("", 0, 16, 16);
-        assert_eq!(lone_bytes(&text, "/memfd:sterna-"), 16 << 10);
-    }
 
     #[test]
     fn flags_belong_to_the_mapping_above_them() {

@@ -89,7 +89,11 @@ fn two_that_map_one_store_are_seen_to_share_frames() {
         victim.tell("fill 100 3 5");
         (victim, region)
     });
-    // A page that one of them alone has mapped is shared with nobody yet.
+    // A page that one of them alone has mapped is shared with nobody yet, and yet is not its own: pages 1 and 3, of which the other maps none.
+    let own = |at: usize| seen[at].0.process.usage().unwrap().own;
+    let before = [own(0), own(1)];
+    touch_common(&seen[0].0.process, &[seen[0].1]).unwrap();
+    assert_eq!([own(0), own(1)], before);
     seen.iter().for_each(|(victim, region)| touch_common(&victim.process, &[*region]).unwrap());
     let found = seen.each_ref().map(|(victim, region)| {
         let mut found = Vec::new();

@@ -53,6 +53,8 @@ pub(crate) struct Collector {
     touched: Vec<Vec<PageRun>>,
     /// Pages that are a template's, and travel only once they are written.
     shared: u64,
+    /// The VM was stopped before the last scan.
+    is_still: bool,
 }
 
 impl Collector {
@@ -70,7 +72,19 @@ impl Collector {
         let at_risk = vec![Vec::new(); blocks.len()];
         let touched = at_risk.clone();
         let (tracker, sending, discards) = (Box::new(tracker), Arc::default(), Discards::Followed);
-        Ok(Self { process, blocks, tracker, writers, set, sending, discards, at_risk, touched, shared: 0 })
+        Ok(Self {
+            process,
+            blocks,
+            tracker,
+            writers,
+            set,
+            sending,
+            discards,
+            at_risk,
+            touched,
+            shared: 0,
+            is_still: false,
+        })
     }
 
     /// Leaves pages that the guest gave back at the target: a test sees then that they must not be.
@@ -112,6 +126,11 @@ impl Collector {
     /// Takes what is to be sent of a block out of the send-set.
     pub(crate) fn hold_back(&mut self, block: usize) -> Vec<PageRun> {
         std::mem::take(&mut self.set.pages[block])
+    }
+
+    /// The VM stands still, and was scanned since: it gives nothing back any more. What saving its devices writes is seen all the same.
+    pub(crate) fn stands_still(&mut self) {
+        self.is_still = true;
     }
 
     /// Adds to the send-set what was written, and what was sent and is a hole now, since the last scan.
@@ -230,7 +249,7 @@ impl Collector {
 
     /// Pages in common that were the VM's own at the last look and are not any more: a discard there is not reported as a write.
     fn returned(&mut self, block: usize) -> Result<Vec<PageRun>, String> {
-        if self.blocks[block].common.is_empty() {
+        if self.blocks[block].common.is_empty() || self.is_still {
             return Ok(Vec::new());
         }
         let own = self.own_of_common(block)?;

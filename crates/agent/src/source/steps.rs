@@ -123,6 +123,7 @@ impl Outgoing {
         })?;
         let collector = self.collector()?;
         collector.scan()?;
+        collector.stands_still();
         collector.settle();
         let early = collector.page_count();
         if !self.lazy.switched {

@@ -129,12 +129,9 @@ fn pages_go_while_the_target_starts_a_qemu() {
         (hold, id)
     };
     let (hold, id) = begin();
-    let full = until("no more goes", MOVE, || {
-        let before = sent(&id);
-        std::thread::sleep(Duration::from_millis(500));
-        (sent(&id) == before).then_some(before)
-    });
-    assert!((32 << 20..96 << 20).contains(&full), "{full} bytes were read ahead");
+    until("as much goes as is read ahead", MOVE, || (sent(&id) > 60 << 20).then_some(()));
+    std::thread::sleep(Duration::from_secs(1));
+    assert!(sent(&id) < 96 << 20, "{} bytes were read ahead", sent(&id));
     drop(hold);
     let view = scene.a.wait(&id);
     assert_eq!(view.status, "completed", "{view:?}");
