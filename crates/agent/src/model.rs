@@ -416,6 +416,9 @@ pub struct MigrationView {
     /// Milliseconds until the first page was sent.
     #[serde(rename = "setup-time")]
     pub setup_time: f64,
+    /// Milliseconds until a QEMU waited at the target; the first round may begin before.
+    #[serde(rename = "target-setup-time", skip_serializing_if = "Option::is_none", default)]
+    pub target_setup_time: Option<f64>,
     /// Milliseconds the VM was stopped.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub downtime: Option<f64>,
@@ -565,6 +568,9 @@ pub struct RamView {
     pub dirty_sync_count: u32,
     /// Megabits per second in the last round that was long enough to tell.
     pub mbps: f64,
+    /// Bytes of `transferred` that went before a QEMU waited at the target.
+    #[serde(rename = "ahead-bytes", default)]
+    pub ahead_bytes: u64,
     /// Bytes in a page.
     #[serde(rename = "page-size")]
     pub page_size: u64,

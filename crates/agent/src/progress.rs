@@ -43,6 +43,7 @@ impl View {
             began: jiff::Timestamp::now(),
             total_time: 0.0,
             setup_time: 0.0,
+            target_setup_time: None,
             downtime: None,
             expected_downtime: None,
             downtime_limit: request.downtime_limit,
@@ -223,6 +224,8 @@ impl View {
             }
             view.total_time = ms(now.max(progress.total_time));
             view.setup_time = ms(progress.setup_time);
+            view.target_setup_time = progress.target_ready.map(|(at, _)| ms(at));
+            view.ram.ahead_bytes = progress.target_ready.map_or(0, |(_, sent)| sent.0);
             view.downtime = progress.downtime.map(ms);
             view.expected_downtime = progress.expected_downtime.map(ms);
             view.max_bandwidth = limits.max.map(|rate| rate.0);

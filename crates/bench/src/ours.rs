@@ -77,6 +77,9 @@ pub struct Said {
     /// Milliseconds until the first page was sent.
     #[serde(default)]
     pub setup_time: f64,
+    /// Milliseconds until a QEMU waited at the target.
+    #[serde(default)]
+    pub target_setup_time: f64,
     /// Milliseconds the VM was stopped.
     #[serde(default)]
     pub downtime: Option<f64>,
@@ -151,6 +154,8 @@ pub struct SaidOfRam {
     pub dirty_sync_count: u32,
     /// Megabits per second.
     pub mbps: f64,
+    /// Bytes sent before a QEMU waited at the target.
+    pub ahead_bytes: u64,
 }
 
 /// A VM of our agents, wherever it is.
@@ -272,7 +277,9 @@ fn migrate(
     // The command ends with the migration; what the agent writes down after it, such as the split, is asked for.
     let said = if said.id.is_empty() { said } else { parsed(&from.status(&said.id)?)? };
     let mut figures = Figures::default();
-    let sending_ms = said.total_time - said.setup_time;
+    // Pages that went before there was a QEMU to take them do not count, nor does the time.
+    let sending_ms = said.total_time - said.setup_time.max(said.target_setup_time);
+    let taken = 1.0 - said.ram.ahead_bytes as f64 / said.ram.transferred.max(1) as f64;
     for (metric, value) in [
         (Metric::TotalTime, total.as_secs_f64() * 1e3),
         (Metric::SetupTime, said.setup_time),
@@ -282,7 +289,7 @@ fn migrate(
         (Metric::Cpu, meter.seconds()),
         (Metric::PssSource, pss_source),
         (Metric::PssTarget, pss_mb(target)),
-        (Metric::Throughput, said.ram.normal as f64 * PAGE_BITS / 1e6 / sending_ms),
+        (Metric::Throughput, said.ram.normal as f64 * taken * PAGE_BITS / 1e6 / sending_ms),
     ] {
         figures.set(metric, value);
     }

@@ -61,6 +61,8 @@ pub struct Progress {
     pub total_time: Duration,
     /// Time until the first page could be sent.
     pub setup_time: Duration,
+    /// Time until a QEMU waited at the target, and page data and descriptors sent by then.
+    pub target_ready: Option<(Duration, Bytes)>,
     /// Time the VM did not run, from before the stop until the target's confirmation arrived.
     pub downtime: Option<Duration>,
     /// What the downtime would be if the VM were stopped now.

@@ -190,7 +190,9 @@ impl SourceDriver {
             SourceInput::Message(Message::NotCommitted(_)) | SourceInput::Answered(Ownership::Source) => {
                 self.proof |= self.released;
             }
-            SourceInput::Answered(Ownership::Target) => (self.owned_by_target, self.needed) = (true, false),
+            SourceInput::Answered(Ownership::Target | Ownership::Ended) => {
+                (self.owned_by_target, self.needed) = (true, false);
+            }
             SourceInput::Message(Message::Committed(_)) | SourceInput::Answered(Ownership::Fetching) => {
                 self.owned_by_target = true;
             }

@@ -197,6 +197,7 @@ fn the_first_round_begins_while_the_target_starts_a_qemu() {
     assert!(source.deadline() > Some(Duration::from_secs(100)), "it may take its time to start a QEMU");
     source.handle(SourceInput::Message(Message::Accepted(Accepted::default())), at(60_000));
     assert!(source.deadline() < Some(Duration::from_secs(100)), "pages must move from now on");
+    assert_eq!(source.progress().target_ready, Some((at(60_000), Bytes(8 << 20))));
     source.handle(SourceInput::Sent(Bytes(RAM * 4096)), at(61_000));
     source.handle(barrier(1), at(61_000));
     assert_eq!(source.progress().bandwidth, Rate::measured(Bytes(RAM * 4096 - (8 << 20)), at(1000)));

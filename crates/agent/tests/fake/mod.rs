@@ -100,6 +100,7 @@ pub(crate) fn view(id: &str, vm: &str, target: &str) -> MigrationView {
         began: jiff::Timestamp::now(),
         total_time: 1.0,
         setup_time: 0.5,
+        target_setup_time: None,
         downtime: None,
         expected_downtime: None,
         downtime_limit: 300,

@@ -267,7 +267,7 @@ fn memory_is_promised_once() {
     }
     let folder = world.path("a").join("run/hold");
     std::fs::create_dir_all(&folder).unwrap();
-    let (held, reached) = (folder.join("source-round-1"), folder.join("source-round-1.reached"));
+    let (held, reached) = (folder.join("source-scan"), folder.join("source-scan.reached"));
     std::fs::write(&held, "").unwrap();
     let first = a.migrate(request("one", "b"), None).unwrap().id;
     world.wait_until("the first is accepted", || reached.exists());
@@ -278,7 +278,8 @@ fn memory_is_promised_once() {
         "{refused:?}"
     );
     std::fs::remove_file(&held).unwrap();
-    assert_eq!(wait(&a, &first).status, "completed");
+    let view = wait(&a, &first);
+    assert_eq!(view.status, "completed", "{view:?}");
     assert_eq!(migrate(&a, request("two", "b")).status, "completed");
     for name in ["one", "two"] {
         b.stop(name).unwrap();

@@ -221,6 +221,7 @@ fn result(format: Format, view: &MigrationView) -> Vec<(&'static str, String)> {
             ("Normal pages", view.ram.normal.to_string()),
             ("Device state", bytes(view.device_state)),
             ("Setup time", ms(view.setup_time)),
+            ("Target ready after", view.target_setup_time.map_or_else(|| "-".to_owned(), ms)),
             ("Migration", view.id.clone()),
         ]);
     }

@@ -44,6 +44,7 @@ impl Source {
         }
         self.room = accepted.room;
         self.accepted = true;
+        self.progress.target_ready = Some((now.saturating_sub(self.began), self.last_sent));
         if accepted.postcopy {
             self.actions.push_back(SourceAction::OpenDemand);
         }

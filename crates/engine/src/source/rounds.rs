@@ -156,7 +156,7 @@ impl Source {
         self.enter(State::Scanning { round_time }, SourceAction::Scan, now, LOCAL_WAIT);
     }
 
-    /// From now on the target takes pages.
+    /// From now on the target takes pages, in the middle of the first round.
     pub(super) fn flows(&mut self, now: Duration) {
         self.rounds.flows = Some((now, self.last_sent));
     }
