@@ -73,8 +73,8 @@ impl Incoming {
         }
     }
 
-    /// There will be no QEMU: page streams that wait for one are let go.
-    pub(crate) fn ends(&self, id: MigrationId) {
+    /// It has no rounds: the VM runs here.
+    pub(crate) fn takes_no_rounds(&self, id: MigrationId) {
         if let Some(found) = lock(&self.by_id).get(&id) {
             found.gate.close();
         }
@@ -128,6 +128,9 @@ impl Incoming {
             return tracing::warn!(peer, %id, "a page stream for no migration was refused");
         };
         let event = match purpose {
+            Purpose::Rounds if !gate.lets_in() => {
+                return tracing::warn!(peer, %id, index, "more page streams than any migration has were refused");
+            }
             Purpose::Rounds => match Ahead::read(connection.split().0, &gate, &self.ahead) {
                 Some(reader) => Event::Rounds(index, reader),
                 None => {

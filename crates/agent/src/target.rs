@@ -635,7 +635,6 @@ impl Arriving<'_> {
         self.drop_streams();
         self.lazy = Lazy::default();
         self.sinks = None;
-        self.incoming.ends(self.id);
         self.qemu = None;
         if let Some(vm) = self.vm.take() {
             // The handle of its start if there is one: a pid that cannot be opened for want of descriptors is not dead.

@@ -203,6 +203,13 @@ fn the_first_round_begins_while_the_target_starts_a_qemu() {
     assert_eq!(source.progress().bandwidth, Rate::measured(Bytes(RAM * 4096 - (8 << 20)), at(1000)));
     assert_eq!(source.poll(), Some(SourceAction::Scan));
 
+    // All of it went before: as fast as the target has read it ahead.
+    let mut early = offered();
+    early.handle(SourceInput::Sent(Bytes(32 << 20)), at(270));
+    early.handle(SourceInput::Message(Message::Accepted(Accepted::default())), at(3000));
+    early.handle(barrier(1), at(3010));
+    assert_eq!(early.progress().bandwidth, Rate::measured(Bytes(32 << 20), at(250)));
+
     let mut refused = offered();
     let reasons = vec![Reason { code: "target-qemu".into(), text: "no".into() }];
     refused.handle(SourceInput::Message(Message::Refused(Refused { reasons: reasons.clone() })), at(200));
@@ -214,6 +221,24 @@ fn the_first_round_begins_while_the_target_starts_a_qemu() {
     let mut confirmed = offered();
     confirmed.handle(barrier(1), at(200));
     assert_eq!(confirmed.status(at(200)), Status::Failed, "nobody can have installed what was sent");
+}
+
+/// A switch that is asked for before it is known whether the target can do it ends the round only if it can: else nothing more would be sent.
+#[test]
+fn a_switch_that_is_asked_for_early_waits_for_the_targets_word() {
+    for can in [true, false] {
+        let mut source = Source::new(parameters(RateLimits::default(), false, LIMIT), Duration::ZERO);
+        let welcome = Welcome { version: VERSION_MAX, software: String::new() };
+        let before =
+            [SourceInput::Recorded, SourceInput::Message(Message::Welcome(welcome)), SourceInput::Opened];
+        for input in before.into_iter().chain([SourceInput::Tracked(Pages(RAM)), SourceInput::Switch]) {
+            source.handle(input, Duration::ZERO);
+        }
+        assert!(!std::iter::from_fn(|| source.poll()).any(|done| done == SourceAction::Abandon));
+        let accepted = Accepted { postcopy: can, ..Accepted::default() };
+        source.handle(SourceInput::Message(Message::Accepted(accepted)), Duration::from_secs(1));
+        assert_eq!(std::iter::from_fn(|| source.poll()).any(|done| done == SourceAction::Abandon), can);
+    }
 }
 
 /// What is to be dropped at the target is told while the VM runs: a round that sends nothing, then the stop, whose round follows that one and

@@ -91,6 +91,13 @@ impl Shutdown {
             session.shut_down();
         }
     }
+
+    /// How long data may stay unacknowledged, or unread by the peer, in the place of [`UNANSWERED_MAX`]. What the kernel refuses stays as it was.
+    pub fn set_unanswered_max(&self, max: Duration) {
+        if let Some(session) = self.0.upgrade() {
+            drop(SockRef::from(&session.socket).set_tcp_user_timeout(Some(max)));
+        }
+    }
 }
 
 /// See the module's description.

@@ -3,9 +3,10 @@
 
 use crate::registry::lock;
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+use sterna_engine::source::STREAMS_MAX;
 use sterna_transport::{Reader, Shutdown, TransportError};
 
 /// Most bytes that one stream has read ahead: a QEMU starts while a link of 1 Gbit/s brings 30 MiB.
@@ -22,6 +23,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(5);
 pub(crate) struct Gate {
     ready: Mutex<Option<bool>>,
     changed: Condvar,
+    /// How many streams have come here.
+    streams: AtomicU32,
 }
 
 impl Gate {
@@ -33,6 +36,11 @@ impl Gate {
     /// There will be none, unless there is one.
     pub(crate) fn close(&self) {
         self.set(false);
+    }
+
+    /// Whether one more stream may wait here.
+    pub(crate) fn lets_in(&self) -> bool {
+        self.streams.fetch_add(1, Ordering::Relaxed) < STREAMS_MAX
     }
 
     fn set(&self, ready: bool) {

@@ -6,12 +6,16 @@ use crate::registry::lock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
+use std::time::Duration;
 use sterna_engine::policy::Method;
 use sterna_memory::{PageRun, Process};
-use sterna_transport::{Connection, Pacer, Shutdown};
+use sterna_transport::{Connection, Pacer, Shutdown, UNANSWERED_MAX};
 
 /// Bytes a stream's socket may queue. Autotuning keeps milliseconds of queue that the last round would wait for.
 const SEND_BUFFER_BYTES: usize = 1 << 20;
+
+/// How long a target may take to start its QEMU, and more: the machine's own deadline comes first.
+const STARTS_WITHIN: Duration = Duration::from_secs(180);
 
 /// Counted by all senders of a migration.
 #[derive(Debug, Default)]
@@ -112,6 +116,8 @@ impl Senders {
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
             senders.shutdowns.push(connection.shutdown_handle());
+            // A target that has read enough ahead takes nothing while it starts its QEMU. Whether it lives is seen on the control connection.
+            connection.shutdown_handle().set_unanswered_max(STARTS_WITHIN);
             let (tell, jobs) = mpsc::channel::<Job>();
             let link = (stream as u32, count, connection, pacer.clone(), counters.clone());
             let mut sender = Sender::new(link, process, blocks.clone(), options, senders.shared.clone())?;
@@ -132,6 +138,7 @@ impl Senders {
     /// From now on the target takes pages.
     pub(crate) fn are_taken(&self) {
         self.shared.taken.store(true, Ordering::Relaxed);
+        self.shutdowns.iter().for_each(|stream| stream.set_unanswered_max(UNANSWERED_MAX));
     }
 
     /// Nothing more of the round that is under way is sent, but its end.
@@ -157,6 +164,10 @@ impl Senders {
 
     /// Gives every sender its share of a round.
     pub(crate) fn send(&self, job: &Job) {
+        if job.haste == Haste::Polite {
+            // The round that was abandoned has ended.
+            self.shared.abandoned.store(false, Ordering::Relaxed);
+        }
         // A sender that has failed has told so already.
         self.jobs.iter().for_each(|sender| drop(sender.send(job.clone())));
     }

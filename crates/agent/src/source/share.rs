@@ -114,6 +114,8 @@ impl Outgoing {
             return;
         }
         match word {
+            // It was decided already that nothing is mapped.
+            Ok(_) if self.sharing.asked.is_some() && self.sharing.compared.is_some() => {}
             Ok(Word::Found(found)) => self.sharing.found = Some(found),
             Ok(Word::Compared(compared)) => self.sharing.compared = Some(compared),
             Err(why) => {
@@ -135,6 +137,11 @@ impl Outgoing {
     pub(super) fn go_on_sharing(&mut self, machine: &mut Source) {
         if !self.accepted || self.sharing.told.is_none() {
             return;
+        }
+        if self.sharing.room.get() == Some(0) && self.sharing.asked.is_none() {
+            // Nobody is waited for.
+            self.sharing.found = Some(Found::default());
+            self.sharing.compared = Some(Compared::default());
         }
         if let Some(mut found) = self.sharing.found.take() {
             found.limit(self.sharing.room.get().unwrap_or(0) as usize);

@@ -492,6 +492,7 @@ pub(crate) fn resume(
     if !host.incoming().enter(record.id, &record.peer, tell.clone()) {
         return Err("its migration goes on already".into());
     }
+    host.incoming().takes_no_rounds(record.id);
     let (host, vm, record) = (host.clone(), vm.clone(), record.clone());
     std::thread::spawn(move || {
         let mut machine = Target::resume(&record, Duration::ZERO);

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::support::scene::until;
+use crate::support::scene::{taken, until};
 use crate::support::{BOOT, MOVE, World, count, load, migrate, pids_naming, request, wait};
 use serde_json::json;
 use sterna_agent::model::{CompressionMode, MigrateRequest, MigrationView, RunRequest, SetRequest};
@@ -176,7 +176,7 @@ fn huge_kib(agent: &Agent) -> u64 {
 /// Waits until pages travel.
 fn a_round_begins(a: &Arc<Agent>, id: &str) {
     let watch = a.watch(id).unwrap();
-    until("pages travel", MOVE, || (watch.borrow().ram.transferred > 1 << 20).then_some(()));
+    until("pages travel", MOVE, || taken(&watch.borrow(), 1 << 20).then_some(()));
 }
 
 /// There and back, with the guest's own check.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::support::pair::{Pair, writer};
-use crate::support::scene::{Scene, other, to_the_other, until};
+use crate::support::scene::{Scene, other, taken, to_the_other, until};
 use crate::support::{BOOT, MOVE, World, idle, load, request, wait};
 use serde_json::json;
 use sterna_agent::Mechanism;
@@ -82,7 +82,7 @@ fn rounds_keep_between_their_limits() {
     let asked = MigrateRequest { min_bandwidth: Some(min), max_bandwidth: Some(max), ..request("vm", "b") };
     let id = pair.a.migrate(asked.clone(), None).unwrap().id;
     let watch = pair.a.watch(&id).unwrap();
-    until("the first round", MOVE, || (watch.borrow().ram.transferred > 0).then_some(()));
+    until("the first round", MOVE, || taken(&watch.borrow(), 0).then_some(()));
     assert_eq!(watch.borrow().pace, Some(min), "the first round goes at the minimum");
     let mut seen = Vec::new();
     until("the end", MOVE, || {
@@ -99,7 +99,7 @@ fn rounds_keep_between_their_limits() {
 
     let id = pair.b.migrate(MigrateRequest { host: "a".into(), ..asked.clone() }, None).unwrap().id;
     let watch = pair.b.watch(&id).unwrap();
-    until("the first round", MOVE, || (watch.borrow().ram.transferred > 0).then_some(()));
+    until("the first round", MOVE, || taken(&watch.borrow(), 0).then_some(()));
     pair.b.set(&id, SetRequest { min_bandwidth: Some(50_000_000), ..SetRequest::default() }).unwrap();
     until("the new limit", Duration::from_secs(1), || {
         (watch.borrow().pace == Some(50_000_000)).then_some(())
@@ -226,7 +226,7 @@ fn a_balloon_takes_what_a_guest_can_do_without_and_gives_it_back() {
         MigrateRequest { balloon: true, max_bandwidth: Some(1_000_000), timeout: None, ..request("vm", "b") };
     let id = pair.a.migrate(cancelled, None).unwrap().id;
     let watch = pair.a.watch(&id).unwrap();
-    until("pages travel", MOVE, || (watch.borrow().ram.transferred > 0).then_some(()));
+    until("pages travel", MOVE, || taken(&watch.borrow(), 0).then_some(()));
     assert!(watch.borrow().ram.balloon_bytes > 16 << 20, "{:?}", watch.borrow());
     assert!(size("a") < whole);
     pair.a.cancel(&id).unwrap();

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::memory::{a_round_passes, balloon};
 use crate::support::cage::{Cage, Swap, swapped};
-use crate::support::scene::until;
+use crate::support::scene::{taken, until};
 use crate::support::{BOOT, MOVE, World, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::{
@@ -424,7 +424,7 @@ fn what_is_swapped_out_is_not_lost() {
     ids.iter().for_each(|id| {
         until("it moves", MOVE, || {
             let view = scene.a.watch(id).unwrap().borrow().clone();
-            (view.ram.transferred > SWAPPED / 4).then_some(())
+            taken(&view, SWAPPED / 4).then_some(())
         });
     });
     squeeze();

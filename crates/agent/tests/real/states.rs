@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use crate::support::scene::taken;
 use crate::support::{BOOT, World, load, migrate, request, wait};
 use serde_json::json;
 use sterna_agent::Agent;
@@ -83,7 +84,7 @@ impl Scene {
         let end = Instant::now() + BOOT;
         loop {
             let view = watch.borrow().clone();
-            if view.status == "active" && view.ram.transferred > 1 << 20 {
+            if view.status == "active" && taken(&view, 1 << 20) {
                 break;
             }
             assert!(Instant::now() < end && view.error_desc.is_none(), "{view:?}");

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 use crate::support::daemon::Daemon;
 use crate::support::hold::Hold;
 use crate::support::proxy::Proxy;
-use crate::support::scene::{Scene, to_the_other, until};
+use crate::support::scene::{Scene, taken, to_the_other, until};
 use crate::support::{BOOT, MOVE, World, load, migrate, request, wait};
 use sterna_agent::Agent;
 use sterna_agent::model::MigrateRequest;
 use sterna_lab::guest::{GuestSpec, Program};
+use sterna_transport::UNANSWERED_MAX;
 
 /// So many streams are the default, fewer where there are fewer processors (docs/guide.md).
 const DEFAULT: usize = 2;
@@ -89,7 +90,7 @@ fn one_stream_of_three_is_lost() {
     };
     let id = a.migrate(slowly, None).unwrap().id;
     let watch = a.watch(&id).unwrap();
-    until("pages travel", MOVE, || (watch.borrow().ram.transferred > 0).then_some(()));
+    until("pages travel", MOVE, || taken(&watch.borrow(), 0).then_some(()));
     // The last one is not for pages.
     proxy.cut_one(1);
     let view = wait(&a, &id);
@@ -130,7 +131,8 @@ fn pages_go_while_the_target_starts_a_qemu() {
     };
     let (hold, id) = begin();
     until("as much goes as is read ahead", MOVE, || (sent(&id) > 60 << 20).then_some(()));
-    std::thread::sleep(Duration::from_secs(1));
+    // Longer than a connection may have something to send that nobody reads, while the target may take two minutes.
+    std::thread::sleep(UNANSWERED_MAX + Duration::from_secs(4));
     assert!(sent(&id) < 96 << 20, "{} bytes were read ahead", sent(&id));
     drop(hold);
     let view = scene.a.wait(&id);

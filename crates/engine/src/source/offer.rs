@@ -53,6 +53,7 @@ impl Source {
             State::Sending { .. } => {
                 self.flows(now);
                 self.wait(now, STALL_WAIT);
+                self.cut_if_requested();
             }
             State::Sharing => self.deadline = None,
             _ => self.wait(now, LOCAL_WAIT),

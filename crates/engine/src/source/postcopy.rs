@@ -91,7 +91,7 @@ impl Source {
     /// When the timeout cuts the round that is under way.
     pub(super) fn switch_at(&self) -> Option<Duration> {
         let moves = matches!(self.state, State::Sending { .. } | State::Resting { .. });
-        let waits = moves && !self.lazy.cut && !self.parameters.awaits;
+        let waits = moves && self.accepted && !self.lazy.cut && !self.parameters.awaits;
         let at = self.parameters.timeout.map(|timeout| self.began + timeout);
         at.filter(|_| waits && self.parameters.postcopy == Postcopy::AtTimeout)
     }
@@ -103,12 +103,17 @@ impl Source {
         }
         self.lazy.requested = true;
         match self.state {
-            State::Sending { .. } if !self.lazy.cut => {
-                self.lazy.cut = true;
-                self.actions.push_back(SourceAction::Abandon);
-            }
+            State::Sending { .. } => self.cut_if_requested(),
             State::Resting { .. } => self.look_again(now),
             _ => {}
+        }
+    }
+
+    /// Ends the round that is under way, once it is known that the target can do it: of one that was ended nothing more is sent.
+    pub(super) fn cut_if_requested(&mut self) {
+        let can = self.accepted && self.lazy.refusal.is_none();
+        if can && self.lazy.requested && !std::mem::replace(&mut self.lazy.cut, true) {
+            self.actions.push_back(SourceAction::Abandon);
         }
     }
 

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 /// Bytes that a round must have moved for its bandwidth to count: smaller ones measure latency.
 const BANDWIDTH_SAMPLE_MIN: Bytes = Bytes(1 << 20);
+/// The same of what the target has read ahead: what lies in sockets has not gone anywhere.
+const AHEAD_SAMPLE_MIN: Bytes = Bytes(16 << 20);
 /// A round that is shorter tells nothing about how fast the guest writes: it does so in bursts.
 const RATE_SAMPLE_MIN: Duration = Duration::from_millis(100);
 /// The least time between two rounds when most pages of the first were written again before they could go. Scans that follow each other
@@ -43,6 +45,10 @@ pub(super) struct Rounds {
     arrived: bool,
     /// When the target began to take pages in the middle of the first round, and how much had gone before.
     flows: Option<(Duration, Bytes)>,
+    /// When something went last before that.
+    ahead: Duration,
+    /// The bandwidth is that of a round in which the target took nothing for most of the time.
+    unsure: bool,
 }
 
 impl Rounds {
@@ -62,6 +68,8 @@ impl Rounds {
             stunned: false,
             arrived: false,
             flows: None,
+            ahead: Duration::ZERO,
+            unsure: false,
         }
     }
 
@@ -91,7 +99,8 @@ impl Source {
         self.progress.transferred = bytes;
         self.progress.ram_remaining = Bytes(self.progress.ram_remaining.0.saturating_sub(more.0));
         match self.state {
-            State::Sending { .. } => self.wait(now, STALL_WAIT),
+            State::Sending { .. } if self.accepted => self.wait(now, STALL_WAIT),
+            State::Sending { .. } => self.rounds.ahead = now,
             State::Finishing { .. } => self.wait(now, STOPPED_STALL_WAIT),
             _ => {}
         }
@@ -142,9 +151,20 @@ impl Source {
         let since = |(began, before): (Duration, Bytes)| {
             (Bytes(self.last_sent.0.saturating_sub(before.0)), now.saturating_sub(began))
         };
-        // What the link takes is seen while the target takes pages, unless all had gone before.
-        let flowed = self.rounds.flows.take().map(since).filter(|(sent, _)| *sent >= BANDWIDTH_SAMPLE_MIN);
-        let (sent, took) = flowed.unwrap_or_else(|| since((began, sent_before)));
+        // What the link takes is seen while the target takes pages, and while it reads ahead as fast as they come.
+        let flows = self.rounds.flows.take();
+        let parts = flows.map(|flows| {
+            let ahead = Bytes(flows.1.0.saturating_sub(sent_before.0));
+            let ahead = (ahead, self.rounds.ahead.saturating_sub(began));
+            [
+                Some(since(flows)).filter(|part| part.0 >= BANDWIDTH_SAMPLE_MIN),
+                Some(ahead).filter(|part| part.0 >= AHEAD_SAMPLE_MIN),
+            ]
+        });
+        let fastest =
+            parts.into_iter().flatten().flatten().max_by_key(|(sent, took)| Rate::measured(*sent, *took));
+        self.rounds.unsure = flows.is_some() && fastest.is_none();
+        let (sent, took) = fastest.unwrap_or_else(|| since((began, sent_before)));
         if sent >= BANDWIDTH_SAMPLE_MIN || self.progress.bandwidth.is_none() {
             // Figures that come late say that nothing was sent: no bandwidth that would ever fit a limit.
             let measured = Rate::measured(sent, took).filter(|rate| *rate > Rate(0));
@@ -252,7 +272,9 @@ impl Source {
 
     /// Another round, at once or after a rest; a guest that outruns the link is slowed before it.
     fn go_on(&mut self, pages: Pages, seen: Seen, now: Duration, round_time: Duration) {
-        if let Some(keep) = self.stun.decide(seen) {
+        if !self.rounds.unsure
+            && let Some(keep) = self.stun.decide(seen)
+        {
             self.progress.throttle = (KEEP_ALL - keep) * 100 / KEEP_ALL;
             self.rounds.stunned |= keep != KEEP_ALL;
             self.actions.push_back(SourceAction::Stun(keep));

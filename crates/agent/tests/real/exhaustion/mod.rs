@@ -5,7 +5,7 @@ mod disk;
 mod limits;
 mod strangers;
 
-use crate::support::scene::{AT_REST, Scene, to_the_other, until};
+use crate::support::scene::{AT_REST, Scene, taken, to_the_other, until};
 use sterna_agent::model::{MigrateRequest, MigrationView};
 
 /// Bytes per second that keep the first round going long enough to change something meanwhile.
@@ -18,7 +18,7 @@ fn begin_slowly(scene: &Scene) -> String {
     until("pages move", AT_REST, || {
         let view = scene.a.migration(&id).unwrap();
         assert!(view.error_desc.is_none(), "{view:?}");
-        (view.status == "active" && view.ram.transferred > 1 << 20).then_some(())
+        (view.status == "active" && taken(&view, 1 << 20)).then_some(())
     });
     id
 }

@@ -11,7 +11,7 @@ mod refusal;
 use std::time::Duration;
 
 use crate::support::daemon::Daemon;
-use crate::support::scene::{AT_REST, Scene, left_in_qemu, to_the_other, until};
+use crate::support::scene::{AT_REST, Scene, left_in_qemu, taken, to_the_other, until};
 use sterna_agent::model::{MigrateRequest, MigrationView};
 
 /// Bytes per second that keep the first round going long enough to break it.
@@ -27,7 +27,7 @@ fn wait_active(source: &Daemon, id: &str) -> MigrationView {
     until("pages move", AT_REST, || {
         let view = source.migration(id).unwrap();
         assert!(view.error_desc.is_none(), "{view:?}");
-        (view.status == "active" && view.ram.transferred > 1 << 20).then_some(view)
+        (view.status == "active" && taken(&view, 1 << 20)).then_some(view)
     })
 }
 

@@ -3,7 +3,7 @@
 use sterna_memory::Process;
 
 use crate::support::daemon::Daemon;
-use crate::support::scene::{Scene, to_the_other, until};
+use crate::support::scene::{Scene, taken, to_the_other, until};
 use crate::support::{BOOT, World, pids_naming};
 
 fn nothing_runs(world: &World, host: &str) {
@@ -78,7 +78,7 @@ fn a_qemu_that_died(scene: &Scene) {
     let mut request = to_the_other("b");
     request.max_bandwidth = Some(20_000_000);
     let id = scene.b.migrate(&request).unwrap();
-    until("pages move", BOOT, || (scene.b.migration(&id).unwrap().ram.transferred > 1 << 20).then_some(()));
+    until("pages move", BOOT, || taken(&scene.b.migration(&id).unwrap(), 1 << 20).then_some(()));
     Process::open(scene.b.vm("vm").unwrap().pid).unwrap().kill().unwrap();
     let view = scene.b.wait(&id);
     assert_eq!((view.status.as_str(), view.runs_at.as_str()), ("failed", ""), "{view:?}");

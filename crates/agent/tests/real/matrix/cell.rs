@@ -4,7 +4,7 @@ use sterna_agent::model::MigrateRequest;
 
 use crate::support::MOVE;
 use crate::support::hold::Hold;
-use crate::support::scene::{Scene, other, to_the_other, until};
+use crate::support::scene::{Scene, other, taken, to_the_other, until};
 
 /// Bytes per second that keep the first round going for seconds.
 const SLOW: u64 = 20_000_000;
@@ -104,7 +104,7 @@ impl Phase {
             None => until("pages move", MOVE, || {
                 let view = source.migration(&id).unwrap();
                 assert!(view.error_desc.is_none(), "{view:?}");
-                (view.ram.transferred > UNDER_WAY).then_some(())
+                taken(&view, UNDER_WAY).then_some(())
             }),
         }
         if self == Self::Load {

@@ -34,6 +34,11 @@ pub(crate) fn until<T>(what: &str, within: Duration, mut look: impl FnMut() -> O
     }
 }
 
+/// Whether the target has a QEMU, and more than so many bytes have gone.
+pub(crate) fn taken(view: &MigrationView, bytes: u64) -> bool {
+    view.target_setup_time.is_some() && view.ram.transferred > bytes
+}
+
 /// A guest named `vm` somewhere on hosts `a` and `b`.
 pub(crate) struct Scene {
     pub(crate) a: Daemon,
