@@ -298,7 +298,10 @@ impl Results {
 #[must_use]
 pub fn fastest_mbps(progress: &[Point]) -> f64 {
     const SECOND_MS: f64 = 1000.0;
-    let stretch = |(at, first): (usize, &Point)| {
+    // What is told again is from when it was told first: an agent that is at work on something else tells nothing new.
+    let mut progress: Vec<&Point> = progress.iter().collect();
+    progress.dedup_by_key(|point| point.transferred);
+    let stretch = |(at, first): (usize, &&Point)| {
         let last = progress[at..].iter().find(|s| s.ms - first.ms >= SECOND_MS)?;
         let bytes = last.transferred - first.transferred.min(last.transferred);
         Some(bytes as f64 * 8.0 / 1e3 / (last.ms - first.ms))
@@ -395,6 +398,9 @@ pub(crate) mod tests {
         // The best stretch is the one from 500 to 1500 ms.
         assert!((fastest_mbps(&progress) - 150.0).abs() < 1e-9, "{}", fastest_mbps(&progress));
         assert!(fastest_mbps(&progress[..3]).is_nan());
+        let again = |ms, transferred| Point { ms, transferred, remaining: 0, rounds: 1 };
+        let late = [again(0.0, 0), again(100.0, 0), again(1000.0, 1_000_000), again(1100.0, 1_100_000)];
+        assert!((fastest_mbps(&late) - 8.0).abs() < 1e-9, "{}", fastest_mbps(&late));
     }
 
     #[test]
