@@ -114,8 +114,8 @@ fn one_stream_of_three_is_lost() {
 fn pages_go_while_the_target_starts_a_qemu() {
     let world = World::new("7.2");
     let (a, b) = (Daemon::start(&world, "a"), Daemon::start(&world, "b"));
-    let much = ["--fill=160", "--dirty=8", "--rate=10", "--check"].map(str::to_owned).to_vec();
-    let spec = GuestSpec { programs: vec![Program::Load(much)], memory_mib: 320, ..world.parts.guest("vm") };
+    let much = ["--fill=256", "--dirty=8", "--rate=10", "--check"].map(str::to_owned).to_vec();
+    let spec = GuestSpec { programs: vec![Program::Load(much)], memory_mib: 448, ..world.parts.guest("vm") };
     a.run("vm", world.argv(&spec)).unwrap();
     world.wait_for("vm", "LOAD t=", BOOT);
     let scene = Scene { a, b, world };
@@ -133,7 +133,8 @@ fn pages_go_while_the_target_starts_a_qemu() {
     until("as much goes as is read ahead", MOVE, || (sent(&id) > 60 << 20).then_some(()));
     // Longer than a connection may have something to send that nobody reads, while the target may take two minutes.
     std::thread::sleep(UNANSWERED_MAX + Duration::from_secs(4));
-    assert!(sent(&id) < 96 << 20, "{} bytes were read ahead", sent(&id));
+    // What both ends' sockets hold comes on top of it.
+    assert!(sent(&id) < 224 << 20, "{} bytes were read ahead", sent(&id));
     drop(hold);
     let view = scene.a.wait(&id);
     assert_eq!(view.status, "completed", "{view:?}");
