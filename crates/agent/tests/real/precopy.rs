@@ -42,7 +42,7 @@ fn what_changed_a_little_travels_in_parts() {
         });
         // What is postponed is not sent twice: a pace that leaves the guest ahead shows that.
         let slowly =
-            |request| MigrateRequest { max_bandwidth: Some(30_000_000), timeout: Some(8.0), ..request };
+            |request| MigrateRequest { max_bandwidth: Some(30_000_000), timeout: Some(10.0), ..request };
         for delta_cache in [None, Some(1 << 20)] {
             let view = pair.moves(|request| MigrateRequest { delta_cache, ..slowly(request) });
             println!(
