@@ -1,6 +1,6 @@
 //! Incoming migrations that go on, so that page streams, questions and later tries find them.
 
-use crate::pages::{Ahead, Gate, Room};
+use crate::pages::{Ahead, Budget, Gate};
 use crate::registry::lock;
 use crate::room::Promise;
 use crate::target::Event;
@@ -25,7 +25,7 @@ pub(crate) struct Incoming {
     admission: Mutex<()>,
     by_id: Mutex<HashMap<MigrationId, Try>>,
     /// What page streams have read before there was a QEMU.
-    ahead: Room,
+    ahead: Budget,
 }
 
 struct Try {

@@ -269,11 +269,28 @@ pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
     let field = rest.and_then(|r| r.split(' ').nth(19)).and_then(|f| f.parse().ok());
     field.ok_or(ProcessError::Proc { pid, what: "stat", source: io::ErrorKind::InvalidData.into() })
 }
+
 /// Where files of this name are mapped, of the text of `/proc/PID/maps`: ascending.
 fn mappings_of(maps: &str, name: &str) -> Vec<(u64, u64)> {
-    let range = |line: &str| {
-        let (from, to) = line.split(' ').next()?.split_once('-')?;
-        Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
-    };
-    maps.lines().filter(|line| line.contains(name)).filter_map(range).collect()
+    maps.lines().filter(|line| line.contains(name)).filter_map(range_of).collect()
+}
+
+/// The addresses at the head of a mapping's line, in `maps` and `smaps`.
+pub(crate) fn range_of(line: &str) -> Option<(u64, u64)> {
+    let (from, to) = line.split(' ').next()?.split_once('-')?;
+    Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_memfds_of_ours_are_looked_at() {
+        let maps = "7f00-8000 rw-p 00000000 00:01 7 /memfd:sterna-template (deleted)\n\
+                    8000-9000 rw-p 00000000 00:01 8 /memfd:other (deleted)\n\
+                    9000-a000 rw-p 00000000 00:00 0 \n\
+                    a000-b000 rw-p 00000000 00:01 9 /memfd:sterna-common (deleted)\n";
+        assert_eq!(mappings_of(maps, OURS), [(0x7f00, 0x8000), (0xa000, 0xb000)]);
+    }
 }

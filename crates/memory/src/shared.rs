@@ -26,7 +26,7 @@ use crate::sys::pagemap::PageMap;
 /// The name of a memfd that holds such pages, by which its mappings are known again.
 pub(crate) const NAME: &str = "sterna-common";
 
-/// `PM_PRESENT`, `PM_MMAP_EXCLUSIVE` and the frame number's bits of an entry of pagemap.rst.
+/// `PM_PRESENT`, `PM_FILE`, `PM_MMAP_EXCLUSIVE` and the frame number's bits of an entry of pagemap.rst.
 const ENTRY_PRESENT: u64 = 1 << 63;
 const ENTRY_FILE: u64 = 1 << 61;
 const ENTRY_EXCLUSIVE: u64 = 1 << 56;

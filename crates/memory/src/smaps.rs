@@ -2,7 +2,7 @@
 //! kernel walks over all pages.
 
 use crate::page::Region;
-use crate::process::{Process, ProcessError};
+use crate::process::{Process, ProcessError, range_of};
 
 /// A mapping.
 pub(crate) struct Details {
@@ -30,11 +30,7 @@ pub(crate) fn details(process: &Process, region: &Region) -> Result<Vec<Details>
 fn parse(text: &str) -> Vec<Details> {
     let mut all: Vec<Details> = Vec::new();
     for line in text.lines() {
-        let word = line.split(' ').next().unwrap_or_default();
-        let range = word.split_once('-').and_then(|(from, to)| {
-            Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
-        });
-        match (range, all.last_mut()) {
+        match (range_of(line), all.last_mut()) {
             (Some((start, end)), _) => all.push(Details { start, end, flags: String::new(), huge: false }),
             (None, Some(last)) => match line.split_once(':') {
                 Some(("VmFlags", flags)) => last.flags = flags.to_owned(),

@@ -62,9 +62,9 @@ impl Gate {
 
 /// Bytes that were read ahead on this host, and not used yet.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Room(Arc<AtomicU64>);
+pub(crate) struct Budget(Arc<AtomicU64>);
 
-impl Room {
+impl Budget {
     fn take(&self) -> bool {
         let more = |taken: u64| Some(taken + PIECE_BYTES as u64).filter(|bytes| *bytes <= HOST_BYTES_MAX);
         self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).is_ok()
@@ -81,22 +81,22 @@ pub(crate) struct Ahead {
     pieces: VecDeque<Vec<u8>>,
     /// How much of the first was used.
     used: usize,
-    room: Room,
+    budget: Budget,
     reader: Reader,
 }
 
 impl From<Reader> for Ahead {
     /// Nothing was read ahead.
     fn from(reader: Reader) -> Self {
-        Self { pieces: VecDeque::new(), used: 0, room: Room::default(), reader }
+        Self { pieces: VecDeque::new(), used: 0, budget: Budget::default(), reader }
     }
 }
 
 impl Ahead {
     /// Reads what comes until there is a QEMU. `None` when there will be none.
-    pub(crate) fn read(reader: Reader, gate: &Gate, room: &Room) -> Option<Self> {
+    pub(crate) fn read(reader: Reader, gate: &Gate, budget: &Budget) -> Option<Self> {
         let mut ahead = Self::from(reader);
-        ahead.room = room.clone();
+        ahead.budget = budget.clone();
         while ahead.pieces.len() * PIECE_BYTES < STREAM_BYTES_MAX {
             match gate.get() {
                 Some(true) => return Some(ahead),
@@ -110,7 +110,7 @@ impl Ahead {
 
     /// Reads a piece, or what of it comes before there is a QEMU. False where there is no room, or the stream is lost: who reads on sees that.
     fn piece(&mut self, gate: &Gate) -> bool {
-        if !self.room.take() {
+        if !self.budget.take() {
             return false;
         }
         let (mut piece, mut filled) = (vec![0; PIECE_BYTES], 0);
@@ -134,7 +134,7 @@ impl Ahead {
         while let Some(piece) = self.pieces.front() {
             if self.used == piece.len() {
                 self.pieces.pop_front();
-                self.room.give();
+                self.budget.give();
                 self.used = 0;
                 continue;
             }
@@ -162,6 +162,6 @@ impl Ahead {
 
 impl Drop for Ahead {
     fn drop(&mut self) {
-        self.pieces.iter().for_each(|_| self.room.give());
+        self.pieces.iter().for_each(|_| self.budget.give());
     }
 }

@@ -15,7 +15,7 @@ mod sender;
 mod serve;
 mod set;
 
-pub(crate) use ahead::{Ahead, Gate, Room};
+pub(crate) use ahead::{Ahead, Budget, Gate};
 pub(crate) use block::{SentHashes, SentPages, SourceBlock};
 pub(crate) use collect::{Collector, Writers};
 pub(crate) use fetch::{Fetch, Fetched, summand};

@@ -115,9 +115,10 @@ impl Senders {
         };
         for (stream, connection) in streams.into_iter().enumerate() {
             connection.set_send_buffer(SEND_BUFFER_BYTES).map_err(|why| why.to_string())?;
-            senders.shutdowns.push(connection.shutdown_handle());
+            let handle = connection.shutdown_handle();
             // A target that has read enough ahead takes nothing while it starts its QEMU. Whether it lives is seen on the control connection.
-            connection.shutdown_handle().set_unanswered_max(STARTS_WITHIN);
+            handle.set_unanswered_max(STARTS_WITHIN);
+            senders.shutdowns.push(handle);
             let (tell, jobs) = mpsc::channel::<Job>();
             let link = (stream as u32, count, connection, pacer.clone(), counters.clone());
             let mut sender = Sender::new(link, process, blocks.clone(), options, senders.shared.clone())?;
