@@ -107,6 +107,10 @@ impl Phase {
                 taken(&view, UNDER_WAY).then_some(())
             }),
         }
+        if self == Self::Setup {
+            // The source goes on beside it and may be here earlier.
+            until("the target's QEMU waits", MOVE, || waits(scene, other(from)).then_some(()));
+        }
         if self == Self::Load {
             // The source looks at its QEMU for a last time while the target receives.
             until("the source has sent all", MOVE, || (finished(scene, from) > before).then_some(()));
@@ -122,6 +126,12 @@ pub(crate) enum Proof {
     Digests,
     /// Where a silent target is waited for, as long as digests may take: a minute.
     None,
+}
+
+/// Whether a host has a QEMU that waits for the VM.
+fn waits(scene: &Scene, host: &str) -> bool {
+    let vms = scene.host(host).vms().unwrap_or_default();
+    vms.iter().any(|vm| vm.state == "incoming") && scene.qemus(host).len() == 1
 }
 
 /// How often a source has sent everything, by its log.

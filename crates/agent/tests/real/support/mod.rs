@@ -304,15 +304,14 @@ impl World {
     /// False if it is not echoed in this time.
     fn type_line(&self, host: &str, guest: &str, line: &str, within: Duration) -> bool {
         // The guest's echo shows that all of it has arrived; QEMU drops what is unread when we hang up.
-        // What the guest prints meanwhile breaks the echo's lines.
-        let squeezed = |text: &str| text.split_whitespace().collect::<String>();
-        let wanted = squeezed(line);
-        let echoes = || squeezed(&without_load(&self.console(guest))).matches(&wanted).count();
-        let (before, end) = (echoes(), Instant::now() + within);
+        // What the guest prints meanwhile may come between any two characters of the echo.
+        let before = self.console(guest).chars().count();
+        let echoed = || holds_in_order(self.console(guest).chars().skip(before), line);
+        let end = Instant::now() + within;
         let mut console = std::os::unix::net::UnixStream::connect(self.console_socket(host, guest)).unwrap();
         writeln!(console, "{line}").unwrap();
         while Instant::now() < end {
-            if echoes() > before {
+            if echoed() {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -454,11 +453,11 @@ fn free_port() -> u16 {
     }
 }
 
-/// A console's text without what the memory load says, which may come in the middle of an echo.
-fn without_load(text: &str) -> String {
-    let mut parts = text.split("LOAD ");
-    let first = parts.next().unwrap_or_default().to_owned();
-    parts.fold(first, |all, part| all + part.split_once('\n').map_or("", |(_, rest)| rest))
+/// Whether a line's characters come one after another in a text, whatever is between them.
+fn holds_in_order(mut text: impl Iterator<Item = char>, line: &str) -> bool {
+    // A terminal breaks lines where it likes.
+    let mut wanted = line.chars().filter(|letter| !letter.is_whitespace());
+    wanted.all(|letter| text.any(|other| other == letter))
 }
 
 pub(crate) fn tail(text: &str) -> &str {
