@@ -10,7 +10,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use rustix::fs::{FallocateFlags, OFlags, fallocate};
+use rustix::fs::{FallocateFlags, MemfdFlags, OFlags, fallocate, memfd_create};
 
 use crate::page::PageRun;
 use crate::sys::shared::SharedWords;
@@ -76,6 +76,17 @@ impl PageBits {
     /// [`BitsError::Create`].
     pub fn create(path: &Path, pages: &[u64]) -> Result<PageBits, BitsError> {
         make(path, pages).map_err(|source| BitsError::Create { path: path.into(), source })
+    }
+
+    /// The same in memory alone: gone with us.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn unnamed(pages: &[u64]) -> io::Result<PageBits> {
+        let (regions, words) = places(pages).ok_or(io::ErrorKind::InvalidInput)?;
+        let file = File::from(memfd_create("sterna-bits", MemfdFlags::CLOEXEC)?);
+        let mapped = fill(&file, words, pages)?;
+        Ok(PageBits { words: mapped, regions, clear: AtomicU64::new(pages.iter().sum()) })
     }
 
     /// Opens a file that was made for regions of just these pages.

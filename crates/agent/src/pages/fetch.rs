@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use sterna_engine::wire::batch::{Content, Descriptor, Layout};
 use sterna_engine::wire::message::{BlockDigest, Faults};
 use sterna_engine::wire::request::{REQUEST_BYTES, Request};
-use sterna_memory::{Fault, Installed, PAGE, PageRun, Pager, PagerError, Resolved};
+use sterna_memory::{Fault, Installed, PAGE, PageBits, PageRun, Pager, PagerError, Resolved};
 use sterna_transport::{Connection, Shutdown, Writer};
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
@@ -77,7 +77,10 @@ struct Waits {
 
 /// Sums of pages, and which ones they are of.
 struct Sums {
-    seen: Vec<Vec<AtomicU64>>,
+    /// Those that need not be seen any more.
+    seen: PageBits,
+    /// How many are not in a sum and are to be.
+    expected: AtomicU64,
     sums: Mutex<Vec<u128>>,
     /// False once pages may have come that were not seen here.
     whole: AtomicBool,
@@ -114,12 +117,7 @@ impl Fetch {
         {
             places[region] = place as u16;
         }
-        let words = |pages: u64| (0..pages.div_ceil(64)).map(|_| AtomicU64::new(0)).collect();
-        let sums = prove.then(|| Sums {
-            seen: pager.bits().pages().map(words).collect(),
-            sums: Mutex::new(vec![0; places.len()]),
-            whole: AtomicBool::new(true),
-        });
+        let sums = if prove { Some(Sums::new(pager.bits().pages().collect())?) } else { None };
         let waits = Waits::new()?;
         let shared = Arc::new(Shared {
             pager,
@@ -158,11 +156,17 @@ impl Fetch {
         self.shared.awaits.store(!of_template.is_empty(), Ordering::Relaxed);
         let _ = self.shared.template.set(of_template);
         let pages: Vec<u64> = pager.bits().pages().collect();
+        let mut unsummed: Vec<Vec<PageRun>> = Vec::with_capacity(pages.len());
         for (region, (pages, missing)) in pages.into_iter().zip(missing).enumerate() {
             let there = subtract(&[PageRun { first: 0, pages }], missing);
             for run in subtract(&there, self.shared.of_template(region)) {
                 pager.bits().set(region, run);
             }
+            // Those of a template are proved by its digest.
+            unsummed.push(there.into_iter().chain(self.shared.of_template(region).iter().copied()).collect());
+        }
+        if let Some(sums) = &self.shared.sums {
+            sums.expect(unsummed);
         }
         pager.begin().map_err(|why| crate::control::explain(&why))?;
         self.go_on();
@@ -234,7 +238,9 @@ impl Fetch {
         let (shared, mut requests) = (&self.shared, Vec::new());
         for (region, &block) in shared.places.iter().enumerate() {
             let mut missing = Vec::new();
-            shared.pager.bits().clear_runs(region, |run| missing.push(run));
+            // What is to be proved comes even if the guest has given it back meanwhile.
+            let proved = shared.sums.as_ref().filter(|sums| sums.is_whole()).map(|sums| &sums.seen);
+            proved.unwrap_or(shared.pager.bits()).clear_runs(region, |run| missing.push(run));
             if shared.awaits.load(Ordering::Relaxed) {
                 missing = subtract(&missing, shared.of_template(region));
             }
@@ -272,7 +278,7 @@ impl Fetch {
             *lock(&self.shared.heard) = Instant::now();
             if let Some(sums) = &self.shared.sums {
                 // What was fetched of it was left out.
-                sums.whole.store(false, Ordering::Relaxed);
+                sums.lose();
             }
             self.list();
         }
@@ -301,7 +307,7 @@ impl Fetch {
         self.receivers.iter().for_each(Receiver::cut);
         self.receivers.clear();
         if let Some(sums) = &self.shared.sums {
-            sums.whole.store(false, Ordering::Relaxed);
+            sums.lose();
         }
     }
 
@@ -317,7 +323,7 @@ impl Fetch {
 
     /// Sums of what was fetched, where they were asked for and all of it was seen.
     pub(crate) fn sums(&self) -> Vec<BlockDigest> {
-        let Some(sums) = self.shared.sums.as_ref().filter(|sums| sums.whole.load(Ordering::Relaxed)) else {
+        let Some(sums) = self.shared.sums.as_ref().filter(|sums| sums.is_whole()) else {
             return Vec::new();
         };
         let found = lock(&sums.sums);
@@ -374,7 +380,7 @@ impl Shared {
     /// A connection over which nothing comes may be one whose other end is gone without a word.
     fn look_whether_heard(&self) {
         // While a template comes, which is heard elsewhere, there may be nothing to say here.
-        let expects = self.pager.remaining() > 0 && !self.awaits.load(Ordering::Relaxed);
+        let expects = !self.is_filled() && !self.awaits.load(Ordering::Relaxed);
         let silent = expects && lock(&self.heard).elapsed() > SILENCE_MAX;
         if silent && let Some(writer) = lock(&self.demand).take() {
             let of = self.connections.load(Ordering::Relaxed);
@@ -416,9 +422,14 @@ impl Shared {
     }
 
     fn look_whether_filled(&self) {
-        if self.pager.remaining() == 0 && !self.filled.swap(true, Ordering::Relaxed) {
+        if self.is_filled() && !self.filled.swap(true, Ordering::Relaxed) {
             (self.tell)(Fetched::Filled);
         }
+    }
+
+    /// Whether nothing more is needed: no page, nor one that the guest has given back since and that is to be proved all the same.
+    fn is_filled(&self) -> bool {
+        self.pager.remaining() == 0 && self.sums.as_ref().is_none_or(Sums::is_complete)
     }
 
     fn of_template(&self, region: usize) -> &[PageRun] {
@@ -453,11 +464,15 @@ impl Shared {
                     let (bytes, rest) = payload.split_at((pages * PAGE) as usize);
                     payload = rest;
                     if let Some(sums) = &self.sums {
-                        sums.add(region, first, bytes, self.of_template(region));
+                        sums.add(region, first, bytes);
                     }
                     self.pager.install(region, first, bytes)?
                 }
-                Content::Discard => self.pager.settle_zero(region, PageRun { first, pages })?,
+                Content::Discard => {
+                    let run = PageRun { first, pages };
+                    self.sums.iter().for_each(|sums| sums.add_zeros(region, run));
+                    self.pager.settle_zero(region, run)?
+                }
                 // Only before the hand-off is anything told to be missing.
                 Content::Missing => continue,
             };
@@ -492,12 +507,6 @@ impl Waits {
     }
 }
 
-/// Whether a page is in one of these runs, which are ascending and disjoint.
-fn contains(runs: &[PageRun], page: u64) -> bool {
-    let at = runs.partition_point(|run| run.end() <= page);
-    runs.get(at).is_some_and(|run| run.first <= page)
-}
-
 fn micros(time: Duration) -> u64 {
     u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
@@ -524,26 +533,90 @@ impl Install for Shared {
 }
 
 impl Sums {
-    /// Adds pages, each the first time that it comes. Those of a template are proved by its digest.
-    fn add(&self, region: usize, first: u64, bytes: &[u8], of_template: &[PageRun]) {
-        let mut sum = 0u128;
-        for (page, content) in (first..).zip(bytes.chunks_exact(PAGE as usize)) {
-            if contains(of_template, page) {
-                continue;
+    /// Not whole before it is told what will come.
+    fn new(pages: Vec<u64>) -> Result<Self, String> {
+        let seen = PageBits::unnamed(&pages).map_err(|why| format!("no memory for what is proved: {why}"))?;
+        let (sums, whole) = (Mutex::new(vec![0; pages.len()]), AtomicBool::new(false));
+        Ok(Self { seen, expected: AtomicU64::new(0), sums, whole })
+    }
+
+    /// Pages come, of each region all but these.
+    fn expect(&self, there: impl IntoIterator<Item = Vec<PageRun>>) {
+        for (region, runs) in there.into_iter().enumerate() {
+            for run in runs {
+                self.seen.set(region, run);
             }
-            let (word, bit) = (&self.seen[region][(page / 64) as usize], 1 << (page % 64));
-            if word.fetch_or(bit, Ordering::Relaxed) & bit == 0 {
+        }
+        self.expected.store(self.seen.clear_count(), Ordering::Relaxed);
+        self.whole.store(true, Ordering::Relaxed);
+    }
+
+    /// Pages may come, or have come, that are not seen here.
+    fn lose(&self) {
+        self.whole.store(false, Ordering::Relaxed);
+    }
+
+    fn is_whole(&self) -> bool {
+        self.whole.load(Ordering::Relaxed)
+    }
+
+    /// Whether nothing is to come that can be proved.
+    fn is_complete(&self) -> bool {
+        !self.is_whole() || self.expected.load(Ordering::Acquire) == 0
+    }
+
+    /// Adds pages, each the first time that it comes.
+    fn add(&self, region: usize, first: u64, bytes: &[u8]) {
+        let (mut sum, mut new) = (0u128, 0);
+        for (page, content) in (first..).zip(bytes.chunks_exact(PAGE as usize)) {
+            if self.seen.set(region, PageRun { first: page, pages: 1 }) > 0 {
                 sum = sum.wrapping_add(summand(page, content));
+                new += 1;
             }
         }
         let mut sums = lock(&self.sums);
         sums[region] = sums[region].wrapping_add(sum);
+        drop(sums);
+        self.expected.fetch_sub(new, Ordering::Release);
+    }
+
+    /// Pages that are zero add nothing.
+    fn add_zeros(&self, region: usize, run: PageRun) {
+        self.expected.fetch_sub(self.seen.set(region, run), Ordering::Release);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_proved_is_each_page_once_and_not_before_all_have_come() {
+        let sums = Sums::new(vec![100, 10]).unwrap();
+        assert!(!sums.is_whole() && sums.is_complete(), "nobody has said yet what will come");
+        // Pages 20 to 29 of the first region, and one of the second.
+        sums.expect(
+            [&[(0, 20), (30, 70)][..], &[(0, 9)]].map(|there| {
+                there.iter().map(|&(first, pages)| PageRun { first, pages }).collect::<Vec<_>>()
+            }),
+        );
+        assert!(sums.is_whole() && !sums.is_complete());
+        let bytes: Vec<u8> = (0..4 * PAGE).map(|byte| (byte / PAGE) as u8 + 1).collect();
+        let page = |at: usize| summand(20 + at as u64, &bytes[at * PAGE as usize..][..PAGE as usize]);
+        sums.add(0, 20, &bytes);
+        sums.add(0, 20, &bytes);
+        assert_eq!(lock(&sums.sums)[0], (0..4).map(page).fold(0, u128::wrapping_add));
+        sums.add_zeros(0, PageRun { first: 22, pages: 8 });
+        assert!(!sums.is_complete(), "the other region's page has not come");
+        sums.add_zeros(1, PageRun { first: 9, pages: 1 });
+        assert!(sums.is_complete());
+        assert_eq!(lock(&sums.sums)[1], 0);
+        let lost = Sums::new(vec![1]).unwrap();
+        lost.expect([Vec::new()]);
+        assert!(!lost.is_complete());
+        lost.lose();
+        assert!(lost.is_complete(), "what cannot be proved is not waited for");
+    }
 
     #[test]
     fn waits_of_all_lengths_are_told_as_they_were() {

@@ -366,7 +366,7 @@ fn write_what_is_free(world: &World, number: u32) {
 }
 
 /// Puts something into memory, in a guest that has a folder for it.
-fn write_file(world: &World, number: u32, mib: u32) {
+pub(crate) fn write_file(world: &World, number: u32, mib: u32) {
     let write = format!("dd if=/dev/urandom of=/tmp/file{number} bs=1M count={mib}; echo WRITTEN''-{number}");
     world.order("a", "vm", &write);
     world.wait_for("vm", &format!("WRITTEN-{number}"), BOOT);
