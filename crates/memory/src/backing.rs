@@ -5,9 +5,9 @@ use std::io;
 use std::ops::Range;
 use std::os::unix::fs::MetadataExt;
 
-use procfs::process::{MMPermissions, MMapPath, MemoryMap};
 use rustix::fs::{SeekFrom, seek};
 
+use crate::maps::{self, Map, Whose};
 use crate::page::{PAGE, Region, Span};
 use crate::process::{Process, ProcessError};
 
@@ -26,15 +26,6 @@ pub enum BackingError {
     /// The process could not be asked.
     #[error(transparent)]
     Process(#[from] ProcessError),
-    /// The kernel's list of mappings could not be read.
-    #[error("cannot read the mappings of process {pid}")]
-    Maps {
-        /// The process's pid.
-        pid: i32,
-        /// What went wrong.
-        #[source]
-        source: procfs::ProcError,
-    },
     /// A part of the region is not mapped.
     #[error("nothing is mapped at {addr:#x} of process {pid}; the RAM layout has changed, read it again")]
     Unmapped {
@@ -101,17 +92,12 @@ pub(crate) enum Access {
 /// The mappings of a process at one moment: with many of them, reading the list takes milliseconds, and it is read once for many regions.
 pub(crate) struct Mappings {
     pid: i32,
-    maps: Vec<MemoryMap>,
+    maps: Vec<Map>,
 }
 
 impl Mappings {
     pub(crate) fn of(process: &Process) -> Result<Self, BackingError> {
-        let pid = process.pid();
-        let maps = procfs::process::Process::new(pid).and_then(|p| p.maps());
-        let alive = process.is_alive();
-        let maps = maps.map_err(|source| BackingError::Maps { pid, source });
-        let maps = if alive { maps?.0 } else { return Err(process.gone().into()) };
-        Ok(Self { pid, maps })
+        Ok(Self { pid: process.pid(), maps: maps::read(process)? })
     }
 
     /// How many there are.
@@ -122,15 +108,16 @@ impl Mappings {
     /// Where QEMU has put a block of so many bytes, if there is one place only that it can be: an anonymous private mapping of just this length,
     /// aligned and with a page behind it that nobody may touch, as `qemu_ram_mmap` (util/mmap-alloc.c) makes them.
     pub(crate) fn lone_block(&self, bytes: u64, taken: &[Region]) -> Option<u64> {
-        let fits = |pair: &&[MemoryMap]| {
+        let fits = |pair: &&[Map]| {
             let (block, guard) = (&pair[0], &pair[1]);
             let (from, to) = block.address;
-            let (read_write, nothing) =
-                (MMPermissions::READ | MMPermissions::WRITE | MMPermissions::PRIVATE, MMPermissions::PRIVATE);
+            let private = !block.shared && !guard.shared;
+            let (read_write, nothing) = (maps::Access::ReadWrite, maps::Access::Nothing);
             to - from == bytes
                 && from % BLOCK_ALIGN == 0
-                && (block.perms, block.inode) == (read_write, 0)
-                && (guard.perms, guard.address) == (nothing, (to, to + PAGE))
+                && private
+                && (block.access, block.inode) == (read_write, 0)
+                && (guard.access, guard.address) == (nothing, (to, to + PAGE))
                 && !taken.iter().any(|region| region.base < to && from < region.end())
         };
         let mut found = self.maps.windows(2).filter(fits);
@@ -152,15 +139,15 @@ impl Mappings {
                 break;
             }
             let (start, end) = (at, to.min(region.end()));
-            let kind = match (map.inode, map.perms.contains(MMPermissions::SHARED)) {
+            let kind = match (map.inode, map.shared) {
                 (0, false) => Kind::Anonymous,
                 (_, true) => Kind::Shared,
-                (_, false) if is_common(map) => Kind::Common,
+                (_, false) if map.file == Whose::Common => Kind::Common,
                 (_, false) => Kind::Private,
             };
-            let dev = rustix::fs::makedev(map.dev.0 as u32, map.dev.1 as u32);
             let offset = map.offset + (start - from);
-            segments.push(Segment { start, end, kind, offset, map: map.address, dev, inode: map.inode });
+            let (map, dev, inode) = (map.address, map.dev, map.inode);
+            segments.push(Segment { start, end, kind, offset, map, dev, inode });
             at = end;
         }
         match at < region.end() {
@@ -168,14 +155,6 @@ impl Mappings {
             false => Ok(segments),
         }
     }
-}
-
-/// Whether a mapping is of what several VMs have in common: a memfd has no name but the one that it was made with.
-fn is_common(map: &MemoryMap) -> bool {
-    let MMapPath::Path(path) = &map.pathname else { return false };
-    path.to_str().and_then(|path| path.strip_prefix("/memfd:")).is_some_and(|name| {
-        name.strip_prefix(crate::shared::NAME).is_some_and(|rest| rest.is_empty() || rest == " (deleted)")
-    })
 }
 
 /// The segments of a region, ascending, without a gap.
@@ -270,10 +249,9 @@ impl Segment {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use procfs::FromRead as _;
 
     fn mappings(text: &str) -> Mappings {
-        Mappings { pid: 1, maps: procfs::process::MemoryMaps::from_read(text.as_bytes()).unwrap().0 }
+        Mappings { pid: 1, maps: maps::parse(text.as_bytes()).unwrap() }
     }
 
     /// As QEMU 7.2 has them: main memory, video memory, both with their guards; a thread's stack; what a library has mapped.

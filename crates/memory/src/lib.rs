@@ -32,6 +32,7 @@ mod helper;
 mod huge;
 mod huge_target;
 mod install;
+mod maps;
 mod page;
 mod pager;
 mod populated;

@@ -8,12 +8,10 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
+use crate::maps::{self, Whose};
 use crate::page::{PAGE, PageRun, Region};
 use crate::populated::PopulatedError;
 use crate::sys;
-
-/// How memfds of ours are called in a list of mappings.
-const OURS: &str = "/memfd:sterna-";
 
 /// A process: its pid, a descriptor of it, and when it started.
 ///
@@ -182,7 +180,8 @@ impl Process {
 
     /// What of memfds of ours it alone has mapped, and has not written: templates and stores, which are there for others too.
     fn lone_bytes(&self) -> Result<u64, ProcessError> {
-        let ranges = mappings_of(&self.read_proc("maps")?, OURS);
+        let ours = maps::read(self)?.into_iter().filter(|map| map.file != Whose::Other);
+        let ranges: Vec<(u64, u64)> = ours.map(|map| map.address).collect();
         let (Some((base, _)), Some((_, end))) = (ranges.first(), ranges.last()) else { return Ok(0) };
         let region = Region { base: *base, bytes: end - base };
         let runs: Vec<PageRun> = ranges.iter().map(|(from, to)| region.run(*from, *to)).collect();
@@ -268,29 +267,4 @@ pub(crate) fn start_time(pid: i32) -> Result<u64, ProcessError> {
     let rest = text.rsplit_once(") ").map(|(_, rest)| rest);
     let field = rest.and_then(|r| r.split(' ').nth(19)).and_then(|f| f.parse().ok());
     field.ok_or(ProcessError::Proc { pid, what: "stat", source: io::ErrorKind::InvalidData.into() })
-}
-
-/// Where files of this name are mapped, of the text of `/proc/PID/maps`: ascending.
-fn mappings_of(maps: &str, name: &str) -> Vec<(u64, u64)> {
-    maps.lines().filter(|line| line.contains(name)).filter_map(range_of).collect()
-}
-
-/// The addresses at the head of a mapping's line, in `maps` and `smaps`.
-pub(crate) fn range_of(line: &str) -> Option<(u64, u64)> {
-    let (from, to) = line.split(' ').next()?.split_once('-')?;
-    Some((u64::from_str_radix(from, 16).ok()?, u64::from_str_radix(to, 16).ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn only_memfds_of_ours_are_looked_at() {
-        let maps = "7f00-8000 rw-p 00000000 00:01 7 /memfd:sterna-template (deleted)\n\
-                    8000-9000 rw-p 00000000 00:01 8 /memfd:other (deleted)\n\
-                    9000-a000 rw-p 00000000 00:00 0 \n\
-                    a000-b000 rw-p 00000000 00:01 9 /memfd:sterna-common (deleted)\n";
-        assert_eq!(mappings_of(maps, OURS), [(0x7f00, 0x8000), (0xa000, 0xb000)]);
-    }
 }

@@ -236,8 +236,8 @@ pub fn map_common(
 ) -> Result<usize, SharedError> {
     let mut done = 0;
     for (region, runs) in regions.iter().filter(|(_, runs)| !runs.is_empty()) {
-        let flags = smaps::details(process, region)?;
-        let has = |flag: &str| flags.first().is_some_and(|first| first.has(flag));
+        let details = smaps::first(process, region)?;
+        let has = |flag: &str| details.as_ref().is_some_and(|details| details.has(flag));
         let advice: Vec<i32> =
             ADVICE.iter().filter(|(flag, _)| has(flag)).map(|(_, advice)| *advice).collect();
         for chunk in runs.chunks(MAX_RANGES) {
