@@ -89,15 +89,22 @@ pub(crate) enum Access {
     ReadWrite,
 }
 
-/// The mappings of a process at one moment: with many of them, reading the list takes milliseconds, and it is read once for many regions.
+/// Mappings of a process at one moment: with many of them, looking at each takes milliseconds.
 pub(crate) struct Mappings {
     pid: i32,
     maps: Vec<Map>,
 }
 
 impl Mappings {
-    pub(crate) fn of(process: &Process) -> Result<Self, BackingError> {
-        Ok(Self { pid: process.pid(), maps: maps::read(process)? })
+    /// Those of these regions.
+    pub(crate) fn of(process: &Process, regions: &[Region]) -> Result<Self, BackingError> {
+        let ranges = regions.iter().map(|region| region.base..region.base.saturating_add(region.bytes));
+        Ok(Self { pid: process.pid(), maps: maps::within(process, ranges)? })
+    }
+
+    /// All that it has.
+    pub(crate) fn all(process: &Process) -> Result<Self, BackingError> {
+        Ok(Self { pid: process.pid(), maps: maps::all(process)? })
     }
 
     /// How many there are.
@@ -159,7 +166,7 @@ impl Mappings {
 
 /// The segments of a region, ascending, without a gap.
 pub(crate) fn segments(process: &Process, region: &Region) -> Result<Vec<Segment>, BackingError> {
-    Mappings::of(process)?.segments(region)
+    Mappings::of(process, std::slice::from_ref(region))?.segments(region)
 }
 
 impl Segment {

@@ -86,7 +86,7 @@ impl Reader {
     /// The mappings cannot be read, or a file cannot be opened.
     pub fn of(process: &Process, regions: &[Region]) -> Result<Reader, BackingError> {
         let mut reader = Reader::new(process)?;
-        let mappings = Mappings::of(process)?;
+        let mappings = Mappings::of(process, regions)?;
         for region in regions {
             for segment in
                 mappings.segments(region)?.into_iter().filter(|segment| segment.kind == Kind::Shared)

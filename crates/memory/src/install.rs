@@ -151,7 +151,7 @@ pub(crate) enum Way {
 impl Installer {
     /// Looks at what is behind the regions and gets ready. Attaches to the process only if a part must be filled.
     pub fn open(process: &Process, regions: Vec<Region>, attach: &Attach) -> Result<Installer, InstallError> {
-        let mappings = Mappings::of(process)?;
+        let mappings = Mappings::of(process, &regions)?;
         let plans: Result<Vec<Plan>, _> =
             regions.into_iter().map(|region| plan(process, &mappings, region)).collect();
         let regions = plans?;
@@ -212,7 +212,8 @@ impl Installer {
             self.must_be_private(region, runs)?;
         }
         let mapped = map_common(&self.process, &self.attach, fd, &regions)?;
-        let mappings = Mappings::of(&self.process)?;
+        let changed: Vec<Region> = regions.iter().map(|(region, _)| *region).collect();
+        let mappings = Mappings::of(&self.process, &changed)?;
         for (region, _) in runs {
             self.regions[*region] = plan(&self.process, &mappings, self.regions[*region].region)?;
         }

@@ -1,11 +1,14 @@
 //! The list of mappings of a process (`/proc/PID/maps`, proc(5)).
 //!
-//! A VM that shares pages with others is tens of thousands of mappings, and the list of them megabytes of text: it is read at once and looked
-//! at byte by byte, and nothing is allocated for a line.
+//! A VM that shares pages with others is tens of thousands of mappings, and the list of them megabytes of text. Where the kernel can be asked
+//! for those of some addresses, no other is looked at; else the text is read at once, and nothing is allocated for a line.
 
+use std::fs::File;
 use std::io::{self, Read as _};
+use std::ops::Range;
 
 use crate::process::{Process, ProcessError};
+use crate::sys::procmap::{self, Found};
 
 /// How the names of memfds of ours begin: templates and stores of pages in common.
 const OURS: &[u8] = b"/memfd:sterna-";
@@ -51,13 +54,71 @@ pub(crate) enum Whose {
     Other,
 }
 
-/// The mappings of a process, ascending.
-pub(crate) fn read(process: &Process) -> Result<Vec<Map>, ProcessError> {
-    let mut text = Vec::with_capacity(USUAL_BYTES);
-    let read = process.open_proc("maps")?.read_to_end(&mut text);
-    let maps = read.and_then(|_| parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into()));
+/// All mappings of a process, ascending.
+pub(crate) fn all(process: &Process) -> Result<Vec<Map>, ProcessError> {
+    within(process, std::iter::once(0..u64::MAX))
+}
+
+/// Those that touch one of these ranges, ascending; maybe others too.
+pub(crate) fn within(
+    process: &Process,
+    ranges: impl Iterator<Item = Range<u64>>,
+) -> Result<Vec<Map>, ProcessError> {
+    let mut file = process.open_proc("maps")?;
+    let maps = match ask(&file, ranges) {
+        // Linux before 6.11.
+        Err(why) if why.raw_os_error() == Some(nix::libc::ENOTTY) => read(&mut file),
+        asked => asked,
+    };
     process.is_alive().then_some(()).ok_or_else(|| process.gone())?;
     maps.map_err(|source| ProcessError::Proc { pid: process.pid(), what: "maps", source })
+}
+
+/// By a question for each mapping: half of the time that its line takes, and nothing for what is not asked for.
+fn ask(maps: &File, ranges: impl Iterator<Item = Range<u64>>) -> io::Result<Vec<Map>> {
+    let mut found: Vec<Map> = Vec::new();
+    let mut files: Vec<((u64, u64), Whose)> = Vec::new();
+    for range in ranges {
+        let mut at = range.start;
+        while at < range.end
+            && let Some(map) = procmap::at_or_above(maps, at)?
+            && map.start < range.end
+        {
+            found.push(of_found(maps, &map, &mut files)?);
+            at = map.end;
+        }
+    }
+    found.sort_unstable_by_key(|map| map.address);
+    found.dedup_by_key(|map| map.address);
+    Ok(found)
+}
+
+/// `files` are those whose names were asked for already.
+fn of_found(maps: &File, map: &Found, files: &mut Vec<((u64, u64), Whose)>) -> io::Result<Map> {
+    let access = match (map.readable, map.writable, map.executable) {
+        (false, false, false) => Access::Nothing,
+        (true, true, false) => Access::ReadWrite,
+        _ => Access::Other,
+    };
+    let dev = rustix::fs::makedev(map.device.0, map.device.1);
+    let key = (dev, map.inode);
+    let file = match files.iter().find(|(known, _)| *known == key) {
+        Some((_, file)) => *file,
+        None if map.inode == 0 => Whose::Other,
+        None => {
+            let file = whose(&procmap::name(maps, map.start)?);
+            files.push((key, file));
+            file
+        }
+    };
+    let Found { start, end, shared, offset, inode, .. } = *map;
+    Ok(Map { address: (start, end), access, shared, offset, dev, inode, file })
+}
+
+fn read(file: &mut File) -> io::Result<Vec<Map>> {
+    let mut text = Vec::with_capacity(USUAL_BYTES);
+    file.read_to_end(&mut text)?;
+    parse(&text).ok_or_else(|| io::ErrorKind::InvalidData.into())
 }
 
 /// The mappings of such a text.
@@ -128,6 +189,7 @@ fn number(digits: &[u8], base: u32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::shared::SharedWords;
 
     #[test]
     fn a_line_says_what_it_says() {
@@ -157,6 +219,28 @@ mod tests {
         assert_eq!(all[1], second);
         assert_eq!(all[2].address, (0xffff_ffff_ff60_0000, 0xffff_ffff_ff60_1000));
         assert_eq!(all.len(), 3);
+    }
+
+    #[test]
+    fn the_kernel_and_its_text_say_the_same() {
+        let store = crate::shared::common_store(4).unwrap();
+        let process = Process::open(std::process::id() as i32).unwrap();
+        let mapped = SharedWords::map(store.file(), 1024).unwrap();
+        let at = mapped.words().as_ptr() as u64;
+        let text = read(&mut process.open_proc("maps").unwrap()).unwrap();
+        let asked = ask(&process.open_proc("maps").unwrap(), std::iter::once(0..u64::MAX)).unwrap();
+        // What is beside ours may change under us, for other tests run here too.
+        let of = |maps: &[Map]| maps.iter().copied().find(|map| map.address.0 == at);
+        let known = |map: &Map| map.inode != 0 && map.access == Access::Other;
+        let files = |maps: Vec<Map>| maps.into_iter().filter(known).collect::<Vec<_>>();
+        assert_eq!(of(&asked), of(&text));
+        assert_eq!(of(&text).unwrap().file, Whose::Common);
+        assert!(!files(asked.clone()).is_empty());
+        assert_eq!(files(asked), files(text));
+        // Of one address there is one; what two ranges touch is told once.
+        let one = within(&process, [at..at + 1, at + 4096..at + 8192].into_iter()).unwrap();
+        assert_eq!(one.len(), 1);
+        assert!(within(&process, std::iter::empty()).unwrap().is_empty());
     }
 
     #[test]

@@ -51,12 +51,12 @@ pub enum PopulatedError {
 /// mapped, those that have data in it, mapped or not. What was in `out` before is replaced. A page that the process touches
 /// for the first time during the call may be missing: stop the process, or track it.
 pub fn populated(process: &Process, region: &Region, out: &mut Vec<PageRun>) -> Result<(), PopulatedError> {
-    populated_of(process, &Mappings::of(process)?, region, out)
+    populated_of(process, &Mappings::of(process, std::slice::from_ref(region))?, region, out)
 }
 
 /// The same of several regions: the process's mappings are looked at once.
 pub fn populated_all(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>, PopulatedError> {
-    let mappings = Mappings::of(process)?;
+    let mappings = Mappings::of(process, regions)?;
     let of = |region| {
         let mut pages = Vec::new();
         populated_of(process, &mappings, region, &mut pages).map(|()| pages)
@@ -149,7 +149,7 @@ pub fn own_within(
 /// # Errors
 /// The list of mappings or the page tables cannot be read.
 pub fn lone_block(process: &Process, bytes: u64, taken: &[Region]) -> Result<Option<u64>, PopulatedError> {
-    let Some(base) = Mappings::of(process)?.lone_block(bytes, taken) else { return Ok(None) };
+    let Some(base) = Mappings::all(process)?.lone_block(bytes, taken) else { return Ok(None) };
     let mut present = Vec::new();
     populated(process, &Region { base, bytes }, &mut present)?;
     Ok(present.is_empty().then_some(base))
@@ -209,7 +209,7 @@ impl Backing {
     ///
     /// The mappings cannot be read.
     pub fn of(process: &Process, region: &Region) -> Result<Backing, PopulatedError> {
-        Self::in_mappings(process, &Mappings::of(process)?, region)
+        Self::in_mappings(process, &Mappings::of(process, std::slice::from_ref(region))?, region)
     }
 
     /// The same of several regions.
@@ -218,7 +218,7 @@ impl Backing {
     ///
     /// The mappings cannot be read.
     pub fn of_all(process: &Process, regions: &[Region]) -> Result<Vec<Backing>, PopulatedError> {
-        let mappings = Mappings::of(process)?;
+        let mappings = Mappings::of(process, regions)?;
         regions.iter().map(|region| Self::in_mappings(process, &mappings, region)).collect()
     }
 

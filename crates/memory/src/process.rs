@@ -180,7 +180,7 @@ impl Process {
 
     /// What of memfds of ours it alone has mapped, and has not written: templates and stores, which are there for others too.
     fn lone_bytes(&self) -> Result<u64, ProcessError> {
-        let ours = maps::read(self)?.into_iter().filter(|map| map.file != Whose::Other);
+        let ours = maps::all(self)?.into_iter().filter(|map| map.file != Whose::Other);
         let ranges: Vec<(u64, u64)> = ours.map(|map| map.address).collect();
         let (Some((base, _)), Some((_, end))) = (ranges.first(), ranges.last()) else { return Ok(0) };
         let region = Region { base: *base, bytes: end - base };

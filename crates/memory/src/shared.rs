@@ -87,7 +87,7 @@ pub fn common_store(pages: u64) -> io::Result<SealedMemory> {
 /// # Errors
 /// The mappings cannot be read.
 pub fn common(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>, BackingError> {
-    let mappings = Mappings::of(process)?;
+    let mappings = Mappings::of(process, regions)?;
     let of = |region: &Region| {
         let mut runs = Vec::new();
         for segment in mappings.segments(region)?.iter().filter(|segment| segment.kind == Kind::Common) {
@@ -113,7 +113,7 @@ pub fn common_room(process: &Process) -> Result<u64, BackingError> {
     if locks {
         return Ok(0);
     }
-    let taken = Mappings::of(process)?.count() as u64;
+    let taken = Mappings::all(process)?.count() as u64;
     Ok((most.saturating_sub(taken + ROOM_KEPT) / 2).min(MAX_RANGES as u64))
 }
 

@@ -116,7 +116,7 @@ impl WpAsyncTracker {
             result => result?,
         };
         let scanner = PageMap::new(process.open_proc("pagemap")?);
-        let huge = match Mappings::of(process) {
+        let huge = match Mappings::of(process, &regions) {
             Ok(mappings) => regions.iter().map(|region| huge::is_huge(process, &mappings, region)).collect(),
             Err(_) => vec![false; regions.len()],
         };

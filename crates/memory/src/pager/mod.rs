@@ -130,7 +130,7 @@ impl Pager {
     /// # Errors
     /// The process cannot be asked.
     pub fn refusal(process: &Process, regions: &[Region]) -> Result<Option<String>, PagerError> {
-        let mappings = Mappings::of(process)?;
+        let mappings = Mappings::of(process, regions)?;
         for region in regions {
             for segment in mappings.segments(region)? {
                 let at = segment.start;
@@ -338,7 +338,7 @@ fn plans(process: &Process, regions: &[Region], bits: &PageBits) -> Result<Vec<P
     if !bits.pages().eq(regions.iter().map(Region::pages)) {
         return Err(PagerError::Bits);
     }
-    let mappings = Mappings::of(process)?;
+    let mappings = Mappings::of(process, regions)?;
     regions.iter().map(|region| plan(process, &mappings, *region)).collect()
 }
 

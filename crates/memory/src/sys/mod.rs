@@ -7,6 +7,7 @@
 pub(crate) mod clock;
 pub(crate) mod madvise;
 pub(crate) mod pagemap;
+pub(crate) mod procmap;
 pub(crate) mod ptrace;
 pub(crate) mod shared;
 pub(crate) mod signals;
