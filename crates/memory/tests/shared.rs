@@ -132,6 +132,70 @@ fn the_new_mappings_are_as_the_old_one_was() {
     assert!(new.iter().all(|flags| *flags == old[0]), "{old:?} {new:?}");
 }
 
+/// Signals that a process blocks, ignores and catches, in all its threads, and its mappings outside of a region.
+fn ways(victim: &Victim, region: &Region) -> (Vec<String>, Vec<String>) {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", victim.process.pid())).unwrap();
+    let status = tasks.flatten().map(|task| std::fs::read_to_string(task.path().join("status")).unwrap());
+    let signals = status.flat_map(|text| {
+        text.lines().filter(|line| line.starts_with("Sig")).map(str::to_owned).collect::<Vec<_>>()
+    });
+    let outside = |line: &&String| {
+        let address = u64::from_str_radix(line.split('-').next().unwrap(), 16).unwrap();
+        !(region.base..region.end()).contains(&address)
+    };
+    let mappings = footprint(&victim.process).unwrap().mappings.into_iter().map(|mapping| mapping.line);
+    (signals.collect(), mappings.collect::<Vec<_>>().iter().filter(outside).cloned().collect())
+}
+
+/// The process makes them by itself, in one go; one that ignores what ends that has each made for it. Nothing of either stays.
+#[test]
+fn hundreds_of_mappings_are_made_and_leave_nothing() {
+    let pages: Vec<u64> = (0..PAGES / 2).map(|at| 2 * at).collect();
+    let store = store(6, &pages);
+    for how in ["default", "catch", "ignore"] {
+        let mut victim = Victim::start();
+        if how != "default" {
+            victim.tell(&format!("traps {how}"));
+        }
+        let region = victim.map("anon", PAGES, "");
+        let fd = lend(&mut victim, &store);
+        let before = ways(&victim, &region);
+        let mut installer = Installer::open(&victim.process, vec![region], &attach()).unwrap();
+        let runs: Vec<CommonRun> = (0..).zip(&pages).map(|(place, page)| at(*page, 1, place)).collect();
+        let mapped = installer.map_common(fd, &[(0, runs)]).unwrap();
+        assert_eq!(mapped, pages.len(), "{how}");
+        installer.finish().unwrap();
+        assert_eq!(ways(&victim, &region), before, "{how}");
+        for page in [0, 2, 4, PAGES / 2, PAGES - 2] {
+            assert_eq!(victim.tell(&format!("verify {page} 1 6")), "ok", "{how}");
+        }
+        let common = sterna_memory::common(&victim.process, &[region]).unwrap();
+        assert_eq!(common[0].len(), pages.len(), "{how}");
+        assert!(victim.tell("sit nanosleep").starts_with("sitting"));
+        assert!(victim.tell("").starts_with("fine [] signals 0"), "{how}: it saw a signal");
+    }
+}
+
+/// The kernel has no room for all: those that were made are told, and the process goes on.
+#[test]
+fn as_many_as_the_kernel_lets_a_process_have() {
+    let most: u64 = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    let pages = 2 * most;
+    let store = store(5, &[1, 2]);
+    let mut victim = Victim::start();
+    let region = victim.map("anon", pages, "");
+    let fd = lend(&mut victim, &store);
+    let mut installer = Installer::open(&victim.process, vec![region], &attach()).unwrap();
+    let runs: Vec<CommonRun> = (0..most).map(|place| at(2 * place, 1, place % 2)).collect();
+    let mapped = installer.map_common(fd, &[(0, runs)]).unwrap() as u64;
+    assert!((most / 2 - 100..most / 2).contains(&mapped), "{mapped} of {most}");
+    installer.install(0, &[run(2 * mapped, 1)], &content(8, 2 * mapped)).unwrap();
+    installer.finish().unwrap();
+    assert_eq!(victim.tell(&format!("verify {} 1 8", 2 * mapped)), "ok");
+    let common = sterna_memory::common(&victim.process, &[region]).unwrap();
+    assert_eq!(common[0].len() as u64, mapped);
+}
+
 #[test]
 fn writes_to_common_pages_are_tracked() {
     let (mut victim, region, _store, installer) = mapped();

@@ -16,6 +16,7 @@
 
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -36,6 +37,9 @@ const RSEQ_CS_OFFSET: u64 = 8;
 /// Every signal; the kernel leaves SIGKILL and SIGSTOP out. Signals that faults raise are among them: a `syscall` instruction
 /// raises none, and one that somebody sends must wait like any other.
 const ALL_SIGNALS: u64 = u64::MAX;
+
+/// The bit of what an `int3` raises.
+const TRAP: u64 = 1 << (libc::SIGTRAP - 1);
 
 /// Looks for a stop without sleeping between them, before sleeping: a sleeping thread stops within microseconds.
 const QUICK_LOOKS: u32 = 50;
@@ -171,6 +175,46 @@ impl Held {
         Ok(ptrace::registers(self.tid).map_err(other)?.rax as i64)
     }
 
+    /// Has the thread run machine code that ends with the instruction before `code.end`, an `int3`; the registers that it ends with. Nothing
+    /// happens where the process ignores what that raises: the kernel would change what it does with that signal.
+    ///
+    /// A thread that somebody traces is stopped before it gets a signal that it raises itself, and who traces it can take that away. The signal
+    /// must not be blocked meanwhile: the kernel would unblock it, and forget the program's handler (`force_sig_info_to_task`, kernel/signal.c).
+    pub(super) fn run(
+        &mut self,
+        code: Range<u64>,
+        set: impl FnOnce(&mut Registers),
+    ) -> Result<Option<Registers>, Failure> {
+        if ignores_traps(self.tid) {
+            return Ok(None);
+        }
+        let mut regs = Registers { rip: code.start, orig_rax: u64::MAX, ..self.saved };
+        set(&mut regs);
+        ptrace::set_registers(self.tid, &regs).map_err(other)?;
+        ptrace::set_signal_mask(self.tid, ALL_SIGNALS & !TRAP).map_err(other)?;
+        let mut signal = 0;
+        let regs = loop {
+            ptrace::resume(self.tid, signal).map_err(|e| self.lost(&e))?;
+            match ptrace::wait(self.tid).map_err(|e| self.lost(&e))? {
+                Stop::Event | Stop::Syscall => signal = 0,
+                Stop::Signal(stop) if stops_process(stop) => signal = stop,
+                Stop::Signal(raised) => {
+                    self.place = Place::Delivery;
+                    let regs = ptrace::registers(self.tid).map_err(other)?;
+                    if raised == libc::SIGTRAP && regs.rip == code.end {
+                        break regs;
+                    }
+                    // Cannot be: all others are blocked, and nobody sends this one.
+                    self.leave(raised)?;
+                    return Err(Failure::Other { detail: format!("signal {raised} came in between") });
+                }
+                Stop::Ended => return Err(self.lost(&"the thread ended")),
+            }
+        };
+        ptrace::set_signal_mask(self.tid, ALL_SIGNALS).map_err(other)?;
+        Ok(Some(regs))
+    }
+
     /// Puts the thread back and lets it go.
     pub(super) fn restore(mut self) -> Result<(), Failure> {
         self.put_back()
@@ -259,6 +303,13 @@ fn other(e: io::Error) -> Failure {
     } else {
         Failure::Other { detail: e.to_string() }
     }
+}
+
+/// Whether the process ignores SIGTRAP, or nobody can tell.
+fn ignores_traps(tid: i32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & TRAP != 0)
 }
 
 fn stops_process(signal: i32) -> bool {

@@ -16,9 +16,9 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use linux_raw_sys::general::{
-    __NR_close, __NR_ioctl, __NR_madvise, __NR_mmap, __NR_munmap, __NR_process_madvise, __NR_userfaultfd,
-    MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_READ, PROT_WRITE,
-    UFFD_USER_MODE_ONLY,
+    __NR_close, __NR_ioctl, __NR_madvise, __NR_mmap, __NR_mprotect, __NR_munmap, __NR_process_madvise,
+    __NR_userfaultfd, MAP_ANONYMOUS, MAP_FIXED, MAP_NORESERVE, MAP_PRIVATE, O_CLOEXEC, O_NONBLOCK, PROT_EXEC,
+    PROT_READ, PROT_WRITE, UFFD_USER_MODE_ONLY,
 };
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use rustix::process::{ForeignRawFd, Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -27,9 +27,10 @@ use crate::attach::protocol::{
     Answer, Done, Failure, MAX_CLOSED, MAX_RANGES, MAX_REQUEST, MAX_THREADS, Op, Request,
 };
 use crate::copy;
-use crate::page::Span;
+use crate::page::{PAGE, Span};
 use crate::process::Process;
 use crate::sys;
+use crate::sys::ptrace::Registers;
 use inject::Held;
 
 /// How long the request may take to come: the parent writes it right after starting us.
@@ -43,6 +44,25 @@ const MADV_DONTNEED: u64 = 4;
 
 /// Ranges from which on a mapping is made for the list of them.
 const MANY_RANGES: usize = 16;
+
+/// mmap(2) for each entry of a list, until one fails: x86-64 code that may lie anywhere. `rbx` is where the next entry is (address, length,
+/// offset in the file), `r12` how many are left; `rdx`, `r10` and `r8` are the other arguments of the call, which leaves all of these alone.
+#[rustfmt::skip]
+const MAP_LOOP: [u8; 41] = [
+    0x4d, 0x85, 0xe4,                   //  0: test r12, r12
+    0x74, 0x23,                         //  3: jz   40
+    0x48, 0x8b, 0x3b,                   //  5: mov  rdi, [rbx]
+    0x48, 0x8b, 0x73, 0x08,             //  8: mov  rsi, [rbx + 8]
+    0x4c, 0x8b, 0x4b, 0x10,             // 12: mov  r9, [rbx + 16]
+    0xb8, __NR_mmap as u8, 0, 0, 0,     // 16: mov  eax, mmap
+    0x0f, 0x05,                         // 21: syscall
+    0x48, 0x3d, 0x00, 0xf0, 0xff, 0xff, // 23: cmp  rax, -4096
+    0x77, 0x09,                         // 29: ja   40
+    0x48, 0x83, 0xc3, 0x18,             // 31: add  rbx, 24
+    0x49, 0xff, 0xcc,                   // 35: dec  r12
+    0xeb, 0xd8,                         // 38: jmp  0
+    0xcc,                               // 40: int3
+];
 
 /// Ranges given back by one call (`UIO_MAXIOV` of linux/uio.h).
 const RANGES_PER_CALL: usize = 1024;
@@ -196,7 +216,7 @@ fn perform(held: &mut Held, request: &Request) -> Result<(Done, Option<OwnedFd>)
         }
         Op::MadviseDontneed { ranges } => Ok((dontneed(held, request, ranges)?, None)),
         Op::MapPrivate { fd, ranges, reserve, advice } => {
-            Ok((map_private(held, *fd, ranges, *reserve, advice)?, None))
+            Ok((map_private(held, request, (*fd, ranges), *reserve, advice)?, None))
         }
         Op::Throttle { .. } => Ok((Done::default(), None)),
     }
@@ -240,16 +260,20 @@ fn dontneed(held: &mut Held, request: &Request, ranges: &[(u64, u64)]) -> Result
 /// Maps ranges of a file. Between the first and the last address that were mapped, all is given the advice: the rest of it has it already.
 fn map_private(
     held: &mut Held,
-    fd: i32,
-    ranges: &[(u64, u64, u64)],
+    request: &Request,
+    (fd, ranges): (i32, &[(u64, u64, u64)]),
     reserve: bool,
     advice: &[i32],
 ) -> Result<Done, Failure> {
     let mut done = Done::default();
     let rights = u64::from(PROT_READ | PROT_WRITE);
     let kind = u64::from(MAP_PRIVATE | MAP_FIXED | if reserve { 0 } else { MAP_NORESERVE });
-    for &(addr, len, offset) in ranges {
-        let mapped = held.call_long(__NR_mmap, [addr, len, rights, kind, i64::from(fd) as u64, offset])?;
+    let fd = i64::from(fd) as u64;
+    if ranges.len() >= MANY_RANGES {
+        done.ranges = map_many(held, request, ranges, (rights, kind, fd))?;
+    }
+    for &(addr, len, offset) in &ranges[done.ranges..] {
+        let mapped = held.call_long(__NR_mmap, [addr, len, rights, kind, fd, offset])?;
         match succeeded("mmap", mapped) {
             Ok(_) => done.ranges += 1,
             Err(failure) if done.ranges == 0 => return Err(failure),
@@ -262,6 +286,55 @@ fn map_private(
         succeeded("madvise", held.call(__NR_madvise, args)?)?;
     }
     Ok(done)
+}
+
+/// Makes many mappings by [`MAP_LOOP`], which the process runs by itself in a mapping that is made for it: to stop it twice for each takes ten
+/// times as long as what the kernel does. How many were made: none where it may run no code that it has not loaded (SELinux), and not all where
+/// the kernel has refused one.
+fn map_many(
+    held: &mut Held,
+    request: &Request,
+    ranges: &[(u64, u64, u64)],
+    (rights, kind, fd): (u64, u64, u64),
+) -> Result<usize, Failure> {
+    let process = Process::open_as(request.pid, request.start_time).map_err(|_| Failure::Gone)?;
+    let list: Vec<u8> = ranges
+        .iter()
+        .flat_map(|(addr, len, offset)| [*addr, *len, *offset])
+        .flat_map(u64::to_ne_bytes)
+        .collect();
+    let len = PAGE + (list.len() as u64).next_multiple_of(PAGE);
+    let (writable, anonymous) = (u64::from(PROT_READ | PROT_WRITE), u64::from(MAP_PRIVATE | MAP_ANONYMOUS));
+    let made = held.call_long(__NR_mmap, [0, len, writable, anonymous, u64::MAX, 0])?;
+    let Ok(made) = succeeded("mmap", made) else { return Ok(0) };
+    let at = made as u64;
+    let ran = run_loop(held, &process, (at, &list), |regs| {
+        (regs.rbx, regs.r12) = (at + PAGE, ranges.len() as u64);
+        (regs.rdx, regs.r10, regs.r8) = (rights, kind, fd);
+    });
+    held.call(__NR_munmap, [at, len, 0])?;
+    let left = ran?.map_or(ranges.len(), |left| left as usize);
+    Ok(ranges.len().saturating_sub(left))
+}
+
+/// How many are left when it has ended; nothing where it did not run.
+fn run_loop(
+    held: &mut Held,
+    process: &Process,
+    (at, list): (u64, &[u8]),
+    set: impl FnOnce(&mut Registers),
+) -> Result<Option<u64>, Failure> {
+    let len = MAP_LOOP.len() as u64;
+    let parts = [Span { addr: at, len }, Span { addr: at + PAGE, len: list.len() as u64 }];
+    if copy::write(process, &parts, &[&MAP_LOOP, list].concat()).is_err() {
+        return Ok(None);
+    }
+    let rights = u64::from(PROT_READ | PROT_EXEC);
+    if succeeded("mprotect", held.call(__NR_mprotect, [at, PAGE, rights])?).is_err() {
+        return Ok(None);
+    }
+    let ended = held.run(at..at + len, set)?;
+    Ok(ended.map(|regs| regs.r12))
 }
 
 /// Gives many ranges back with few calls, by process_madvise(2) of the process on itself (since Linux 6.15): a call of ours takes

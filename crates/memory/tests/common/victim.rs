@@ -105,6 +105,7 @@ fn serve() {
             "twin" => twin(),
             "park" => park(),
             "seccomp" => forbid_userfaultfd(),
+            "traps" => traps(words[1]),
             "leftover" => memory.leftover(number(1)),
             other => format!("what is {other}?"),
         };
@@ -403,6 +404,18 @@ static FAULTS: AtomicU64 = AtomicU64::new(0);
 extern "C" fn count_signal(signal: libc::c_int) {
     let counter = if signal == libc::SIGBUS { &FAULTS } else { &SIGNALS };
     counter.fetch_add(1, Ordering::Relaxed);
+}
+
+/// What becomes of a SIGTRAP from now on.
+fn traps(how: &str) -> String {
+    let handler = match how {
+        "ignore" => libc::SIG_IGN,
+        _ => count_signal as *const () as libc::sighandler_t,
+    };
+    SIGNALS.store(0, Ordering::Relaxed);
+    // SAFETY: the handler only touches an atomic.
+    unsafe { libc::signal(libc::SIGTRAP, handler) };
+    "set".into()
 }
 
 fn sit(kind: &str) -> String {
