@@ -179,11 +179,10 @@ pub(crate) fn source_blocks(
     let placed: Vec<_> =
         placed.map(|(index, block, base)| (index, block, Region { base, bytes: block.bytes })).collect();
     let regions: Vec<Region> = placed.iter().map(|(_, _, region)| *region).collect();
-    let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
     let merges = sterna_memory::may_merge(&process);
     let backings = Backing::of_all(&process, &regions).map_err(|why| explain(&why))?;
     let mut blocks = Vec::new();
-    for (((index, block, region), common), backing) in placed.into_iter().zip(common).zip(backings) {
+    for ((index, block, region), (backing, common)) in placed.into_iter().zip(backings) {
         let pages = block.bytes.div_ceil(PAGE);
         blocks.push(SourceBlock {
             index: index as u16,

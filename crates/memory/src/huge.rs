@@ -14,7 +14,7 @@
 use std::os::unix::fs::MetadataExt;
 use std::time::Duration;
 
-use crate::backing::{Access, BackingError, Kind, Mappings, Segment};
+use crate::backing::{Access, BackingError, Kind, Segment};
 use crate::copy::Reader;
 use crate::page::{PageRun, Region, Span, append_run, intersection, is_zero};
 use crate::populated::PopulatedError;
@@ -31,9 +31,8 @@ const LOOK_PAUSE: Duration = Duration::from_millis(1);
 /// Bytes of a huge page that are looked at first.
 const SAMPLE_BYTES: usize = 64;
 
-/// Whether any part of a region is in huge pages of hugetlbfs.
-pub(crate) fn is_huge(process: &Process, mappings: &Mappings, region: &Region) -> bool {
-    let Ok(segments) = mappings.segments(region) else { return false };
+/// Whether any part of a region of these segments is in huge pages of hugetlbfs.
+pub(crate) fn is_huge(process: &Process, segments: &[Segment]) -> bool {
     let files = segments.iter().filter(|segment| !matches!(segment.kind, Kind::Anonymous | Kind::Common));
     let mut sizes =
         files.filter_map(|segment| segment.huge_page_bytes(&segment.open(process, Access::Read).ok()?));

@@ -57,7 +57,8 @@ pub use install::{InstallError, Installer};
 pub use page::{PAGE, PageRun, Region, Span, append_run, is_zero};
 pub use pager::{Fault, Installed, Pager, PagerError, Resolved};
 pub use populated::{
-    Backing, PopulatedError, lone_block, mapped, own, own_within, populated, populated_all, with_data,
+    Backing, PopulatedError, lone_block, mapped, own, own_within, populated, populated_all,
+    populated_and_own, with_data,
 };
 pub use preflight::preflight;
 pub use process::{Process, ProcessError, Resident, Usage};

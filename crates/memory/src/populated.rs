@@ -9,6 +9,7 @@ use crate::copy::CopyError;
 use crate::huge;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, intersection, near, normalise};
 use crate::process::{Process, ProcessError};
+use crate::shared::common_of;
 use crate::sys::pagemap::{FILE, PRESENT, PageMap, Query, SWAPPED, ZERO};
 
 /// `PM_SWAP` of pagemap.rst: the page is swapped out, or its entry is no swap at all but a marker.
@@ -96,6 +97,48 @@ fn populated_of(
     }
     // A dead process has no page tables left, and the scan of nothing succeeds.
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
+}
+
+/// What of a region that several VMs have partly in common ([`crate::common`]), and that is anonymous else, can differ from zero, and what of it
+/// is the process's own: [`populated`] and [`own`] by one look.
+///
+/// # Errors
+/// The page tables cannot be read.
+pub fn populated_and_own(
+    process: &Process,
+    region: &Region,
+    common: &[PageRun],
+) -> Result<(Vec<PageRun>, Vec<PageRun>), PopulatedError> {
+    let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
+    let mut scanner = PageMap::new(process.open_proc("pagemap")?);
+    let tell = PRESENT | SWAPPED | ZERO;
+    let query = Query { none: FILE, any: PRESENT | SWAPPED, tell, ..Query::default() };
+    let mut found = Vec::new();
+    scanner
+        .scan(query, region.base, region.end(), |start, end, categories| found.push((start, end, categories)))
+        .map_err(failed)?;
+    let (mut populated, mut own, mut swapped_out) = (Vec::new(), Vec::new(), Vec::new());
+    for (start, end, categories) in found {
+        if categories & PRESENT == 0 {
+            swapped_out.clear();
+            swapped(&scanner, region, start, end, &mut swapped_out).map_err(failed)?;
+            swapped_out.iter().for_each(|run| {
+                append_run(&mut own, *run);
+                append_run(&mut populated, *run);
+            });
+            continue;
+        }
+        append_run(&mut own, region.run(start, end));
+        if categories & ZERO == 0 {
+            append_run(&mut populated, region.run(start, end));
+        }
+    }
+    if !process.is_alive() {
+        return Err(process.gone().into());
+    }
+    populated.extend_from_slice(common);
+    normalise(&mut populated);
+    Ok((populated, own))
 }
 
 /// Finds the pages of a region that the process has mapped, or swapped out: all of [`populated`] but what is only in a file.
@@ -209,30 +252,32 @@ impl Backing {
     ///
     /// The mappings cannot be read.
     pub fn of(process: &Process, region: &Region) -> Result<Backing, PopulatedError> {
-        Self::in_mappings(process, &Mappings::of(process, std::slice::from_ref(region))?, region)
+        Ok(Self::of_segments(process, &backing::segments(process, region)?))
     }
 
-    /// The same of several regions.
+    /// The same of several regions, and which pages of each several VMs have in common ([`crate::common`]).
     ///
     /// # Errors
     ///
     /// The mappings cannot be read.
-    pub fn of_all(process: &Process, regions: &[Region]) -> Result<Vec<Backing>, PopulatedError> {
+    pub fn of_all(
+        process: &Process,
+        regions: &[Region],
+    ) -> Result<Vec<(Backing, Vec<PageRun>)>, PopulatedError> {
         let mappings = Mappings::of(process, regions)?;
-        regions.iter().map(|region| Self::in_mappings(process, &mappings, region)).collect()
+        let of = |region: &Region| {
+            let segments = mappings.segments(region)?;
+            Ok((Self::of_segments(process, &segments), common_of(region, &segments)))
+        };
+        regions.iter().map(of).collect()
     }
 
-    fn in_mappings(
-        process: &Process,
-        mappings: &Mappings,
-        region: &Region,
-    ) -> Result<Backing, PopulatedError> {
-        let segments = mappings.segments(region)?;
-        Ok(match segments.iter().all(|segment| matches!(segment.kind, Kind::Anonymous | Kind::Common)) {
+    fn of_segments(process: &Process, segments: &[Segment]) -> Backing {
+        match segments.iter().all(|segment| matches!(segment.kind, Kind::Anonymous | Kind::Common)) {
             true => Backing::Anonymous,
-            false if huge::is_huge(process, mappings, region) => Backing::HugePages,
+            false if huge::is_huge(process, segments) => Backing::HugePages,
             false => Backing::Files,
-        })
+        }
     }
 }
 

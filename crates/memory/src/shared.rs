@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 
 use crate::attach::protocol::{MAX_RANGES, Op};
 use crate::attach::{Attach, AttachError};
-use crate::backing::{BackingError, Kind, Mappings};
+use crate::backing::{BackingError, Kind, Mappings, Segment};
 use crate::copy;
 use crate::page::{PAGE, PageRun, Region, Span, append_run, near};
 use crate::populated::PopulatedError;
@@ -88,14 +88,16 @@ pub fn common_store(pages: u64) -> io::Result<SealedMemory> {
 /// The mappings cannot be read.
 pub fn common(process: &Process, regions: &[Region]) -> Result<Vec<Vec<PageRun>>, BackingError> {
     let mappings = Mappings::of(process, regions)?;
-    let of = |region: &Region| {
-        let mut runs = Vec::new();
-        for segment in mappings.segments(region)?.iter().filter(|segment| segment.kind == Kind::Common) {
-            append_run(&mut runs, region.run(segment.start, segment.end));
-        }
-        Ok(runs)
-    };
-    regions.iter().map(of).collect()
+    regions.iter().map(|region| Ok(common_of(region, &mappings.segments(region)?))).collect()
+}
+
+/// Which pages of a region of these segments map a store.
+pub(crate) fn common_of(region: &Region, segments: &[Segment]) -> Vec<PageRun> {
+    let mut runs = Vec::new();
+    for segment in segments.iter().filter(|segment| segment.kind == Kind::Common) {
+        append_run(&mut runs, region.run(segment.start, segment.end));
+    }
+    runs
 }
 
 /// How many runs can be mapped in a process, which each take two mappings where nothing joins them: what `vm.max_map_count` leaves. None
@@ -205,15 +207,19 @@ fn each_entry(
     if process.is_alive() { Ok(()) } else { Err(process.gone().into()) }
 }
 
-/// Has the kernel map in a process what it has in common with others, by a look at each page that is not mapped: only those that are have frames.
+/// Has the kernel map in a process what it has in common with others ([`common`]), by a look at each page that is not mapped: only those that are
+/// have frames.
 ///
 /// # Errors
 /// The process has ended, or its layout has changed.
-pub fn touch_common(process: &Process, regions: &[Region]) -> Result<(), SharedError> {
+pub fn touch_common<'a>(
+    process: &Process,
+    pages: impl IntoIterator<Item = (Region, &'a [PageRun])>,
+) -> Result<(), SharedError> {
     let mut spans = Vec::new();
-    for (region, runs) in regions.iter().zip(common(process, regions)?) {
+    for (region, runs) in pages {
         // A fault maps what lies around it, but nothing of another mapping, and where a page is there none happens.
-        each_entry(process, region, &runs, |page, entry| {
+        each_entry(process, &region, runs, |page, entry| {
             if entry & ENTRY_PRESENT == 0 {
                 spans.push(Span { addr: region.base + page * PAGE, len: 1 });
             }

@@ -3,9 +3,9 @@
 use std::io;
 
 use crate::attach::{Attach, AttachError};
-use crate::backing::Mappings;
+use crate::backing;
 use crate::huge;
-use crate::page::{PageRun, Region, Span, append_run};
+use crate::page::{PAGE, PageRun, Region, Span, append_run};
 use crate::process::{Process, ProcessError};
 use crate::sys::pagemap::{Action, PRESENT, PageMap, Query, SWAPPED, WRITTEN, ZERO};
 use crate::sys::uffd::{TRACK_FEATURES, Uffd, features_of};
@@ -116,10 +116,12 @@ impl WpAsyncTracker {
             result => result?,
         };
         let scanner = PageMap::new(process.open_proc("pagemap")?);
-        let huge = match Mappings::of(process, &regions) {
-            Ok(mappings) => regions.iter().map(|region| huge::is_huge(process, &mappings, region)).collect(),
-            Err(_) => vec![false; regions.len()],
+        // Such memory is of one kind: its first page tells.
+        let is_huge = |region: &Region| {
+            let first = Region { bytes: region.bytes.min(PAGE), ..*region };
+            backing::segments(process, &first).is_ok_and(|segments| huge::is_huge(process, &segments))
         };
+        let huge = regions.iter().map(is_huge).collect();
         let mut tracker = WpAsyncTracker { process: process.try_clone()?, regions, huge, uffd, scanner };
         for index in 0..tracker.regions.len() {
             tracker.scan(index, Action::Rearm, 0, |_, _| {})?;

@@ -9,7 +9,8 @@ use std::os::fd::AsRawFd;
 use std::time::Duration;
 use sterna_memory::{
     Backing, CommonRun, Installer, PAGE, PageBits, PageRun, Pager, Process, Reader, Region, SealedMemory,
-    Tracker, WpAsyncTracker, common_room, common_store, footprint, frames, populated, touch_common,
+    Tracker, WpAsyncTracker, common_room, common_store, footprint, frames, populated, populated_and_own,
+    touch_common,
 };
 
 const PAGES: u64 = 1024;
@@ -64,6 +65,9 @@ fn what_is_mapped_is_there_and_each_may_write_it() {
     verify(&mut victim, "500 1 7");
     assert_eq!(populated_pages(&victim, &region), [run(10, 10), run(500, 1), run(700, 1)]);
     assert_eq!(Backing::of(&victim.process, &region).unwrap(), Backing::Anonymous);
+    let (populated, own) = populated_and_own(&victim.process, &region, &[run(10, 10), run(500, 1)]).unwrap();
+    assert_eq!(populated, [run(10, 10), run(500, 1), run(700, 1)]);
+    assert_eq!(own, [run(15, 1), run(700, 1)]);
     // What becomes zero is zero, and not what is below.
     installer.discard(0, &[run(12, 2), run(15, 1), run(700, 1)]).unwrap();
     assert_eq!(victim.tell("zero 0 1024"), (PAGES - 8).to_string());
@@ -92,9 +96,16 @@ fn two_that_map_one_store_are_seen_to_share_frames() {
     // A page that one of them alone has mapped is shared with nobody yet, and yet is not its own: pages 1 and 3, of which the other maps none.
     let own = |at: usize| seen[at].0.process.usage().unwrap().own;
     let before = [own(0), own(1)];
-    touch_common(&seen[0].0.process, &[seen[0].1]).unwrap();
+    let pages = seen
+        .each_ref()
+        .map(|(victim, region)| sterna_memory::common(&victim.process, &[*region]).unwrap().remove(0));
+    let touch = |at: usize| {
+        let (victim, region) = &seen[at];
+        touch_common(&victim.process, [(*region, pages[at].as_slice())]).unwrap();
+    };
+    touch(0);
     assert_eq!([own(0), own(1)], before);
-    seen.iter().for_each(|(victim, region)| touch_common(&victim.process, &[*region]).unwrap());
+    (0..2).for_each(touch);
     let found = seen.each_ref().map(|(victim, region)| {
         let mut found = Vec::new();
         frames(&victim.process, region, &populated_pages(victim, region), |page, frame| {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use sterna_engine::policy::writers;
 use sterna_memory::{
     Attach, Backing, PageRun, PopulatedError, Process, Region, TrackError, Tracker, WpAsyncTracker, emptied,
-    mapped, may_merge, merged, own, own_within, populated, populated_all, with_data,
+    mapped, may_merge, merged, own, own_within, populated, populated_all, populated_and_own, with_data,
 };
 
 /// Who may write the VM's memory.
@@ -94,9 +94,20 @@ impl Collector {
 
     /// Starts with every page that may not be zero. I/O that was in flight when the tracking began must be over by now.
     pub(crate) fn begin(&mut self) -> Result<(), String> {
-        let regions: Vec<Region> = self.blocks.iter().map(|block| block.region).collect();
-        let there = populated_all(&self.process, &regions).map_err(|why| unseen(&why))?;
-        for (at, mut pages) in there.into_iter().enumerate() {
+        let plain = |block: &&SourceBlock| !has_common(block);
+        let regions: Vec<Region> = self.blocks.iter().filter(plain).map(|block| block.region).collect();
+        let mut there = populated_all(&self.process, &regions).map_err(|why| unseen(&why))?.into_iter();
+        for at in 0..self.blocks.len() {
+            let block = &self.blocks[at];
+            let mut pages = match has_common(block) {
+                true => {
+                    let found = populated_and_own(&self.process, &block.region, &block.common);
+                    let (pages, own) = found.map_err(|why| unseen(&why))?;
+                    self.touched[at] = intersect(&own, &block.common);
+                    pages
+                }
+                false => there.next().unwrap_or_default(),
+            };
             if self.blocks[at].backing == Backing::Template {
                 // The target has all of the template: what became zero here is not zero there.
                 self.blocks[at].sent.set_runs(&pages);
@@ -104,8 +115,6 @@ impl Collector {
                 pages = merge(&self.own(at)?, &self.blocks[at].common);
                 self.shared += subtract(&all, &pages).iter().map(|run| run.pages).sum::<u64>();
                 self.touched[at].clone_from(&pages);
-            } else if !self.blocks[at].common.is_empty() {
-                self.touched[at] = self.own_of_common(at)?;
             }
             self.set.add(at, &pages, &[]);
         }
@@ -352,6 +361,11 @@ impl Collector {
     pub(crate) fn stop(self) -> Result<(), String> {
         self.tracker.stop().map_err(|why| explain(&why))
     }
+}
+
+/// Whether a block is plain memory of which other VMs have a part too.
+fn has_common(block: &SourceBlock) -> bool {
+    block.backing == Backing::Anonymous && !block.common.is_empty()
 }
 
 fn unseen(why: &PopulatedError) -> String {

@@ -16,7 +16,7 @@ use sterna_engine::wire::Encoding;
 use sterna_engine::wire::batch::{
     BatchHeader, Content, DESCRIPTORS_MAX, Descriptor, PAYLOAD_BYTES_MAX, encode_batch, encode_packed_batch,
 };
-use sterna_memory::{PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
+use sterna_memory::{Backing, PAGE, PageRun, Peeker, Process, Reader, Span, is_zero};
 use sterna_transport::{Connection, Pacer, TransportError};
 
 /// How long a write to a stream may wait: the machine's own deadline for pages that do not move comes first.
@@ -106,7 +106,9 @@ impl Sender {
         options: SendOptions,
         shared: Arc<Shared>,
     ) -> Result<Self, String> {
-        let regions: Vec<_> = blocks.iter().map(|block| block.region).collect();
+        // No others are read in a way of their own.
+        let huge = blocks.iter().filter(|block| block.backing == Backing::HugePages);
+        let regions: Vec<_> = huge.map(|block| block.region).collect();
         let peeker = options.postpone.then(|| Peeker::new(process)).transpose();
         Ok(Self {
             link: Link::new(stream, connection, pacer, counters),

@@ -3,8 +3,9 @@
 use super::gang::Member;
 use crate::control::explain;
 use crate::model::Dedup;
+use std::panic::resume_unwind;
 use sterna_engine::wire::batch::PAYLOAD_BYTES_MAX;
-use sterna_memory::{Backing, PAGE, PageRun, Reader, Region, frames, touch_common};
+use sterna_memory::{Backing, PAGE, PageRun, Reader, frames, touch_common};
 use xxhash_rust::xxh3::xxh3_64;
 
 /// Marks keys that are hashes: numbers of frames do not have this bit.
@@ -73,27 +74,45 @@ impl Groups {
 /// Finds the pages of all members that may be the same. A member that cannot be looked at has none.
 pub(super) fn find(members: &[Member]) -> Groups {
     // All of them before the first is looked at: what only one has mapped looks as if it were its own.
-    for member in members.iter().filter(|member| member.dedup == Dedup::Frames) {
-        let common = member.blocks.iter().filter(|block| !block.common.is_empty());
-        let regions: Vec<Region> = common.map(|block| block.region).collect();
-        if !regions.is_empty()
-            && let Err(why) = touch_common(&member.process, &regions)
-        {
-            tracing::warn!(vm = member.vm, %why, "less of the VM is shared");
-        }
-    }
-    let mut keyed = Vec::new();
-    for (at, member) in (0..).zip(members) {
-        let before = keyed.len();
-        if let Err(why) = keys(at, member, &mut keyed) {
+    of_each(members, |_, member| touch(member));
+    let keyed = of_each(members, |at, member| {
+        keys(at, member).unwrap_or_else(|why| {
             tracing::warn!(vm = member.vm, why, "nothing of the VM is shared");
-            keyed.truncate(before);
-        }
-    }
-    Groups::of_keys(keyed)
+            Vec::new()
+        })
+    });
+    Groups::of_keys(keyed.concat())
 }
 
-fn keys(at: u16, member: &Member, keyed: &mut Vec<(u64, Place)>) -> Result<(), String> {
+/// Looks at all members, several at once, and returns what was seen in their order.
+fn of_each<T: Send>(members: &[Member], look: impl Fn(u16, &Member) -> T + Sync) -> Vec<T> {
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    let of = |first: usize, some: &[Member]| {
+        (first..).zip(some).map(|(at, member)| look(at as u16, member)).collect::<Vec<T>>()
+    };
+    let each = members.len().div_ceil(at_once).max(1);
+    std::thread::scope(|scope| {
+        let parts = members.chunks(each).enumerate();
+        let looks: Vec<_> = parts.map(|(part, some)| scope.spawn(move || of(part * each, some))).collect();
+        looks.into_iter().flat_map(|look| look.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+    })
+}
+
+/// Has the kernel map what a member has in common with others already: a page that is not mapped has no frame.
+fn touch(member: &Member) {
+    if member.dedup != Dedup::Frames {
+        return;
+    }
+    let common = member.blocks.iter().filter(|block| !block.common.is_empty());
+    if let Err(why) =
+        touch_common(&member.process, common.map(|block| (block.region, block.common.as_slice())))
+    {
+        tracing::warn!(vm = member.vm, %why, "less of the VM is shared");
+    }
+}
+
+fn keys(at: u16, member: &Member) -> Result<Vec<(u64, Place)>, String> {
+    let mut keyed = Vec::new();
     for (index, (block, pages)) in (0..).zip(member.blocks.iter().zip(&member.pages)) {
         let place = |page: u64| Place { member: at, block: index, page: page as u32 };
         // What others map too, as `share=on` is for, cannot be mapped privately; nor can a part of a huge page. What is larger has more pages
@@ -111,7 +130,7 @@ fn keys(at: u16, member: &Member, keyed: &mut Vec<(u64, Place)>) -> Result<(), S
         });
         found.map_err(|why| explain(&why))?;
     }
-    Ok(())
+    Ok(keyed)
 }
 
 fn hashes(

@@ -92,12 +92,12 @@ fn fit(groups: &Groups, members: &[Member]) -> find::Fit {
 
 /// Hears of a VM what was found, and then what came of the comparison.
 pub(crate) struct Told {
-    tell: Box<dyn Fn(Result<Word, String>) + Send>,
+    tell: Box<dyn Fn(Result<Word, String>) + Send + Sync>,
     over: bool,
 }
 
 impl Told {
-    pub(crate) fn by(tell: impl Fn(Result<Word, String>) + Send + 'static) -> Self {
+    pub(crate) fn by(tell: impl Fn(Result<Word, String>) + Send + Sync + 'static) -> Self {
         Self { tell: Box::new(tell), over: false }
     }
 

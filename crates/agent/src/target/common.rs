@@ -8,7 +8,7 @@ use std::sync::PoisonError;
 use sterna_engine::target::TargetInput;
 use sterna_engine::wire::common;
 use sterna_engine::wire::message::Common;
-use sterna_memory::{CommonRun, PAGE, PageRun, Region, common_room};
+use sterna_memory::{CommonRun, PAGE, PageRun, Process, Region, common_room};
 use sterna_vmm::Vmm;
 
 impl Arriving<'_> {
@@ -23,11 +23,12 @@ impl Arriving<'_> {
     pub(super) fn touch_common(&self) {
         let Some(vm) = self.vm.as_ref().filter(|vm| self.mapped > 0 && vm.is_alive()) else { return };
         let regions: Vec<Region> = self.lazy.plain_regions();
-        let touched = self
-            .host
-            .process_of(vm)
-            .and_then(|process| sterna_memory::touch_common(&process, &regions).map_err(|why| explain(&why)));
-        if let Err(why) = touched {
+        let touch = |process: Process| {
+            let common = sterna_memory::common(&process, &regions).map_err(|why| explain(&why))?;
+            let pages = regions.iter().copied().zip(common.iter().map(Vec::as_slice));
+            sterna_memory::touch_common(&process, pages).map_err(|why| explain(&why))
+        };
+        if let Err(why) = self.host.process_of(vm).and_then(touch) {
             tracing::debug!(vm = vm.name(), why, "pages in common are mapped as they are touched");
         }
     }
