@@ -284,21 +284,25 @@ impl Pager {
     /// # Errors
     /// The process cannot be asked.
     pub fn collapse(process: &Process, region: &Region) -> Result<u64, PagerError> {
+        let huge = |segment: Segment| {
+            let (from, to) = (segment.start.next_multiple_of(HUGE_PAGE), segment.end / HUGE_PAGE * HUGE_PAGE);
+            (segment.kind == Kind::Anonymous && from < to).then_some(Span { addr: from, len: to - from })
+        };
+        let spans: Vec<Span> = backing::segments(process, region)?.into_iter().filter_map(huge).collect();
+        // What one mapping of a region may, all may that are large enough; of those that several VMs share there may be tens of thousands.
+        let Some(first) = spans.first() else { return Ok(0) };
+        let first = Region { base: first.addr, bytes: first.len };
+        if !smaps::first(process, &first)?.is_some_and(|details| details.huge) {
+            return Ok(0);
+        }
         let mut asked = 0;
-        let segments = backing::segments(process, region)?;
-        let allowed = smaps::details(process, region)?.into_iter().filter(|details| details.huge);
-        for details in allowed {
-            let inside = segments.iter().filter(|s| s.kind == Kind::Anonymous);
-            for segment in inside.filter(|s| s.start < details.end && s.end > details.start) {
-                let from = segment.start.max(details.start).next_multiple_of(HUGE_PAGE);
-                let to = segment.end.min(details.end) / HUGE_PAGE * HUGE_PAGE;
-                for addr in (from..to).step_by(COLLAPSE_BYTES as usize) {
-                    let len = COLLAPSE_BYTES.min(to - addr);
-                    if let Err(error) = sys::madvise::collapse(process.pidfd(), Span { addr, len }) {
-                        tracing::debug!(%error, addr, "not all of it became huge pages");
-                    }
-                    asked += len;
+        for span in spans {
+            for addr in (span.addr..span.end()).step_by(COLLAPSE_BYTES as usize) {
+                let len = COLLAPSE_BYTES.min(span.end() - addr);
+                if let Err(error) = sys::madvise::collapse(process.pidfd(), Span { addr, len }) {
+                    tracing::debug!(%error, addr, "not all of it became huge pages");
                 }
+                asked += len;
             }
         }
         Ok(asked)
