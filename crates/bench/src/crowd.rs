@@ -19,7 +19,7 @@ const LOOK: Duration = Duration::from_millis(4);
 /// How long all of them may take.
 const LIMIT: Duration = Duration::from_secs(180);
 /// An agent writes the last word down a moment after the source is free.
-const LAST_WORD: Duration = Duration::from_secs(5);
+const LAST_WORD: Duration = Duration::from_secs(30);
 
 /// All by `sterna migrate --detach`, one command after the other without a wait between them.
 pub(crate) fn ours(

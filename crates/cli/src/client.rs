@@ -117,6 +117,12 @@ impl Client {
         self.parse(&self.call(method, path, body.into(), key).await?)
     }
 
+    /// Sends something that is answered by a yes.
+    pub(crate) async fn submit(&self, path: &str, body: &impl Serialize) -> Result<(), ClientError> {
+        let body = serde_json::to_vec(body).map_err(|why| self.nonsense(why))?;
+        self.call(Method::POST, path, body.into(), None).await.map(drop)
+    }
+
     /// Ends something.
     pub(crate) async fn delete(&self, path: &str) -> Result<(), ClientError> {
         self.call(Method::DELETE, path, Bytes::new(), None).await.map(drop)

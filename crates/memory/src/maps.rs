@@ -105,11 +105,16 @@ fn of_found(maps: &File, map: &Found, files: &mut Vec<((u64, u64), Whose)>) -> i
     let file = match files.iter().find(|(known, _)| *known == key) {
         Some((_, file)) => *file,
         None if map.inode == 0 => Whose::Other,
-        None => {
-            let file = whose(&procmap::name(maps, map.start)?);
-            files.push((key, file));
-            file
-        }
+        None => match procmap::name(maps, map.start) {
+            Ok(name) => {
+                let file = whose(&name);
+                files.push((key, file));
+                file
+            }
+            // It is gone since: then it is nobody's.
+            Err(why) if why.raw_os_error() == Some(nix::libc::ENOENT) => Whose::Other,
+            Err(why) => return Err(why),
+        },
     };
     let Found { start, end, shared, offset, inode, .. } = *map;
     Ok(Map { address: (start, end), access, shared, offset, dev, inode, file })

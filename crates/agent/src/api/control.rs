@@ -39,6 +39,8 @@ pub trait Control: Send + Sync + 'static {
     fn template(&self, name: &str) -> Result<TemplateView, AgentError>;
     /// Makes a template of a VM.
     fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError>;
+    /// Looks whether a VM could become a template.
+    fn check_template(&self, request: TemplateRequest) -> Result<(), AgentError>;
     /// Sends a template to another host.
     fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError>;
     /// Removes a template.
@@ -107,6 +109,9 @@ impl Control for Agent {
     }
     fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError> {
         self.make_template(&request)
+    }
+    fn check_template(&self, request: TemplateRequest) -> Result<(), AgentError> {
+        self.check_template(&request)
     }
     fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {
         self.push_template(name, &request)

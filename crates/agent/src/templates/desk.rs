@@ -1,9 +1,19 @@
 //! What can be asked of an agent about templates.
 
-use super::{Entry, Template};
+use super::{Entry, Guest, Template};
 use crate::model::{PushRequest, PushView, RunRequest, TemplateRequest, TemplateView, VmView};
 use crate::registry::Vm;
 use crate::{Agent, AgentError, templates};
+
+/// While no migration of a VM begins.
+fn alone<T>(vm: &Vm, what: impl FnOnce() -> T) -> Result<T, AgentError> {
+    vm.reserve("template").map_err(|job| {
+        AgentError::Conflict(format!("VM {} is in migration {job}: wait for its end", vm.name()))
+    })?;
+    let done = what();
+    vm.free();
+    Ok(done)
+}
 
 impl Agent {
     /// The templates of this host, by name.
@@ -27,17 +37,23 @@ impl Agent {
     pub fn make_template(&self, request: &TemplateRequest) -> Result<TemplateView, AgentError> {
         let vm = self.find(&request.vm)?;
         vm.measurement().give_way(&request.vm).map_err(AgentError::Conflict)?;
-        vm.reserve("template").map_err(|job| {
-            AgentError::Conflict(format!("VM {} is in migration {job}: wait for its end", request.vm))
-        })?;
-        let made = templates::make(self.host(), &vm, request);
-        vm.free();
+        let made = alone(&vm, || templates::make(self.host(), &vm, request))?;
         if request.end && !vm.is_alive() {
             self.host().registry().remove(&vm);
         }
         let entry = made.map_err(AgentError::Failed)?;
         tracing::info!(template = entry.name, digest = entry.digest, vm = request.vm, "a template was made");
         Ok(self.shown(&entry))
+    }
+
+    /// Looks whether a VM could become a template, as far as that can be told before its guest is ready.
+    ///
+    /// # Errors
+    /// As [`Agent::make_template`].
+    pub fn check_template(&self, request: &TemplateRequest) -> Result<(), AgentError> {
+        let vm = self.find(&request.vm)?;
+        let looked = alone(&vm, || templates::look(self.host(), &vm, request, Guest::Boots))?;
+        looked.map(drop).map_err(AgentError::Failed)
     }
 
     /// Sends a template to another host, unless it is there.

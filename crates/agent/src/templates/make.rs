@@ -6,7 +6,7 @@ use crate::control::explain;
 use crate::host::{Host, fingerprint_lines};
 use crate::model::TemplateRequest;
 use crate::pages::PAGES_PER_STRIPE;
-use crate::registry::{Vm, is_usable, lock};
+use crate::registry::{Vm, VmRecord, is_usable, lock};
 use std::fs::{self, OpenOptions};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use sterna_memory::{PAGE, PageRun, Process, Reader, Region, SealedMemory, append_run, is_zero, populated};
 use sterna_vmm::qemu::CommandLine;
-use sterna_vmm::{Layout, Vmm};
+use sterna_vmm::{Code, Layout, Vmm};
 
 /// How long the VM may take to quit where the request wants it to.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
@@ -24,13 +24,58 @@ const QUIT_WITHIN: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps it from that, all reasons at once. The VM is as it was, unless the text says that it has ended.
 pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) -> Result<Entry, String> {
-    let TemplateRequest { name, argv, end, .. } = request;
+    let TemplateRequest { name, end, .. } = request;
     let templates = host.templates();
+    let _alone = lock(&templates.busy);
+    let Candidate { record, layout, own, manifest } = look(host, vm, request, Guest::Ready)?;
+    let folder = templates.unfinished(&format!("{NEW}{name}")).map_err(|why| explain(&why))?;
+    let made = write(host, vm, &layout, (&folder, *end), manifest).and_then(|(mut manifest, memory)| {
+        if *end {
+            quit(vm)?;
+            manifest.disks = disks::left(own, &record.name)?;
+        }
+        keep(templates, &folder, name, manifest, memory)
+    });
+    let made = made.map_err(|why| {
+        drop(fs::remove_dir_all(&folder));
+        let restored = if *end && vm.is_alive() { host.with_qemu(vm, |qemu| qemu.restore()) } else { Ok(()) };
+        restored.err().map_or_else(|| why.clone(), |and| format!("{why}; and the VM stands still: {and}"))
+    });
+    made.map_err(|why| if vm.is_alive() { why } else { format!("{why}; VM {} has ended", record.name) })
+}
+
+/// A VM that can become a template.
+pub(crate) struct Candidate {
+    record: VmRecord,
+    layout: Layout,
+    /// Images that it would leave.
+    own: Vec<String>,
+    manifest: Manifest,
+}
+
+/// How far a guest is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Guest {
+    /// It may still set up what QEMU does not tell before: its video memory.
+    Boots,
+    Ready,
+}
+
+/// Looks whether a VM can become a template as it is now. Nothing is done to it.
+///
+/// # Errors
+/// What keeps it from that, all reasons at once.
+pub(crate) fn look(
+    host: &Arc<Host>,
+    vm: &Arc<Vm>,
+    request: &TemplateRequest,
+    guest: Guest,
+) -> Result<Candidate, String> {
+    let TemplateRequest { name, argv, end, .. } = request;
     if !is_usable(name) {
         return Err(unusable_name(name));
     }
-    let _alone = lock(&templates.busy);
-    if let Some(known) = templates.find(name) {
+    if let Some(known) = host.templates().find(name) {
         return Err(format!("host {} has a template {name} already (digest {})", host.name(), known.digest));
     }
     let record = vm.record();
@@ -50,6 +95,7 @@ pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) ->
         Ok((qemu.layout()?, qemu.fingerprint()?, qemu.machine_type()?, qemu.cpu_model()?, version))
     });
     let (layout, fingerprint, machine, cpu, qemu) = looked?;
+    reasons.retain(|reason| guest == Guest::Ready || reason.code != Code::Layout);
     let mut texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
     let main = main_block(&layout);
     if let Err(why) = line.on_template(&layout.blocks[main].name, layout.blocks[main].bytes) {
@@ -71,20 +117,7 @@ pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) ->
         pages_digest: String::new(),
         disks: Vec::new(),
     };
-    let folder = templates.unfinished(&format!("{NEW}{name}")).map_err(|why| explain(&why))?;
-    let made = write(host, vm, &layout, (&folder, *end), manifest).and_then(|(mut manifest, memory)| {
-        if *end {
-            quit(vm)?;
-            manifest.disks = disks::left(own, &record.name)?;
-        }
-        keep(templates, &folder, name, manifest, memory)
-    });
-    let made = made.map_err(|why| {
-        drop(fs::remove_dir_all(&folder));
-        let restored = if *end && vm.is_alive() { host.with_qemu(vm, |qemu| qemu.restore()) } else { Ok(()) };
-        restored.err().map_or_else(|| why.clone(), |and| format!("{why}; and the VM stands still: {and}"))
-    });
-    made.map_err(|why| if vm.is_alive() { why } else { format!("{why}; VM {} has ended", record.name) })
+    Ok(Candidate { record, layout, own, manifest })
 }
 
 /// Ends a VM that stands still and is stored.

@@ -319,10 +319,8 @@ impl Control for Fake {
         found.ok_or_else(|| AgentError::NotFound(format!("there is no template {name} here")))
     }
     fn make_template(&self, request: TemplateRequest) -> Result<TemplateView, AgentError> {
+        self.check_template(request.clone())?;
         let vm = self.vm(&request.vm)?;
-        if request.vm == "stuck" {
-            return Err(AgentError::Failed("VM stuck cannot become a template: it may write a disk".into()));
-        }
         let template = TemplateView {
             name: request.name.clone(),
             digest: "ab".repeat(32),
@@ -340,6 +338,13 @@ impl Control for Fake {
             self.vms.lock().unwrap().remove(&request.vm);
         }
         Ok(template)
+    }
+    fn check_template(&self, request: TemplateRequest) -> Result<(), AgentError> {
+        self.vm(&request.vm)?;
+        if ["stuck", "unfit"].contains(&request.vm.as_str()) {
+            return Err(AgentError::Failed("this VM cannot become a template: it may write a disk".into()));
+        }
+        Ok(())
     }
     fn push_template(&self, name: &str, request: PushRequest) -> Result<PushView, AgentError> {
         let template = self.template(name)?;

@@ -37,10 +37,11 @@ impl Scene {
         let argv = self.world.argv(&guest);
         let clones = argv.iter().map(|argument| argument.replace("golden", "{vm}")).collect();
         self.a.run(RunRequest { name: "golden".into(), argv, template: None }).unwrap();
-        // Not before its load has filled its memory.
-        self.world.wait_for("golden", "LOAD t=", BOOT);
         let request =
             TemplateRequest { name: name.into(), vm: "golden".into(), end: false, argv: Some(clones) };
+        self.a.check_template(&request).unwrap();
+        // Not before its load has filled its memory.
+        self.world.wait_for("golden", "LOAD t=", BOOT);
         let made = self.a.make_template(&request).unwrap();
         assert_eq!((made.name.as_str(), made.ram_bytes), (name, RAM));
         // The VM goes on.
@@ -408,8 +409,12 @@ fn clones_write_disks_of_their_own(version: &str) {
         end,
         argv: Some(Vec::clone(&clones)),
     };
-    let why = scene.a.make_template(&request(false)).unwrap_err().to_string();
-    assert!(why.contains("golden.qcow2") && why.contains("no --from"), "{why}");
+    for refused in [scene.a.check_template(&request(false)), scene.a.make_template(&request(false)).map(drop)]
+    {
+        let why = refused.unwrap_err().to_string();
+        assert!(why.contains("golden.qcow2") && why.contains("no --from"), "{why}");
+    }
+    scene.a.check_template(&request(true)).unwrap();
     assert_eq!(scene.a.vm("golden").unwrap().state, "running");
     let made = scene.a.make_template(&request(true)).unwrap();
     assert_eq!(made.disks, [scene.image("golden").display().to_string()]);

@@ -118,7 +118,12 @@ fn case(
         contenders[2].moves.push(crowd::stock(stage, whole, stock::Order::of(way))?);
     }
     let proof: Vec<&str> = options.iter().copied().chain(["--verify"]).collect();
-    let verified = Some(crowd::verify_gang(stage, vms, &ours::Order::with(&proof)));
+    let verified = crowd::verify_gang(stage, vms, &ours::Order::with(&proof));
+    if let Some(why) = &verified.error {
+        // Where they are now nobody can tell, and what comes next would be what is said.
+        run.tell(&format!("RAM is not proved equal: {why}"));
+    }
+    let verified = Some(verified);
     let link = content.unique_mb() * 1e6 / idle::LINK_BYTES_PER_MS;
     let limits = vec![
         Limit {

@@ -87,8 +87,16 @@ async fn boot(client: &Client, args: &TemplateCreate) -> Result<TemplateView, Fa
     // From here on there is a VM that nobody else ends.
     let mut interrupts = Interrupts::listen()?;
     let _: VmView = client.send(Method::POST, "/v1/vms", &request, None).await?;
-    tell(&format!("{name}: booted; waiting until it is ready"));
     let making = async {
+        // What keeps it from becoming one is known before its guest is ready.
+        let request = TemplateRequest {
+            name: name.clone(),
+            vm: name.clone(),
+            end: true,
+            argv: Some(args.argv.clone()),
+        };
+        client.submit("/v1/templates?check=true", &request).await?;
+        tell(&format!("{name}: started; waiting until it is ready"));
         ready(client, args, before).await?;
         tell(&format!("{name}: ready; its memory is written down"));
         make(client, name, name, true, Some(args.argv.clone())).await

@@ -39,6 +39,12 @@ fn a_vm_is_booted_until_it_is_ready() {
     assert!(err(&late).contains("not ready"), "{}", err(&late));
     assert!(server.fake.vms.lock().unwrap().get("golden").is_none(), "it was ended");
     ends(&by(&["--until-command", "exit 1", "--within", "0.5"]), 1);
+    // What cannot become a template is not waited for.
+    let unfit = ["template", "create", "unfit", "--after", "600", "--within", "1000"];
+    let refused = sterna(&server, &[&unfit[..], &line].concat());
+    ends(&refused, 1);
+    assert!(err(&refused).contains("it may write a disk"), "{}", err(&refused));
+    assert!(server.fake.vms.lock().unwrap().get("unfit").is_none());
     ends(&by(&["--until-command", "true", "--after", "0.1"]), 0);
     let made = server.fake.templates.lock().unwrap()["golden"].clone();
     assert_eq!(made.argv, &line[1..], "clones have names of their own");
