@@ -223,6 +223,26 @@ fn the_first_round_begins_while_the_target_starts_a_qemu() {
     assert_eq!(confirmed.status(at(200)), Status::Failed, "nobody can have installed what was sent");
 }
 
+/// Sockets take bytes for a while though nobody reads them: a target that never answers is waited for as long as it may take, and no longer.
+#[test]
+fn bytes_that_go_do_not_keep_a_target_that_never_answers() {
+    let mut source = Source::new(parameters(RateLimits::default(), false, LIMIT), Duration::ZERO);
+    let welcome = Welcome { version: VERSION_MAX, software: String::new() };
+    let before =
+        [SourceInput::Recorded, SourceInput::Message(Message::Welcome(welcome)), SourceInput::Opened];
+    for input in before.into_iter().chain([SourceInput::Tracked(Pages(RAM))]) {
+        source.handle(input, Duration::ZERO);
+    }
+    let second = |second| Duration::from_secs(second);
+    let waits = |source: &mut Source, at: u64| {
+        source.handle(SourceInput::Sent(Bytes(at << 20)), second(at));
+        source.handle(SourceInput::Tick, second(at));
+        source.status(second(at)) == Status::Active
+    };
+    let given_up = (1..200).find(|at| !waits(&mut source, *at));
+    assert_eq!(given_up, Some(120));
+}
+
 /// A switch that is asked for before it is known whether the target can do it ends the round only if it can: else nothing more would be sent.
 #[test]
 fn a_switch_that_is_asked_for_early_waits_for_the_targets_word() {

@@ -7,6 +7,8 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::ops::Range;
 
+use nix::libc::{ENAMETOOLONG, ENOENT};
+
 use crate::process::{Process, ProcessError};
 use crate::sys::procmap::{self, Found};
 
@@ -65,11 +67,8 @@ pub(crate) fn within(
     ranges: impl Iterator<Item = Range<u64>>,
 ) -> Result<Vec<Map>, ProcessError> {
     let mut file = process.open_proc("maps")?;
-    let maps = match ask(&file, ranges) {
-        // Linux before 6.11.
-        Err(why) if why.raw_os_error() == Some(nix::libc::ENOTTY) => read(&mut file),
-        asked => asked,
-    };
+    // Linux before 6.11 cannot be asked; nor can another where a rule of the host forbids it.
+    let maps = ask(&file, ranges).or_else(|_| read(&mut file));
     process.is_alive().then_some(()).ok_or_else(|| process.gone())?;
     maps.map_err(|source| ProcessError::Proc { pid: process.pid(), what: "maps", source })
 }
@@ -106,13 +105,14 @@ fn of_found(maps: &File, map: &Found, files: &mut Vec<((u64, u64), Whose)>) -> i
         Some((_, file)) => *file,
         None if map.inode == 0 => Whose::Other,
         None => match procmap::name(maps, map.start) {
-            Ok(name) => {
+            Ok((named, name)) if named == *map => {
                 let file = whose(&name);
                 files.push((key, file));
                 file
             }
-            // It is gone since: then it is nobody's.
-            Err(why) if why.raw_os_error() == Some(nix::libc::ENOENT) => Whose::Other,
+            // It has changed since, and is gone: then it is nobody's. A name of ours is short.
+            Ok(_) => Whose::Other,
+            Err(why) if [ENOENT, ENAMETOOLONG].map(Some).contains(&why.raw_os_error()) => Whose::Other,
             Err(why) => return Err(why),
         },
     };

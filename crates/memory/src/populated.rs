@@ -111,26 +111,27 @@ pub fn populated_and_own(
 ) -> Result<(Vec<PageRun>, Vec<PageRun>), PopulatedError> {
     let failed = |source| PopulatedError::Scan { pid: process.pid(), source };
     let mut scanner = PageMap::new(process.open_proc("pagemap")?);
-    let tell = PRESENT | SWAPPED | ZERO;
-    let query = Query { none: FILE, any: PRESENT | SWAPPED, tell, ..Query::default() };
+    let query = Query { any: PRESENT | SWAPPED, tell: PRESENT | SWAPPED | ZERO | FILE, ..Query::default() };
     let mut found = Vec::new();
     scanner
         .scan(query, region.base, region.end(), |start, end, categories| found.push((start, end, categories)))
         .map_err(failed)?;
     let (mut populated, mut own, mut swapped_out) = (Vec::new(), Vec::new(), Vec::new());
     for (start, end, categories) in found {
-        if categories & PRESENT == 0 {
+        if categories & FILE != 0 {
+            populated.push(region.run(start, end));
+        } else if categories & PRESENT == 0 {
             swapped_out.clear();
             swapped(&scanner, region, start, end, &mut swapped_out).map_err(failed)?;
             swapped_out.iter().for_each(|run| {
                 append_run(&mut own, *run);
                 append_run(&mut populated, *run);
             });
-            continue;
-        }
-        append_run(&mut own, region.run(start, end));
-        if categories & ZERO == 0 {
-            append_run(&mut populated, region.run(start, end));
+        } else {
+            append_run(&mut own, region.run(start, end));
+            if categories & ZERO == 0 {
+                append_run(&mut populated, region.run(start, end));
+            }
         }
     }
     if !process.is_alive() {

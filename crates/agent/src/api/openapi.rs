@@ -20,6 +20,7 @@ use utoipa::OpenApi;
         working_set::measure,
         templates::templates,
         templates::make,
+        templates::check,
         templates::template,
         templates::remove,
         templates::push,

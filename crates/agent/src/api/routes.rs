@@ -25,6 +25,7 @@ pub(crate) fn router(context: Context) -> Router {
         .route("/v1/vms/{name}/recover", post(recover))
         .route("/v1/vms/{name}/working-set", post(working_set::measure))
         .route("/v1/templates", get(templates::templates).post(templates::make))
+        .route("/v1/template-checks", post(templates::check))
         .route("/v1/templates/{name}", get(templates::template).delete(templates::remove))
         .route("/v1/templates/{name}/push", post(templates::push))
         .route("/v1/hosts", get(hosts))

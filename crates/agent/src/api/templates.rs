@@ -6,7 +6,7 @@ use super::request::JsonBody;
 use super::routes::blocking;
 use crate::model::{Problem, PushRequest, PushView, TemplateRequest, TemplateView};
 use axum::Json;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
@@ -18,31 +18,28 @@ pub(crate) async fn templates(State(context): State<Context>) -> Answer<Json<Vec
     blocking(context, |agent| Ok(agent.templates())).await.map(Json)
 }
 
-/// What is wanted of a VM.
-#[derive(serde::Deserialize)]
-pub(crate) struct Wanted {
-    #[serde(default)]
-    check: bool,
-}
-
-#[utoipa::path(post, path = "/v1/templates", request_body = TemplateRequest,
-    params(("check" = Option<bool>, Query, description = "only look whether it could be made of the VM as it is now")), responses(
+#[utoipa::path(post, path = "/v1/templates", request_body = TemplateRequest, responses(
     (status = 201, body = TemplateView, headers(("Location" = String, description = "where the template is"))),
-    (status = 204, description = "it was only looked, and it could be made"),
     (status = "default", body = Problem, content_type = "application/problem+json")))]
 /// Makes a template of a VM, which stands still for a moment and runs on.
 pub(crate) async fn make(
     State(context): State<Context>,
-    Query(wanted): Query<Wanted>,
     JsonBody(request): JsonBody<TemplateRequest>,
 ) -> Answer<Response> {
-    if wanted.check {
-        blocking(context, move |agent| agent.check_template(request)).await?;
-        return Ok(StatusCode::NO_CONTENT.into_response());
-    }
     let view = blocking(context, move |agent| agent.make_template(request)).await?;
     let location = format!("/v1/templates/{}", view.name);
     Ok((StatusCode::CREATED, [(header::LOCATION, location)], Json(view)).into_response())
+}
+
+#[utoipa::path(post, path = "/v1/template-checks", request_body = TemplateRequest, responses(
+    (status = 204, description = "nothing keeps the VM from it, as far as that can be told before its guest is ready"),
+    (status = "default", body = Problem, content_type = "application/problem+json")))]
+/// Looks whether a template could be made of a VM, and makes none.
+pub(crate) async fn check(
+    State(context): State<Context>,
+    JsonBody(request): JsonBody<TemplateRequest>,
+) -> Answer<StatusCode> {
+    blocking(context, move |agent| agent.check_template(request)).await.map(|()| StatusCode::NO_CONTENT)
 }
 
 #[utoipa::path(get, path = "/v1/templates/{name}", params(("name" = String, Path,)), responses(

@@ -115,6 +115,8 @@ impl Collector {
                 pages = merge(&self.own(at)?, &self.blocks[at].common);
                 self.shared += subtract(&all, &pages).iter().map(|run| run.pages).sum::<u64>();
                 self.touched[at].clone_from(&pages);
+            } else if !has_common(&self.blocks[at]) && !self.blocks[at].common.is_empty() {
+                self.touched[at] = self.own_of_common(at)?;
             }
             self.set.add(at, &pages, &[]);
         }

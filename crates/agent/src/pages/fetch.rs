@@ -385,7 +385,7 @@ impl Shared {
         if silent && let Some(writer) = lock(&self.demand).take() {
             let of = self.connections.load(Ordering::Relaxed);
             writer.shutdown_handle().shutdown();
-            self.lose(of, "nothing comes from the source, though pages are missing".into());
+            self.lose(of, "nothing comes from the source, though pages are to come".into());
         }
     }
 

@@ -81,7 +81,7 @@ pub(super) fn find(members: &[Member]) -> Groups {
             Vec::new()
         })
     });
-    Groups::of_keys(keyed.concat())
+    Groups::of_keys(keyed.into_iter().flatten().collect())
 }
 
 /// Looks at all members, several at once, and returns what was seen in their order.
@@ -91,10 +91,19 @@ fn of_each<T: Send>(members: &[Member], look: impl Fn(u16, &Member) -> T + Sync)
         (first..).zip(some).map(|(at, member)| look(at as u16, member)).collect::<Vec<T>>()
     };
     let each = members.len().div_ceil(at_once).max(1);
+    let of = &of;
     std::thread::scope(|scope| {
-        let parts = members.chunks(each).enumerate();
-        let looks: Vec<_> = parts.map(|(part, some)| scope.spawn(move || of(part * each, some))).collect();
-        looks.into_iter().flat_map(|look| look.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        let begin = |(part, some): (usize, _)| {
+            let named = std::thread::Builder::new().name("alike".into());
+            named.spawn_scoped(scope, move || of(part * each, some)).map_err(|_| (part, some))
+        };
+        let looks: Vec<_> = members.chunks(each).enumerate().map(begin).collect();
+        let seen = looks.into_iter().flat_map(|look| match look {
+            Ok(look) => look.join().unwrap_or_else(|panic| resume_unwind(panic)),
+            // No thread can be had.
+            Err((part, some)) => of(part * each, some),
+        });
+        seen.collect()
     })
 }
 

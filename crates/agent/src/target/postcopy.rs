@@ -393,6 +393,11 @@ impl Arriving<'_> {
 
     /// The missing pages are gone.
     pub(super) fn strand(&mut self, why: &str) {
+        if self.lazy.fetch.as_ref().is_some_and(|fetch| fetch.remaining() == 0) {
+            // All is here but what would prove it: without the connection that is not waited for.
+            drop(self.lost(String::new()));
+            return;
+        }
         drop(self.lost(String::new()));
         (self.lazy.paused, self.lazy.told) = (None, true);
         if let Some(vm) = &self.vm {

@@ -1,6 +1,6 @@
 //! What can be asked of an agent about templates.
 
-use super::{Entry, Guest, Template};
+use super::{Entry, Template};
 use crate::model::{PushRequest, PushView, RunRequest, TemplateRequest, TemplateView, VmView};
 use crate::registry::Vm;
 use crate::{Agent, AgentError, templates};
@@ -52,8 +52,8 @@ impl Agent {
     /// As [`Agent::make_template`].
     pub fn check_template(&self, request: &TemplateRequest) -> Result<(), AgentError> {
         let vm = self.find(&request.vm)?;
-        let looked = alone(&vm, || templates::look(self.host(), &vm, request, Guest::Boots))?;
-        looked.map(drop).map_err(AgentError::Failed)
+        let checked = alone(&vm, || templates::check(self.host(), &vm, request))?;
+        checked.map_err(AgentError::Failed)
     }
 
     /// Sends a template to another host, unless it is there.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use sterna_memory::{PAGE, PageRun, Process, Reader, Region, SealedMemory, append_run, is_zero, populated};
 use sterna_vmm::qemu::CommandLine;
-use sterna_vmm::{Code, Layout, Vmm};
+use sterna_vmm::{Layout, Vmm};
 
 /// How long the VM may take to quit where the request wants it to.
 const QUIT_WITHIN: Duration = Duration::from_secs(10);
@@ -27,7 +27,7 @@ pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) ->
     let TemplateRequest { name, end, .. } = request;
     let templates = host.templates();
     let _alone = lock(&templates.busy);
-    let Candidate { record, layout, own, manifest } = look(host, vm, request, Guest::Ready)?;
+    let Candidate { record, layout, own, manifest } = look(host, vm, request)?;
     let folder = templates.unfinished(&format!("{NEW}{name}")).map_err(|why| explain(&why))?;
     let made = write(host, vm, &layout, (&folder, *end), manifest).and_then(|(mut manifest, memory)| {
         if *end {
@@ -45,7 +45,7 @@ pub(crate) fn make(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) ->
 }
 
 /// A VM that can become a template.
-pub(crate) struct Candidate {
+struct Candidate {
     record: VmRecord,
     layout: Layout,
     /// Images that it would leave.
@@ -53,24 +53,18 @@ pub(crate) struct Candidate {
     manifest: Manifest,
 }
 
-/// How far a guest is.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Guest {
-    /// It may still set up what QEMU does not tell before: its video memory.
-    Boots,
-    Ready,
+/// What is asked for, and of which VM.
+struct Asked {
+    record: VmRecord,
+    argv: Vec<String>,
+    line: CommandLine,
+    own: Vec<String>,
+    /// Those images by their names.
+    written: Vec<String>,
 }
 
-/// Looks whether a VM can become a template as it is now. Nothing is done to it.
-///
-/// # Errors
-/// What keeps it from that, all reasons at once.
-pub(crate) fn look(
-    host: &Arc<Host>,
-    vm: &Arc<Vm>,
-    request: &TemplateRequest,
-    guest: Guest,
-) -> Result<Candidate, String> {
+/// Whether this can be asked for at all.
+fn asked(host: &Host, vm: &Vm, request: &TemplateRequest) -> Result<Asked, String> {
     let TemplateRequest { name, argv, end, .. } = request;
     if !is_usable(name) {
         return Err(unusable_name(name));
@@ -87,6 +81,30 @@ pub(crate) fn look(
     // Only a VM that is ended leaves its disks as its memory has them.
     let own = if *end { disks::own(&line) } else { Vec::new() };
     let written = super::start::named(&own, &record.name);
+    Ok(Asked { record, argv, line, own, written })
+}
+
+/// All reasons at once.
+fn refused(record: &VmRecord, texts: &[String]) -> Result<(), String> {
+    match texts {
+        [] => Ok(()),
+        _ => Err(format!("VM {} cannot become a template: {}", record.name, texts.join("; "))),
+    }
+}
+
+/// Looks whether a VM whose guest may not be ready yet could become a template. Nothing is done to it.
+///
+/// # Errors
+/// What keeps it from that whatever its guest does, all reasons at once.
+pub(crate) fn check(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) -> Result<(), String> {
+    let Asked { record, written, .. } = asked(host, vm, request)?;
+    let reasons = host.with_qemu(vm, |qemu| qemu.early_template_reasons(&written))?;
+    let texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
+    refused(&record, &texts)
+}
+
+fn look(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) -> Result<Candidate, String> {
+    let Asked { record, argv, line, own, written } = asked(host, vm, request)?;
     let mut reasons = Vec::new();
     let looked = host.with_qemu(vm, |qemu| {
         reasons.extend(qemu.source_reasons()?);
@@ -95,15 +113,12 @@ pub(crate) fn look(
         Ok((qemu.layout()?, qemu.fingerprint()?, qemu.machine_type()?, qemu.cpu_model()?, version))
     });
     let (layout, fingerprint, machine, cpu, qemu) = looked?;
-    reasons.retain(|reason| guest == Guest::Ready || reason.code != Code::Layout);
     let mut texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
     let main = main_block(&layout);
     if let Err(why) = line.on_template(&layout.blocks[main].name, layout.blocks[main].bytes) {
         texts.push(why.to_owned());
     }
-    if !texts.is_empty() {
-        return Err(format!("VM {} cannot become a template: {}", record.name, texts.join("; ")));
-    }
+    refused(&record, &texts)?;
     let manifest = Manifest {
         argv,
         machine,

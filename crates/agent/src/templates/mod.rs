@@ -32,7 +32,7 @@ mod start;
 pub(crate) use base::Base;
 use format::Pages;
 pub(crate) use format::{Manifest, StoredBlock};
-pub(crate) use make::{Guest, look, make};
+pub(crate) use make::{check, make};
 pub(crate) use push::{Follower, Manners, Told, follow, receive};
 pub(crate) use start::{Started, start};
 

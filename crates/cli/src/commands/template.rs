@@ -95,7 +95,7 @@ async fn boot(client: &Client, args: &TemplateCreate) -> Result<TemplateView, Fa
             end: true,
             argv: Some(args.argv.clone()),
         };
-        client.submit("/v1/templates?check=true", &request).await?;
+        client.submit("/v1/template-checks", &request).await?;
         tell(&format!("{name}: started; waiting until it is ready"));
         ready(client, args, before).await?;
         tell(&format!("{name}: ready; its memory is written down"));

@@ -176,7 +176,7 @@ impl Held {
     }
 
     /// Has the thread run machine code that ends with the instruction before `code.end`, an `int3`; the registers that it ends with. Nothing
-    /// happens where the process ignores what that raises: the kernel would change what it does with that signal.
+    /// happens where the process ignores what that raises, for the kernel would change what it does with that signal, or has been sent one.
     ///
     /// A thread that somebody traces is stopped before it gets a signal that it raises itself, and who traces it can take that away. The signal
     /// must not be blocked meanwhile: the kernel would unblock it, and forget the program's handler (`force_sig_info_to_task`, kernel/signal.c).
@@ -185,7 +185,7 @@ impl Held {
         code: Range<u64>,
         set: impl FnOnce(&mut Registers),
     ) -> Result<Option<Registers>, Failure> {
-        if ignores_traps(self.tid) {
+        if has_traps(self.tid) {
             return Ok(None);
         }
         let mut regs = Registers { rip: code.start, orig_rax: u64::MAX, ..self.saved };
@@ -305,11 +305,13 @@ fn other(e: io::Error) -> Failure {
     }
 }
 
-/// Whether the process ignores SIGTRAP, or nobody can tell.
-fn ignores_traps(tid: i32) -> bool {
+/// Whether the process ignores SIGTRAP, or has one that waits for it, or nobody can tell.
+fn has_traps(tid: i32) -> bool {
     let status = std::fs::read_to_string(format!("/proc/{tid}/status")).unwrap_or_default();
-    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    ignored.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & TRAP != 0)
+    ["SigIgn:", "SigPnd:", "ShdPnd:"].iter().any(|name| {
+        let mask = status.lines().find_map(|line| line.strip_prefix(name));
+        mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_none_or(|mask| mask & TRAP != 0)
+    })
 }
 
 fn stops_process(signal: i32) -> bool {

@@ -312,8 +312,9 @@ fn map_many(
         (regs.rbx, regs.r12) = (at + PAGE, ranges.len() as u64);
         (regs.rdx, regs.r10, regs.r8) = (rights, kind, fd);
     });
-    held.call(__NR_munmap, [at, len, 0])?;
+    let unmapped = held.call(__NR_munmap, [at, len, 0]);
     let left = ran?.map_or(ranges.len(), |left| left as usize);
+    succeeded("munmap", unmapped?)?;
     Ok(ranges.len().saturating_sub(left))
 }
 

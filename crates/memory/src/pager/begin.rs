@@ -84,13 +84,18 @@ impl Pager {
                 return Err(PagerError::Bits);
             }
             let there = self.occupied(scanner, plan)?;
+            let mut dropped = |clear: &[PageRun], there: &[PageRun]| {
+                spans.extend(hulls(clear, there).into_iter().map(|run| plan.region.span(run)));
+            };
+            if !plan.is_seen_by_others() {
+                dropped(clear, &there);
+                continue;
+            }
             for part in &plan.parts {
                 let clear = part.within(plan, clear);
-                if part.segment.kind == Kind::Shared {
-                    self.punch(plan, part, &clear)?;
-                } else {
-                    let there = part.within(plan, &there);
-                    spans.extend(hulls(&clear, &there).into_iter().map(|run| plan.region.span(run)));
+                match part.segment.kind {
+                    Kind::Shared => self.punch(plan, part, &clear)?,
+                    _ => dropped(&clear, &part.within(plan, &there)),
                 }
             }
         }
@@ -137,7 +142,7 @@ impl Pager {
         for part in &plan.parts {
             let span = part.segment.span();
             let registered = match part.segment.kind {
-                Kind::Common if part.within(plan, clear).is_empty() => continue,
+                Kind::Common if !part.has_any(plan, clear) => continue,
                 Kind::Anonymous if has_common => continue,
                 Kind::Common => self.uffd.register_missing_above_file(span),
                 Kind::Private if plan.huge.is_none() => self.uffd.register_missing_above_file(span),
@@ -169,17 +174,13 @@ impl Pager {
         clear: &[Vec<PageRun>],
     ) -> Result<Option<u64>, PagerError> {
         for (plan, clear) in self.regions.iter().zip(clear) {
-            let occupied = self.occupied(scanner, plan)?;
-            for part in &plan.parts {
-                let clear = part.within(plan, clear);
-                let mut there = Vec::new();
-                intersection(&clear, &part.within(plan, &occupied), &mut there);
-                if part.segment.kind == Kind::Shared {
-                    self.data(plan, part, &clear, &mut there)?;
-                }
-                if let Some(run) = there.first() {
-                    return Ok(Some(plan.region.span(*run).addr));
-                }
+            let mut there = Vec::new();
+            intersection(clear, &self.occupied(scanner, plan)?, &mut there);
+            for part in plan.parts.iter().filter(|part| part.segment.kind == Kind::Shared) {
+                self.data(plan, part, &part.within(plan, clear), &mut there)?;
+            }
+            if let Some(run) = there.first() {
+                return Ok(Some(plan.region.span(*run).addr));
             }
         }
         Ok(None)
@@ -217,11 +218,30 @@ impl Pager {
     }
 }
 
+impl Plan {
+    /// Whether any of it is in a file that others may have mapped too.
+    fn is_seen_by_others(&self) -> bool {
+        self.parts.iter().any(|part| part.segment.kind == Kind::Shared)
+    }
+}
+
 impl Part {
+    /// Its pages in the region.
+    fn pages(&self, plan: &Plan) -> PageRun {
+        let Span { addr, len } = self.segment.span();
+        plan.region.run(addr, addr + len)
+    }
+
+    /// Whether any of a region's runs lies in this part.
+    fn has_any(&self, plan: &Plan, runs: &[PageRun]) -> bool {
+        let part = self.pages(plan);
+        let at = runs.partition_point(|run| run.end() <= part.first);
+        runs.get(at).is_some_and(|run| run.first < part.end())
+    }
+
     /// What of a region's runs lies in this part.
     fn within(&self, plan: &Plan, runs: &[PageRun]) -> Vec<PageRun> {
-        let Span { addr, len } = self.segment.span();
-        let part = plan.region.run(addr, addr + len);
+        let part = self.pages(plan);
         // There may be thousands of parts, and of runs.
         let runs = &runs[runs.partition_point(|run| run.end() <= part.first)..];
         let runs = &runs[..runs.partition_point(|run| run.first < part.end())];

@@ -15,7 +15,7 @@ const _: () = assert!(size_of::<procmap_query>() == 104);
 const NAME_BYTES: usize = 4096;
 
 /// A mapping, as the kernel tells it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Found {
     pub(crate) start: u64,
     pub(crate) end: u64,
@@ -41,16 +41,16 @@ pub(crate) fn at_or_above(maps: &File, address: u64) -> io::Result<Option<Found>
     }
 }
 
-/// The name of the mapping at an address, as the list of mappings shows it.
+/// The mapping at an address, and its name as the list of mappings shows it.
 ///
 /// # Errors
 /// What the kernel says.
-pub(crate) fn name(maps: &File, address: u64) -> io::Result<Vec<u8>> {
+pub(crate) fn name(maps: &File, address: u64) -> io::Result<(Found, Vec<u8>)> {
     let mut name = vec![0; NAME_BYTES];
-    ask(maps, address, 0, &mut name)?;
+    let found = ask(maps, address, 0, &mut name)?;
     let end = name.iter().position(|byte| *byte == 0).unwrap_or(0);
     name.truncate(end);
-    Ok(name)
+    Ok((found, name))
 }
 
 fn ask(maps: &File, address: u64, flags: u64, name: &mut [u8]) -> io::Result<Found> {

@@ -52,13 +52,19 @@ const DEVICES: &[(&str, &str)] = &[
     ("tpm-", "its state is in another process of this host; unplug it before the move"),
 ];
 
-pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
+/// Those of them that do not depend on how far its guest is.
+pub(super) fn lasting_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
     let mut reasons = Vec::new();
     version_reason(qemu.version(), &mut reasons);
-    run_state_reason(&qemu.status()?, &mut reasons);
     blocked_reasons(qemu, &mut reasons)?;
     device_reasons(qemu, &mut reasons)?;
     disk_reasons(qemu, &mut reasons)?;
+    Ok(reasons)
+}
+
+pub(super) fn source_reasons(qemu: &mut Qemu) -> Result<Vec<Reason>, VmmError> {
+    let mut reasons = lasting_reasons(qemu)?;
+    run_state_reason(&qemu.status()?, &mut reasons);
     match qemu.layout() {
         Ok(layout) => {
             layout_reasons(&layout, &mut reasons);

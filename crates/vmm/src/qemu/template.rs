@@ -31,6 +31,17 @@ impl Qemu {
         Ok(reasons)
     }
 
+    /// What of [`Vmm::source_reasons`](crate::Vmm::source_reasons) and of [`Qemu::template_reasons`] does not depend on how far the guest is: a
+    /// guest that boots has not set up its video memory yet.
+    ///
+    /// # Errors
+    /// As any question.
+    pub fn early_template_reasons(&mut self, own: &[String]) -> Result<Vec<Reason>, VmmError> {
+        let mut reasons = super::precheck::lasting_reasons(self)?;
+        reasons.extend(self.template_reasons(own)?);
+        Ok(reasons)
+    }
+
     /// Whether it could try to give back memory that is a template's.
     ///
     /// # Errors
