@@ -4,6 +4,7 @@
 
 use std::process::exit;
 
+use sterna_lab::process::ProcessId;
 use sterna_lab::state::{self, Owner, State};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
@@ -27,10 +28,21 @@ pub(crate) fn clean_up_when_interrupted() -> anyhow::Result<()> {
         });
         eprintln!("\ninterrupted: removing the lab");
         remove_own_labs();
+        end_children();
         sterna_lab::setting::put_all_back();
         exit(INTERRUPTED);
     });
     Ok(())
+}
+
+/// Commands that were waited for: without their agents they would ask for a minute where those are.
+fn end_children() {
+    let tasks = std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let children = tasks
+        .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+        .collect::<String>();
+    let pids = children.split_whitespace().filter_map(|pid| pid.parse().ok());
+    pids.filter_map(ProcessId::of).for_each(|child| drop(child.kill()));
 }
 
 fn remove_own_labs() {

@@ -75,18 +75,34 @@ struct Test {
     arguments: Vec<String>,
 }
 
+/// The rows, as `--help` lists them.
+fn rows() -> String {
+    let line = |row: &Row| {
+        let number = row.number().map_or_else(String::new, |number| number.to_string());
+        let usual = if Row::DEFAULT.contains(row) { "" } else { " (when named)" };
+        format!("  {number:>2}  {:<10}  {}{usual}\n", row.name(), row.title())
+    };
+    let lines: String = Row::ALL.iter().map(line).collect();
+    format!(
+        "Rows:\n{lines}\nAll but those that have to be named take 15 minutes with --quick, and took 45 with 3 to 5 pairs. Goals, figures and how they came \
+         about: docs/performance.md. Exit code 1: a row missed a goal or could not run; the summary says which.\n\nExample:\n  \
+         cargo xtask bench 1 2 --pairs 3 --out rows.json && cargo xtask report rows.json --out rows.html"
+    )
+}
+
 #[derive(Args)]
+#[command(after_help = rows())]
 struct Bench {
-    /// Which rows, by number or name; the usual ones when none is given
+    /// Which rows, by number or name; all but those that have to be named when none is given
     #[arg(value_name = "ROW")]
     rows: Vec<Row>,
     /// Pairs of one move of ours and one of stock QEMU's, which alternate
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100))]
     pairs: u32,
-    /// Only see that it works: one pair of each, fewer repetitions
+    /// Only see that it works: one pair of each, fewer repetitions (row 2: three), judged by the same goals
     #[arg(long, conflicts_with = "pairs")]
     quick: bool,
-    /// Write every raw sample as JSON
+    /// Write every raw sample as JSON, after each row
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// No rows, but the microbenchmarks of the hot paths, beside those of another revision: as `micro --compare`

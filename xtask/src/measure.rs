@@ -4,8 +4,9 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use sterna_bench::ours::Progress;
+use sterna_bench::results::RowResult;
 use sterna_bench::{Extent, Kit, Results, Row, report, rows, table};
 
 use crate::cargo;
@@ -13,6 +14,7 @@ use crate::{Bench, Built, interrupt, packages};
 
 /// `cargo xtask demo`
 pub(crate) fn demo(arguments: &crate::Demo) -> anyhow::Result<()> {
+    must_be_writable(arguments.out.as_deref())?;
     let kit = kit(&arguments.built)?;
     let extent = Extent { pairs: 1, quick: false, progress: Progress::Shown };
     let results = measured(&kit, &[Row::Demo], extent, arguments.out.as_deref())?;
@@ -25,6 +27,7 @@ pub(crate) fn demo(arguments: &crate::Demo) -> anyhow::Result<()> {
 
 /// `cargo xtask bench`
 pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
+    must_be_writable(bench.out.as_deref())?;
     let kit = kit(&bench.built)?;
     let rows = if bench.rows.is_empty() { &Row::DEFAULT[..] } else { &bench.rows };
     let pairs = if bench.quick { 1 } else { bench.pairs };
@@ -36,7 +39,14 @@ pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
 }
 
 fn measured(kit: &Kit, rows: &[Row], extent: Extent, out: Option<&Path>) -> anyhow::Result<Results> {
-    let results = rows::run(kit, rows, extent, &told(Instant::now()), &|row| println!("{}", table::row(row)));
+    // After each row: a full run takes an hour, and may be interrupted.
+    let done = |results: &Results, row: &RowResult| {
+        println!("{}", table::row(row));
+        if let Err(why) = write(out, results) {
+            eprintln!("{why:#}");
+        }
+    };
+    let results = rows::run(kit, rows, extent, &told(Instant::now()), &done);
     write(out, &results)?;
     Ok(results)
 }
@@ -62,7 +72,13 @@ fn kit(built: &Built) -> anyhow::Result<Kit> {
     let ready = packages::ensure()?;
     ensure!(is_root()?, "hosts are made of network namespaces, which only root can make: run it as root");
     let programs = match &built.programs {
-        Some(directory) => directory.clone(),
+        Some(directory) => {
+            let lacks = |name: &&&str| !directory.join(name).is_file();
+            if let Some(name) = ["sterna", "sterna-attach"].iter().find(lacks) {
+                bail!("there is no {name} in {}", directory.display());
+            }
+            directory.clone()
+        }
         None => cargo::build()?,
     };
     interrupt::clean_up_when_interrupted()?;
@@ -78,6 +94,15 @@ fn is_root() -> anyhow::Result<bool> {
 /// Prints lines with the time since the beginning.
 fn told(began: Instant) -> impl Fn(&str) {
     move |line| println!("{:6.1} s  {line}", began.elapsed().as_secs_f64())
+}
+
+/// Asked before the build and the rows, whose samples would be lost.
+fn must_be_writable(out: Option<&Path>) -> anyhow::Result<()> {
+    let Some(out) = out else { return Ok(()) };
+    let is_new = !out.exists();
+    let opened = std::fs::OpenOptions::new().create(true).append(true).open(out);
+    opened.with_context(|| format!("cannot write {}", out.display()))?;
+    if is_new { std::fs::remove_file(out).context("what was tried cannot be removed") } else { Ok(()) }
 }
 
 fn write(out: Option<&Path>, value: &impl serde::Serialize) -> anyhow::Result<()> {

@@ -32,6 +32,9 @@ pub struct HostFacts {
     pub free_memory_kept: bool,
     /// The version of Sterna.
     pub sterna: String,
+    /// The revision of the sources that measured it, `+` behind one that was changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
 }
 
 impl HostFacts {
@@ -49,8 +52,19 @@ impl HostFacts {
             records_on: filesystem_of(Path::new("/run/sterna-lab")),
             free_memory_kept: crate::load::is_memory_kept(),
             sterna: version(kit),
+            revision: revision(),
         }
     }
+}
+
+fn revision() -> Option<String> {
+    let git = |args: &[&str]| {
+        let mut git = std::process::Command::new("git");
+        let output = git.current_dir(env!("CARGO_MANIFEST_DIR")).args(args).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    };
+    let changed = !git(&["status", "--porcelain", "--untracked-files=no"])?.is_empty();
+    git(&["rev-parse", "--short=12", "HEAD"]).map(|revision| revision + if changed { "+" } else { "" })
 }
 
 /// Load average of the last minute.

@@ -75,7 +75,13 @@ fn asked(host: &Host, vm: &Vm, request: &TemplateRequest) -> Result<Asked, Strin
     let record = vm.record();
     let argv = argv.clone().unwrap_or_else(|| record.argv.clone());
     if super::start::named(&argv, &record.name) != record.argv {
-        return Err(format!("VM {} was started with another command line", record.name));
+        let why = match record.argv.iter().any(|argument| argument.contains(super::start::PLACEHOLDER)) {
+            true => {
+                "sterna run has taken the {vm} in its command line as it stands there; start it without, or have it booted for the template (no --from)"
+            }
+            false => "it was started with another command line",
+        };
+        return Err(format!("VM {} cannot become a template: {why}", record.name));
     }
     let line = CommandLine::parse(argv.clone()).map_err(|why| explain(&why))?;
     // Only a VM that is ended leaves its disks as its memory has them.
@@ -97,9 +103,11 @@ fn refused(record: &VmRecord, texts: &[String]) -> Result<(), String> {
 /// # Errors
 /// What keeps it from that whatever its guest does, all reasons at once.
 pub(crate) fn check(host: &Arc<Host>, vm: &Arc<Vm>, request: &TemplateRequest) -> Result<(), String> {
-    let Asked { record, written, .. } = asked(host, vm, request)?;
+    let Asked { record, line, written, .. } = asked(host, vm, request)?;
     let reasons = host.with_qemu(vm, |qemu| qemu.early_template_reasons(&written))?;
-    let texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
+    let mut texts: Vec<String> = reasons.into_iter().map(|reason| reason.text).collect();
+    // Whatever its memory is called, and however large it is.
+    texts.extend(line.on_template("memory", PAGE).err().map(str::to_owned));
     refused(&record, &texts)
 }
 

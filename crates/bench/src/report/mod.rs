@@ -18,7 +18,7 @@ use crate::{BenchError, table};
 
 const TITLE: &str = "Sterna beside stock QEMU";
 const READING: &str = "Bars are medians, thin lines reach from the smallest to the largest sample, dashed lines are what \
-    physics allows. A ratio is ours / the peer's, of the medians. Total time runs from the command until the source is free, \
+    the link or QEMU alone would take for the pages as they are: what is compressed or left out can be quicker. A ratio is ours / the peer's, of the medians. Total time runs from the command until the source is free, \
     the start of the target's QEMU included. CPU seconds are those of both QEMUs (the emulated guest's own work is part of \
     it) and, for ours, of both agents.";
 

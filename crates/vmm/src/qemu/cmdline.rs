@@ -171,7 +171,9 @@ impl CommandLine {
     pub fn on_template(&self, block: &str, bytes: u64) -> Result<Self, &'static str> {
         let mut options = self.options.clone();
         if options.iter().any(|option| matches!(option.name.as_str(), "mem-path" | "mem-prealloc" | "numa")) {
-            return Err("its memory is of a kind of its own (-mem-path, -mem-prealloc, -numa)");
+            return Err(
+                "its memory is of a kind of its own (-mem-path, -mem-prealloc, -numa): leave that out, for clones map the template's",
+            );
         }
         let mut replaced = None;
         for option in options.iter_mut().filter(|option| is_machine(&option.name)) {
