@@ -6,7 +6,6 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use sterna_bench::ours::Progress;
-use sterna_bench::results::RowResult;
 use sterna_bench::{Extent, Kit, Results, Row, report, rows, table};
 
 use crate::cargo;
@@ -39,15 +38,14 @@ pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
 }
 
 fn measured(kit: &Kit, rows: &[Row], extent: Extent, out: Option<&Path>) -> anyhow::Result<Results> {
+    let mut written = Ok(());
     // After each row: a full run takes an hour, and may be interrupted.
-    let done = |results: &Results, row: &RowResult| {
-        println!("{}", table::row(row));
-        if let Err(why) = write(out, results) {
-            eprintln!("{why:#}");
-        }
+    let mut done = |results: &Results| {
+        results.rows.last().iter().for_each(|row| println!("{}", table::row(row)));
+        written = write(out, results);
     };
-    let results = rows::run(kit, rows, extent, &told(Instant::now()), &done);
-    write(out, &results)?;
+    let results = rows::run(kit, rows, extent, &told(Instant::now()), &mut done);
+    written?;
     Ok(results)
 }
 

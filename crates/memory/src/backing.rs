@@ -119,12 +119,12 @@ impl Mappings {
             let (block, guard) = (&pair[0], &pair[1]);
             let (from, to) = block.address;
             let private = !block.shared && !guard.shared;
-            let (read_write, nothing) = (maps::Access::ReadWrite, maps::Access::Nothing);
+            let (read_write, nothing) = (maps::Rights::ReadWrite, maps::Rights::Nothing);
             to - from == bytes
                 && from % BLOCK_ALIGN == 0
                 && private
-                && (block.access, block.inode) == (read_write, 0)
-                && (guard.access, guard.address) == (nothing, (to, to + PAGE))
+                && (block.rights, block.inode) == (read_write, 0)
+                && (guard.rights, guard.address) == (nothing, (to, to + PAGE))
                 && !taken.iter().any(|region| region.base < to && from < region.end())
         };
         let mut found = self.maps.windows(2).filter(fits);

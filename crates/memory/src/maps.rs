@@ -24,8 +24,8 @@ const USUAL_BYTES: usize = 64 << 10;
 pub(crate) struct Map {
     /// Its first address, and the one behind its last.
     pub(crate) address: (u64, u64),
-    /// Whether it may be read and written.
-    pub(crate) access: Access,
+    /// What the process may do with it.
+    pub(crate) rights: Rights,
     /// Whether what is written in it is seen by who maps the same file.
     pub(crate) shared: bool,
     /// Where in its file it begins.
@@ -39,7 +39,7 @@ pub(crate) struct Map {
 
 /// What a process may do with a mapping, as far as anybody asks here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Access {
+pub(crate) enum Rights {
     Nothing,
     ReadWrite,
     Other,
@@ -94,10 +94,10 @@ fn ask(maps: &File, ranges: impl Iterator<Item = Range<u64>>) -> io::Result<Vec<
 
 /// `files` are those whose names were asked for already.
 fn of_found(maps: &File, map: &Found, files: &mut Vec<((u64, u64), Whose)>) -> io::Result<Map> {
-    let access = match (map.readable, map.writable, map.executable) {
-        (false, false, false) => Access::Nothing,
-        (true, true, false) => Access::ReadWrite,
-        _ => Access::Other,
+    let rights = match (map.readable, map.writable, map.executable) {
+        (false, false, false) => Rights::Nothing,
+        (true, true, false) => Rights::ReadWrite,
+        _ => Rights::Other,
     };
     let dev = rustix::fs::makedev(map.device.0, map.device.1);
     let key = (dev, map.inode);
@@ -117,7 +117,7 @@ fn of_found(maps: &File, map: &Found, files: &mut Vec<((u64, u64), Whose)>) -> i
         },
     };
     let Found { start, end, shared, offset, inode, .. } = *map;
-    Ok(Map { address: (start, end), access, shared, offset, dev, inode, file })
+    Ok(Map { address: (start, end), rights, shared, offset, dev, inode, file })
 }
 
 fn read(file: &mut File) -> io::Result<Vec<Map>> {
@@ -140,14 +140,14 @@ fn of_line(line: &[u8]) -> Option<Map> {
     let (dev, rest) = word(rest);
     let (inode, name) = word(rest);
     let (major, minor) = split(dev, b':')?;
-    let access = match perms.get(..3)? {
-        b"---" => Access::Nothing,
-        b"rw-" => Access::ReadWrite,
-        _ => Access::Other,
+    let rights = match perms.get(..3)? {
+        b"---" => Rights::Nothing,
+        b"rw-" => Rights::ReadWrite,
+        _ => Rights::Other,
     };
     Some(Map {
         address,
-        access,
+        rights,
         shared: perms.get(3)? == &b's',
         offset: number(offset, 16)?,
         dev: rustix::fs::makedev(number(major, 16)? as u32, number(minor, 16)? as u32),
@@ -204,7 +204,7 @@ mod tests {
         let all = parse(text).unwrap();
         let first = Map {
             address: (0x7f00, 0x8000),
-            access: Access::ReadWrite,
+            rights: Rights::ReadWrite,
             shared: false,
             offset: 0,
             dev: 0,
@@ -214,7 +214,7 @@ mod tests {
         assert_eq!(all[0], first);
         let second = Map {
             address: (0x8000, 0x9000),
-            access: Access::Other,
+            rights: Rights::Other,
             shared: true,
             offset: 0x12000,
             dev: rustix::fs::makedev(0xfd, 0x1a),
@@ -236,7 +236,7 @@ mod tests {
         let asked = ask(&process.open_proc("maps").unwrap(), std::iter::once(0..u64::MAX)).unwrap();
         // What is beside ours may change under us, for other tests run here too.
         let of = |maps: &[Map]| maps.iter().copied().find(|map| map.address.0 == at);
-        let known = |map: &Map| map.inode != 0 && map.access == Access::Other;
+        let known = |map: &Map| map.inode != 0 && map.rights == Rights::Other;
         let files = |maps: Vec<Map>| maps.into_iter().filter(known).collect::<Vec<_>>();
         assert_eq!(of(&asked), of(&text));
         assert_eq!(of(&text).unwrap().file, Whose::Common);

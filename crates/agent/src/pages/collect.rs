@@ -115,7 +115,7 @@ impl Collector {
                 pages = merge(&self.own(at)?, &self.blocks[at].common);
                 self.shared += subtract(&all, &pages).iter().map(|run| run.pages).sum::<u64>();
                 self.touched[at].clone_from(&pages);
-            } else if !has_common(&self.blocks[at]) && !self.blocks[at].common.is_empty() {
+            } else if !has_common(&self.blocks[at]) {
                 self.touched[at] = self.own_of_common(at)?;
             }
             self.set.add(at, &pages, &[]);
@@ -254,6 +254,9 @@ impl Collector {
     fn own_of_common(&self, block: usize) -> Result<Vec<PageRun>, String> {
         let mut pages = Vec::new();
         let block = &self.blocks[block];
+        if block.common.is_empty() {
+            return Ok(pages);
+        }
         own_within(&self.process, &block.region, &block.common, &mut pages).map_err(|why| unseen(&why))?;
         Ok(pages)
     }

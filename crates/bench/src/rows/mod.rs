@@ -286,7 +286,7 @@ pub fn run(
     rows: &[Row],
     extent: Extent,
     tell: &dyn Fn(&str),
-    done: &dyn Fn(&Results, &RowResult),
+    done: &mut dyn FnMut(&Results),
 ) -> Results {
     let _kept = crate::load::keep_memory();
     let host = HostFacts::gather(kit, &kit.packages.qemu_72);
@@ -309,8 +309,8 @@ pub fn run(
             took_s: began.elapsed().as_secs_f64(),
             ..result
         };
-        results.rows.push(result.clone());
-        done(&results, &result);
+        results.rows.push(result);
+        done(&results);
     }
     results
 }

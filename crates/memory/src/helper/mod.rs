@@ -288,7 +288,7 @@ fn map_private(
     Ok(done)
 }
 
-/// Makes many mappings by [`MAP_LOOP`], which the process runs by itself in a mapping that is made for it: to stop it twice for each takes ten
+/// Makes many mappings by [`MAP_LOOP`], which the process runs by itself in a mapping that is made for it: to stop it twice for each takes many
 /// times as long as what the kernel does. How many were made: none where it may run no code that it has not loaded (SELinux), and not all where
 /// the kernel has refused one.
 fn map_many(
@@ -304,18 +304,32 @@ fn map_many(
         .flat_map(u64::to_ne_bytes)
         .collect();
     let len = PAGE + (list.len() as u64).next_multiple_of(PAGE);
-    let (writable, anonymous) = (u64::from(PROT_READ | PROT_WRITE), u64::from(MAP_PRIVATE | MAP_ANONYMOUS));
-    let made = held.call_long(__NR_mmap, [0, len, writable, anonymous, u64::MAX, 0])?;
-    let Ok(made) = succeeded("mmap", made) else { return Ok(0) };
-    let at = made as u64;
-    let ran = run_loop(held, &process, (at, &list), |regs| {
-        (regs.rbx, regs.r12) = (at + PAGE, ranges.len() as u64);
-        (regs.rdx, regs.r10, regs.r8) = (rights, kind, fd);
-    });
-    let unmapped = held.call(__NR_munmap, [at, len, 0]);
-    let left = ran?.map_or(ranges.len(), |left| left as usize);
-    succeeded("munmap", unmapped?)?;
+    let left = with_mapping(held, len, |held, at| {
+        run_loop(held, &process, (at, &list), |regs| {
+            (regs.rbx, regs.r12) = (at + PAGE, ranges.len() as u64);
+            (regs.rdx, regs.r10, regs.r8) = (rights, kind, fd);
+        })
+    })?;
+    let left = left.flatten().map_or(ranges.len(), |left| left as usize);
     Ok(ranges.len().saturating_sub(left))
+}
+
+/// Lends the process so many bytes of memory of its own, and takes them away again whatever comes of it. Nothing where it has no room.
+fn with_mapping<T>(
+    held: &mut Held,
+    len: u64,
+    what: impl FnOnce(&mut Held, u64) -> Result<T, Failure>,
+) -> Result<Option<T>, Failure> {
+    let (rights, kind) = (u64::from(PROT_READ | PROT_WRITE), u64::from(MAP_PRIVATE | MAP_ANONYMOUS));
+    let made = held.call_long(__NR_mmap, [0, len, rights, kind, u64::MAX, 0])?;
+    let Ok(made) = succeeded("mmap", made) else { return Ok(None) };
+    let at = made as u64;
+    let done = what(held, at);
+    // What failed first is told first: a thread that is gone unmaps nothing either.
+    let unmapped = held.call(__NR_munmap, [at, len, 0]);
+    let done = done?;
+    succeeded("munmap", unmapped?)?;
+    Ok(Some(done))
 }
 
 /// How many are left when it has ended; nothing where it did not run.
@@ -344,33 +358,30 @@ fn run_loop(
 fn dontneed_many(held: &mut Held, request: &Request, ranges: &[(u64, u64)]) -> Result<usize, Failure> {
     let process = Process::open_as(request.pid, request.start_time).map_err(|_| Failure::Gone)?;
     let len = (RANGES_PER_CALL * size_of::<[u64; 2]>()) as u64;
-    let rights = u64::from(PROT_READ | PROT_WRITE);
-    let kind = u64::from(MAP_PRIVATE | MAP_ANONYMOUS);
-    let made = held.call_long(__NR_mmap, [0, len, rights, kind, u64::MAX, 0])?;
-    let Ok(made) = succeeded("mmap", made) else { return Ok(0) };
-    let at = made as u64;
-    let mut done = 0;
-    for chunk in ranges.chunks(RANGES_PER_CALL) {
-        let vector: Vec<u8> =
-            chunk.iter().flat_map(|(addr, len)| [*addr, *len]).flat_map(u64::to_ne_bytes).collect();
-        let span = Span { addr: at, len: vector.len() as u64 };
-        if copy::write(&process, &[span], &vector).is_err() {
-            break;
+    let done = with_mapping(held, len, |held, at| {
+        let mut done = 0;
+        for chunk in ranges.chunks(RANGES_PER_CALL) {
+            let vector: Vec<u8> =
+                chunk.iter().flat_map(|(addr, len)| [*addr, *len]).flat_map(u64::to_ne_bytes).collect();
+            let span = Span { addr: at, len: vector.len() as u64 };
+            if copy::write(&process, &[span], &vector).is_err() {
+                break;
+            }
+            let args = [PIDFD_SELF, at, chunk.len() as u64, MADV_DONTNEED, 0, 0];
+            let mut bytes = held.call_long(__NR_process_madvise, args)?;
+            let whole = chunk.iter().take_while(|(_, len)| {
+                bytes = bytes.saturating_sub_unsigned(*len);
+                bytes >= 0
+            });
+            let whole = whole.count();
+            done += whole;
+            if whole < chunk.len() {
+                break;
+            }
         }
-        let args = [PIDFD_SELF, at, chunk.len() as u64, MADV_DONTNEED, 0, 0];
-        let mut bytes = held.call_long(__NR_process_madvise, args)?;
-        let whole = chunk.iter().take_while(|(_, len)| {
-            bytes = bytes.saturating_sub_unsigned(*len);
-            bytes >= 0
-        });
-        let whole = whole.count();
-        done += whole;
-        if whole < chunk.len() {
-            break;
-        }
-    }
-    held.call(__NR_munmap, [at, len, 0])?;
-    Ok(done)
+        Ok(done)
+    })?;
+    Ok(done.unwrap_or(0))
 }
 
 /// The kernel's convention: -4095 to -1 are negated error numbers.
