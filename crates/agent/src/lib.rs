@@ -15,6 +15,7 @@
 
 mod agent;
 pub mod api;
+mod awake;
 mod balloon;
 mod committed;
 pub mod config;

@@ -3,6 +3,7 @@
 //! The machine decides, this file acts: each [`SourceAction`] is one method here, and each outcome goes back as an input.
 //! Messages, failures of senders and the user's requests arrive through one channel.
 
+use crate::awake::Awake;
 use crate::balloon;
 use crate::config::PageStreams;
 use crate::control::{self, Arrival, CONNECT_WITHIN, Control, explain};
@@ -128,6 +129,7 @@ struct Outgoing {
     activity: Activity,
     /// Whether it was this life of the agent that stopped the VM: then QEMU's side knows how to undo it.
     stop_tried: bool,
+    awake: Awake,
     process: Process,
     blocks: Arc<Vec<SourceBlock>>,
     shape: Option<Shape>,
@@ -227,6 +229,7 @@ impl Outgoing {
             writers: Writers::Processors,
             activity: Activity::Running,
             stop_tried: false,
+            awake: Awake::default(),
             process,
             blocks: Arc::default(),
             shape: None,
@@ -298,7 +301,7 @@ impl Outgoing {
                 self.feed(&mut machine, SourceInput::Failed(why));
                 continue;
             }
-            let wait = wait.min(self.lazy.fades_in());
+            let wait = wait.min(self.lazy.fades_in()).min(self.awake.left().unwrap_or(REFRESH));
             match events.recv_timeout(wait) {
                 Ok(event) => self.take(&mut machine, event),
                 Err(_) => self.feed(&mut machine, SourceInput::Tick),
@@ -431,6 +434,7 @@ impl Outgoing {
                 self.view.memory(|report| report.target = Some(memory));
             }
             Message::Committed(committed) => {
+                self.awake.let_go();
                 self.accounts = !self.lazy.switched;
                 let record = Duration::from_micros(committed.record_us);
                 let resume = Duration::from_micros(committed.resume_us);
@@ -556,6 +560,7 @@ impl Outgoing {
     }
 
     fn resume(&mut self) -> Result<(), String> {
+        self.awake.let_go();
         let (here, activity) = (self.stop_tried, self.activity);
         self.qemu(|qemu| if here { qemu.restore() } else { undo_stop(qemu, activity) })
     }

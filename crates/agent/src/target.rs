@@ -1,5 +1,6 @@
 //! One incoming migration: a thread that performs what the engine's target machine wants done.
 
+use crate::awake::Awake;
 use crate::config::PageStreams;
 use crate::control::{Arrival, Control, explain};
 use crate::fit::{check_digests, is_staged, settle_late, sinks, verify, with_guesses};
@@ -73,6 +74,8 @@ struct Arriving<'a> {
     sinks: Option<Arc<Sinks>>,
     receivers: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
+    /// From the first of it until the VM runs.
+    awake: Awake,
     /// What the VM is a clone of.
     template: Option<Arc<Base>>,
     /// How many runs of pages in common are mapped.
@@ -234,6 +237,7 @@ impl<'a> Arriving<'a> {
             sinks: None,
             receivers: BTreeMap::new(),
             state: Vec::new(),
+            awake: Awake::default(),
             template: None,
             mapped: 0,
             paused: false,
@@ -300,6 +304,7 @@ impl Arriving<'_> {
             self.look_at_pause();
             let wait =
                 machine.deadline().map_or(REFRESH, |at| at.saturating_sub(self.began.elapsed())).min(REFRESH);
+            let wait = wait.min(self.awake.left().unwrap_or(REFRESH));
             let input = match events.recv_timeout(wait) {
                 Ok(event) => self.take(event),
                 Err(_) => Some(TargetInput::Tick),
@@ -320,6 +325,7 @@ impl Arriving<'_> {
                 if self.state.len() as u64 + piece.len() as u64 > STATE_BYTES_MAX {
                     return Some(TargetInput::Disconnected("the source sent too much device state".into()));
                 }
+                self.awake.hold();
                 self.state.extend_from_slice(&piece);
                 Some(TargetInput::Received)
             }
@@ -331,10 +337,13 @@ impl Arriving<'_> {
             Event::Template(how) => self.template_known(how),
             Event::Lost(of, why) => self.lost_control(of, why),
             Event::Received(Received::Pages) => Some(TargetInput::Received),
-            Event::Received(Received::RoundEnd { stream, round }) => Some(match self.drop_stale() {
-                Ok(()) => TargetInput::RoundEnd { stream, round },
-                Err(why) => TargetInput::Failed(self.explain_failure(why)),
-            }),
+            Event::Received(Received::RoundEnd { stream, round }) => {
+                self.awake.hold_ahead();
+                Some(match self.drop_stale() {
+                    Ok(()) => TargetInput::RoundEnd { stream, round },
+                    Err(why) => TargetInput::Failed(self.explain_failure(why)),
+                })
+            }
             // Once the last round is in, the streams have done their work.
             Event::Received(Received::Lost(_)) if self.receivers.is_empty() => None,
             Event::Received(Received::Lost(why)) => Some(TargetInput::Disconnected(why)),
@@ -518,6 +527,13 @@ impl Arriving<'_> {
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
+        if let Err(why) = sterna_memory::touch_heap(&process, &self.host.attach()) {
+            tracing::debug!(
+                vm = self.offer.vm,
+                why = explain(&why),
+                "the load will be slower: no heap ahead"
+            );
+        }
         let main = self.template.as_ref().map(|template| template.manifest.main_block());
         let shared = |main: &StoredBlock| self.offer.blocks.iter().position(|block| block.name == main.name);
         let shared = main.and_then(shared);
@@ -590,6 +606,7 @@ impl Arriving<'_> {
         let began = Instant::now();
         let Some(qemu) = &mut self.qemu else { return TargetInput::RunFailed("no QEMU waits".into()) };
         let done = if self.paused { qemu.take_disks() } else { qemu.resume() };
+        self.awake.let_go();
         match done {
             Ok(()) => TargetInput::Running(began.elapsed()),
             // An answer that is lost or late says nothing: what counts is whether it runs.
@@ -632,6 +649,7 @@ impl Arriving<'_> {
 
     /// Ends the QEMU that waits, and says so only when it is dead.
     fn kill(&mut self) -> TargetInput {
+        self.awake.let_go();
         self.drop_streams();
         self.lazy = Lazy::default();
         self.sinks = None;

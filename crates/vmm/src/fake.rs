@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use crate::Vmm;
 use crate::process::ProcessId;
-use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
+use crate::types::{Fingerprint, Glance, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
 
 /// What a fake VM is and has been through.
 #[derive(Debug)]
@@ -255,14 +255,22 @@ impl Vmm for FakeVmm {
         self.call("fingerprint", |state| Ok(state.fingerprint.clone()))
     }
 
-    fn shape_begin(&mut self) -> Result<(), VmmError> {
+    fn shape(&mut self) -> Result<Shape, VmmError> {
+        let glance = self.glance_finish()?;
+        self.call("shape", |state| {
+            let lasting = *blake3::hash(format!("{:?}", state.layout).as_bytes()).as_bytes();
+            Ok(Shape { lasting, glance })
+        })
+    }
+
+    fn glance_begin(&mut self) -> Result<(), VmmError> {
         Ok(())
     }
 
-    fn shape_finish(&mut self) -> Result<Shape, VmmError> {
-        self.call("shape", |state| {
-            let text = format!("{:?} {:?}", state.layout, state.fingerprint);
-            Ok(Shape(*blake3::hash(text.as_bytes()).as_bytes()))
+    fn glance_finish(&mut self) -> Result<Glance, VmmError> {
+        self.call("glance", |state| {
+            let text = format!("{:?}", state.fingerprint);
+            Ok(Glance(*blake3::hash(text.as_bytes()).as_bytes()))
         })
     }
 

@@ -12,8 +12,8 @@
 //! source                                   target
 //! source_reasons()  must be empty          prepare_load()      reads a pipe that nothing is in yet
 //! prepare_save()    while it runs          layout()
-//! pause()                                  ...RAM arrives...
-//! save_begin() .. save_finish()  ------->  load(state)         loaded, paused, disks still the source's
+//! pause_and_save()                         ...RAM arrives...
+//!              .. save_finish()  ------->  load(state)         loaded, paused, disks still the source's
 //! (undo: restore())                        resume()            the instant at which the owner changes
 //!                                          or take_disks()     the same for a VM that was paused before
 //! quit()                                   announce()
@@ -31,7 +31,8 @@ use std::time::Duration;
 pub use process::ProcessId;
 pub use sterna_memory::{Process, ProcessError};
 pub use types::{
-    Block, Code, Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError, difference,
+    Block, Code, Fingerprint, Glance, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError,
+    difference,
 };
 
 /// A virtual machine in a process of its own, as much as a migration must know of it.
@@ -56,20 +57,17 @@ pub trait Vmm: Send {
     /// Everything both ends must have in common, as lines of text that [`difference`] compares.
     fn fingerprint(&mut self) -> Result<Fingerprint, VmmError>;
 
-    /// Tells quickly enough for the downtime whether the VM is still made of what it was when its
-    /// [`fingerprint`](Vmm::fingerprint) was taken: take one then, compare it with one at the stop.
+    /// Tells quickly whether the VM is still made of what it was when its [`fingerprint`](Vmm::fingerprint) was taken: take one then,
+    /// compare it with one just before the stop, and with a glance in it.
     ///
     /// QEMU does not know that we migrate, and lets everybody plug things in and out.
-    fn shape(&mut self) -> Result<Shape, VmmError> {
-        self.shape_begin()?;
-        self.shape_finish()
-    }
+    fn shape(&mut self) -> Result<Shape, VmmError>;
 
-    /// Begins to ask for [`Vmm::shape`] and does not wait: the answers come while other things are done.
-    fn shape_begin(&mut self) -> Result<(), VmmError>;
+    /// Begins to ask for [`Shape::glance`] and does not wait: the answers come while other things are done.
+    fn glance_begin(&mut self) -> Result<(), VmmError>;
 
-    /// Waits for the answers. Out of order without [`Vmm::shape_begin`].
-    fn shape_finish(&mut self) -> Result<Shape, VmmError>;
+    /// Waits for the answers. Out of order without [`Vmm::glance_begin`].
+    fn glance_finish(&mut self) -> Result<Glance, VmmError>;
 
     /// Gives the VMM a descriptor to keep, and tells its number in the VMM's process.
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError>;
@@ -91,6 +89,17 @@ pub trait Vmm: Send {
     /// panic or switch itself off at any moment. Nothing was done then.
     fn pause(&mut self) -> Result<RunState, VmmError>;
 
+    /// Tells what the VM does, and makes ready for [`pause_and_save`](Vmm::pause_and_save), so that little of it falls into the downtime.
+    fn ready_to_pause(&mut self) -> Result<RunState, VmmError> {
+        self.status()
+    }
+
+    /// [`pause`](Vmm::pause) and [`save_begin`](Vmm::save_begin) in one go. That the VM became paused, and did not stop for a reason of its
+    /// own, may be known only at [`save_finish`](Vmm::save_finish).
+    fn pause_and_save(&mut self) -> Result<(RunState, SaveTicket), VmmError> {
+        Ok((self.pause()?, self.save_begin()?))
+    }
+
     /// Waits until no disk I/O is in flight that was when this was called. A VM that runs stands still for that long.
     fn drain(&mut self) -> Result<(), VmmError>;
 
@@ -111,7 +120,7 @@ pub trait Vmm: Send {
     /// A second save needs a [`restore`](Vmm::restore) in between: QEMU 7.2 aborts without, and takes the VM along.
     fn save_begin(&mut self) -> Result<SaveTicket, VmmError>;
 
-    /// Waits for the save and returns the device state, as [`load`](Vmm::load) takes it.
+    /// Waits for the save, of a VM that is paused, and returns the device state, as [`load`](Vmm::load) takes it.
     fn save_finish(&mut self, ticket: SaveTicket) -> Result<Vec<u8>, VmmError>;
 
     /// Makes a waiting target ready, so that [`load`](Vmm::load) has nothing to do but to load.

@@ -156,7 +156,15 @@ pub struct Fingerprint {
 
 /// Stands for what a VM is made of, for comparison with the same VM a little later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Shape(pub(crate) [u8; 32]);
+pub struct Shape {
+    pub(crate) lasting: [u8; 32],
+    /// As much of it as is asked within the downtime.
+    pub glance: Glance,
+}
+
+/// A part of a [`Shape`] that is told quickly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Glance(pub(crate) [u8; 32]);
 
 /// What the fingerprints of `source` and `target` do not share, for a person to read. Empty means that they agree.
 pub fn difference(source: &Fingerprint, target: &Fingerprint) -> Vec<String> {

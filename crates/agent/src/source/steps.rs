@@ -12,7 +12,7 @@ use sterna_engine::source::{Postcopy, SourceInput};
 use sterna_engine::units::Pages;
 use sterna_engine::wire::Message;
 use sterna_engine::wire::message::{BlockDigest, StateEnd};
-use sterna_vmm::{Shape, Vmm};
+use sterna_vmm::Vmm;
 
 impl Outgoing {
     /// Attaches, and starts with every page that may not be zero.
@@ -79,12 +79,13 @@ impl Outgoing {
 
     /// Scans, and looks whether the VM still does what it did: its user may pause it, its guest may panic.
     pub(super) fn scan(&mut self) -> Result<Pages, String> {
-        let state = self.qemu(|qemu| qemu.status())?;
+        self.awake.hold_ahead();
+        // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
+        self.has_its_shape()?;
+        let state = self.qemu(|qemu| qemu.ready_to_pause())?;
         self.activity = activity_of(&state).ok_or_else(|| {
             format!("the VM became {state} while it was being moved; it is left here as it is")
         })?;
-        // While it still runs, so that it costs no downtime: what was plugged in meanwhile can crash QEMU in the save.
-        self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
         let left = self.senders.as_ref().map_or_else(Vec::new, Senders::left);
         let collector = self.collector()?;
         collector.scan()?;
@@ -96,7 +97,7 @@ impl Outgoing {
     }
 
     pub(super) fn settle(&mut self) -> Result<Pages, String> {
-        self.is_as_it_was(self.qemu(|qemu| qemu.shape())?)?;
+        self.has_its_shape()?;
         self.collector()?.scan()?;
         self.qemu(|qemu| qemu.drain())?;
         let collector = self.collector()?;
@@ -110,17 +111,15 @@ impl Outgoing {
         self.view.stopping();
         self.lap = Instant::now();
         self.stop_tried = true;
+        self.awake.hold();
         self.vm.guest().hush();
-        let found = self.qemu(|qemu| qemu.pause())?;
+        let (found, ticket) = self.qemu(|qemu| qemu.pause_and_save())?;
         if activity_of(&found) != Some(self.activity) {
             return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
         }
         self.split("stop");
-        // What has changed since the last scan is asked in the same breath: the answers come while pages travel.
-        let ticket = self.qemu(|qemu| {
-            let ticket = qemu.save_begin()?;
-            qemu.shape_begin().map(|()| ticket)
-        })?;
+        // What has changed since the last scan is asked in the same breath: QEMU reads it, slowly, while it saves.
+        self.qemu(|qemu| qemu.glance_begin())?;
         let collector = self.collector()?;
         collector.scan()?;
         collector.stands_still();
@@ -172,19 +171,14 @@ impl Outgoing {
 
     /// Whether anything changed behind our back: there is time for that while the target loads.
     pub(super) fn look_again(&mut self) -> Result<Pages, String> {
-        self.is_as_it_was(self.qemu(|qemu| qemu.shape_finish())?)?;
+        let seen = self.qemu(|qemu| qemu.glance_finish())?;
+        is_as_it_was(self.shape.map(|shape| shape.glance) == Some(seen))?;
         self.collector()?.peek().map(Pages)
     }
 
-    /// Whether nothing came or went since the pre-check.
-    pub(super) fn is_as_it_was(&self, shape: Shape) -> Result<(), String> {
-        match Some(shape) == self.shape {
-            true => Ok(()),
-            false => {
-                Err("a device, disk or memory of the VM came or went while it was being moved; try again"
-                    .into())
-            }
-        }
+    fn has_its_shape(&self) -> Result<(), String> {
+        let seen = self.qemu(|qemu| qemu.shape())?;
+        is_as_it_was(self.shape == Some(seen))
     }
 
     pub(super) fn digests(&self) -> Result<Vec<BlockDigest>, String> {
@@ -194,4 +188,10 @@ impl Outgoing {
         };
         self.blocks.iter().map(digest).collect()
     }
+}
+
+/// Whether nothing came or went since the pre-check.
+fn is_as_it_was(is: bool) -> Result<(), String> {
+    let changed = "a device, disk or memory of the VM came or went while it was being moved; try again";
+    if is { Ok(()) } else { Err(changed.into()) }
 }

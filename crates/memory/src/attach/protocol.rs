@@ -41,6 +41,8 @@ pub(crate) enum Op {
     Close { fds: Vec<i32> },
     /// Give ranges (address, length) of private memory back.
     MadviseDontneed { ranges: Vec<(u64, u64)> },
+    /// Have all pages of ranges (address, length) of private memory, as if they had been written.
+    Populate { ranges: Vec<(u64, u64)> },
     /// Map ranges (address, length, offset) of a file that is open in the target privately, over what is there, and give each such advice
     /// (madvise(2)).
     MapPrivate { fd: i32, ranges: Vec<(u64, u64, u64)>, reserve: bool, advice: Vec<i32> },

@@ -42,6 +42,9 @@ const ANSWER_WAIT: Duration = Duration::from_secs(5);
 /// `MADV_DONTNEED` of asm-generic/mman-common.h.
 const MADV_DONTNEED: u64 = 4;
 
+/// `MADV_POPULATE_WRITE` of asm-generic/mman-common.h (since Linux 5.14).
+const MADV_POPULATE_WRITE: u64 = 23;
+
 /// Ranges from which on a mapping is made for the list of them.
 const MANY_RANGES: usize = 16;
 
@@ -171,7 +174,7 @@ fn check(request: &Request) -> Result<(), Failure> {
         }
         Op::Close { fds } if fds.len() > MAX_CLOSED => refuse("too many descriptors in one request"),
         Op::Throttle { .. } => refuse("a conversation, and no single call"),
-        Op::MadviseDontneed { ranges } if ranges.len() > MAX_RANGES => {
+        Op::MadviseDontneed { ranges } | Op::Populate { ranges } if ranges.len() > MAX_RANGES => {
             refuse("too many ranges in one request")
         }
         Op::MapPrivate { ranges, .. } if ranges.len() > MAX_RANGES => {
@@ -215,6 +218,7 @@ fn perform(held: &mut Held, request: &Request) -> Result<(Done, Option<OwnedFd>)
             Ok((Done::default(), None))
         }
         Op::MadviseDontneed { ranges } => Ok((dontneed(held, request, ranges)?, None)),
+        Op::Populate { ranges } => Ok((advise(held, ranges, MADV_POPULATE_WRITE)?, None)),
         Op::MapPrivate { fd, ranges, reserve, advice } => {
             Ok((map_private(held, request, (*fd, ranges), *reserve, advice)?, None))
         }
@@ -247,10 +251,18 @@ fn dontneed(held: &mut Held, request: &Request, ranges: &[(u64, u64)]) -> Result
     if ranges.len() >= MANY_RANGES {
         done.ranges = dontneed_many(held, request, ranges)?;
     }
-    for &(addr, len) in &ranges[done.ranges..] {
-        let result = held.call(__NR_madvise, [addr, len, MADV_DONTNEED])?;
+    // Locked memory is refused, for one: the caller writes zeros instead.
+    done.ranges += advise(held, &ranges[done.ranges..], MADV_DONTNEED)?.ranges;
+    Ok(done)
+}
+
+/// Gives ranges the same advice (madvise(2)), up to the first that is refused.
+fn advise(held: &mut Held, ranges: &[(u64, u64)], advice: u64) -> Result<Done, Failure> {
+    let mut done = Done::default();
+    for &(addr, len) in ranges {
+        let result = held.call(__NR_madvise, [addr, len, advice])?;
         if succeeded("madvise", result).is_err() {
-            break; // locked memory, for one: the caller writes zeros instead
+            break;
         }
         done.ranges += 1;
     }

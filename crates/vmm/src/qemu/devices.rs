@@ -23,7 +23,7 @@ use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde_json::{Value, json};
 
 use super::qmp::{QmpError, Ticket, Version};
-use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu, disks};
+use super::{COMMAND_WITHIN, DRAIN_WITHIN, Qemu, disks, layout};
 use crate::Vmm;
 use crate::types::{LentFd, RunState, SaveTicket, VmmError};
 
@@ -51,8 +51,12 @@ const HAS_EXIT_ON_ERROR: Version = Version::new(9, 1);
 pub(super) struct Devices {
     disks: Disks,
     held: Held,
+    /// It ran when this was asked last, and `stop` was typed ahead.
+    ready: bool,
     prepared: Option<Prepared>,
     saving: Option<Ticket>,
+    /// The question after the state of a VM that was stopped and saved in one go.
+    stopped: Option<Ticket>,
     saves: u64,
     /// Our end of the pipe into a waiting target.
     incoming: Option<OwnedFd>,
@@ -155,6 +159,54 @@ pub(super) fn pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
     }
 }
 
+/// What QEMU tells when a VM that ran does not run any more.
+const STANDS: [&str; 4] = ["STOP", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"];
+
+pub(super) fn ready_to_pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
+    qemu.qmp.forget_events();
+    let state = qemu.status()?;
+    if state == RunState::Running {
+        let typed = qemu.qmp.type_ahead("stop", Value::Null, COMMAND_WITHIN);
+        typed.map_err(|e| qemu.explain("get ready to stop the VM", e))?;
+    }
+    qemu.devices.ready = state == RunState::Running;
+    Ok(state)
+}
+
+pub(super) fn pause_and_save(qemu: &mut Qemu) -> Result<(RunState, SaveTicket), VmmError> {
+    let operation = "stop the VM";
+    let ready = std::mem::take(&mut qemu.devices.ready) && qemu.devices.prepared.is_some();
+    if !ready || qemu.qmp.has_event(&STANDS).map_err(|e| qemu.explain(operation, e))? {
+        let state = pause(qemu)?;
+        return Ok((state, save_begin(qemu)?));
+    }
+    // All in one go: QEMU reads the second command while it does the first. The third tells whether it was us who stopped the VM, which can
+    // stop for reasons of its own until we do; a save harms none that stands.
+    let stop = qemu.qmp.send("stop", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    (qemu.devices.held, qemu.devices.disks) = (Held::Stopped, Disks::Ours);
+    let save = save_begin(qemu)?;
+    let status = qemu.qmp.send("query-status", Value::Null, COMMAND_WITHIN);
+    qemu.devices.stopped = Some(status.map_err(|e| qemu.explain(operation, e))?);
+    qemu.qmp.wait(&stop, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    Ok((RunState::Running, save))
+}
+
+/// Whether a VM that was stopped and saved in one go is paused, as it is if nothing else stopped it.
+fn check_stopped(qemu: &mut Qemu) -> Result<(), VmmError> {
+    let Some(asked) = qemu.devices.stopped.take() else { return Ok(()) };
+    let operation = "pause";
+    let answer = qemu.qmp.wait(&asked, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?;
+    let state = answer["status"].as_str().unwrap_or("silent");
+    match RunState::from(state.to_owned()) {
+        RunState::Paused => Ok(()),
+        // The disk can fail, or the guest can panic, while it is being stopped.
+        state => {
+            qemu.devices.held = Held::Standing;
+            Err(VmmError::WrongState { operation, state, detail: "it did not become paused" })
+        }
+    }
+}
+
 pub(super) fn drain(qemu: &mut Qemu) -> Result<(), VmmError> {
     match pause(qemu)? {
         RunState::Running => {
@@ -212,7 +264,9 @@ pub(super) fn save_finish(qemu: &mut Qemu, ticket: SaveTicket) -> Result<Vec<u8>
         return Err(out_of_order);
     }
     let Some(waited) = qemu.devices.saving.take() else { return Err(out_of_order) };
-    qemu.qmp.wait(&waited, DRAIN_WITHIN).map_err(|e| qemu.explain("save its devices", e))?;
+    let saved = qemu.qmp.wait(&waited, DRAIN_WITHIN);
+    check_stopped(qemu)?;
+    saved.map_err(|e| qemu.explain("save its devices", e))?;
     let Some(prepared) = &qemu.devices.prepared else { return Err(out_of_order) };
     complete(&read_whole(&prepared.file)?, &prepared.machine)
 }
@@ -237,6 +291,7 @@ pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
     }
     qemu.devices.held = Held::Not;
     qemu.devices.disks = Disks::Ours;
+    layout::forget_ahead(qemu, |_, _| true);
     drop_prepared(qemu);
     Ok(())
 }
@@ -325,19 +380,25 @@ pub(super) fn load(qemu: &mut Qemu, state: &[u8]) -> Result<(), VmmError> {
     qemu.qmp.forget_events();
     // A reader that is gone is QEMU refusing the state: its own reason is better than ours.
     let written = write_by(pipe, state, end);
-    if written.is_err() || !wait_loaded(qemu, end)? {
+    // QEMU reads these while it loads.
+    let asked = layout::ask_ahead(qemu);
+    if written.is_err() || asked.is_err() || !wait_loaded(qemu, end)? {
         return Err(load_failed(qemu));
     }
-    match qemu.status()? {
-        RunState::Paused | RunState::Prelaunch => {
-            qemu.devices.held = Held::Loaded;
-            qemu.devices.disks = Disks::GivenUp;
-            Ok(())
-        }
-        state => {
-            Err(VmmError::WrongState { operation: "load", state, detail: "a loaded target must be paused" })
-        }
+    layout::forget_ahead(qemu, |qmp, ticket| qmp.has_answered(ticket));
+    let operation = "load";
+    // It would have told before it told that it is loaded.
+    if qemu.qmp.has_event(&["RESUME"]).map_err(|e| qemu.explain(operation, e))? {
+        let detail = "a loaded target must be paused";
+        return Err(VmmError::WrongState { operation, state: qemu.status()?, detail });
     }
+    (qemu.devices.held, qemu.devices.disks) = (Held::Loaded, Disks::GivenUp);
+    if qemu.late {
+        return Ok(()); // more is asked before it runs
+    }
+    // Typed while the other end hears of it.
+    let typed = qemu.qmp.type_ahead("cont", Value::Null, COMMAND_WITHIN);
+    typed.map_err(|e| qemu.explain(operation, e))
 }
 
 fn write_by(pipe: OwnedFd, state: &[u8], end: Instant) -> std::io::Result<()> {

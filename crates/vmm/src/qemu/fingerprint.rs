@@ -19,10 +19,10 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
-use super::qmp::QmpError;
+use super::qmp::{QmpError, Ticket};
 use super::{COMMAND_WITHIN, Qemu};
 use crate::Vmm;
-use crate::types::{Fingerprint, Shape, VmmError};
+use crate::types::{Fingerprint, Glance, Shape, VmmError};
 
 /// Where QEMU keeps the devices of the command line and those added later, by id and without one.
 const DEVICE_ROOTS: [&str; 2] = ["/machine/peripheral", "/machine/peripheral-anon"];
@@ -57,47 +57,74 @@ pub(super) fn fingerprint(qemu: &mut Qemu) -> Result<Fingerprint, VmmError> {
     Ok(Fingerprint { lines, firmware, needs_firmware })
 }
 
-/// What tells within the downtime whether a VM is still the one whose fingerprint was taken: a question or two for
-/// each kind of thing that can be plugged in, all of them under way at once. The last is the one for its disks.
-pub(super) fn shape_begin(qemu: &mut Qemu) -> Result<(), VmmError> {
-    let questions = [
-        ("human-monitor-command", json!({ "command-line": "info ramblock" })),
-        ("qom-list", json!({ "path": DEVICE_ROOTS[0] })),
-        ("qom-list", json!({ "path": DEVICE_ROOTS[1] })),
-        ("query-memory-devices", Value::Null),
-        ("query-cpus-fast", Value::Null),
-        ("query-migrate", Value::Null),
-        ("query-block", Value::Null),
-    ];
+/// What tells whether a VM is still the one whose fingerprint was taken: a question or two for each kind of thing that can be plugged in.
+const SHAPE: [(&str, &str); 3] =
+    [(HMP, "info ramblock"), ("query-memory-devices", ""), ("query-cpus-fast", "")];
+
+/// Those of it that are asked within the downtime too, for QEMU reads a question slowly ([`super::qmp`]): no device comes or goes, no disk changes
+/// and nothing forbids a migration without one of them. The last is the one for the disks.
+const GLANCE: [(&str, &str); 4] = [
+    ("qom-list", DEVICE_ROOTS[0]),
+    ("qom-list", DEVICE_ROOTS[1]),
+    ("query-migrate", ""),
+    ("query-block", ""),
+];
+
+const HMP: &str = "human-monitor-command";
+
+pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
+    let tickets = ask(qemu, &SHAPE)?;
+    glance_begin(qemu)?;
+    let mut hasher = blake3::Hasher::new();
+    for ticket in &tickets {
+        hash_text(&mut hasher, &answer(qemu, ticket)?);
+    }
+    let glance = glance_finish(qemu)?;
+    Ok(Shape { lasting: *hasher.finalize().as_bytes(), glance })
+}
+
+pub(super) fn glance_begin(qemu: &mut Qemu) -> Result<(), VmmError> {
     // Those of a try that has ended meanwhile.
-    for ticket in std::mem::take(&mut qemu.shape) {
+    for ticket in std::mem::take(&mut qemu.glance) {
         qemu.qmp.forget(&ticket);
     }
-    for (command, args) in questions {
-        let sent = qemu.qmp.send(command, args, COMMAND_WITHIN);
-        qemu.shape.push(sent.map_err(|e| qemu.explain(TELL_SHAPE, e))?);
-    }
+    qemu.glance = ask(qemu, &GLANCE)?;
     Ok(())
 }
 
-pub(super) fn shape_finish(qemu: &mut Qemu) -> Result<Shape, VmmError> {
-    let tickets = std::mem::take(&mut qemu.shape);
+pub(super) fn glance_finish(qemu: &mut Qemu) -> Result<Glance, VmmError> {
+    let tickets = std::mem::take(&mut qemu.glance);
     let Some((disks, tickets)) = tickets.split_last() else {
         return Err(VmmError::Order { operation: TELL_SHAPE, detail: "ask first" });
     };
     let mut hasher = blake3::Hasher::new();
     for ticket in tickets {
-        // A machine without memory devices refuses that question, each time in the same words.
-        let answer = match qemu.qmp.wait(ticket, COMMAND_WITHIN) {
-            Err(QmpError::Refused { desc, .. }) => desc,
-            answer => stable(answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?).to_string(),
-        };
-        hash_text(&mut hasher, &answer);
+        hash_text(&mut hasher, &answer(qemu, ticket)?);
     }
     // The rest of that answer changes all the time.
     let disks = qemu.qmp.wait(disks, COMMAND_WITHIN).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
     drive_parts(&disks).for_each(|part| hash_text(&mut hasher, &part));
-    Ok(Shape(*hasher.finalize().as_bytes()))
+    Ok(Glance(*hasher.finalize().as_bytes()))
+}
+
+/// All of them are under way at once.
+fn ask(qemu: &mut Qemu, questions: &[(&str, &str)]) -> Result<Vec<Ticket>, VmmError> {
+    let args = |command, about| match command {
+        HMP => json!({ "command-line": about }),
+        "qom-list" => json!({ "path": about }),
+        _ => Value::Null,
+    };
+    let mut send = |&(command, about)| qemu.qmp.send(command, args(command, about), COMMAND_WITHIN);
+    let sent: Result<_, _> = questions.iter().map(&mut send).collect();
+    sent.map_err(|e| qemu.explain(TELL_SHAPE, e))
+}
+
+fn answer(qemu: &mut Qemu, ticket: &Ticket) -> Result<String, VmmError> {
+    match qemu.qmp.wait(ticket, COMMAND_WITHIN) {
+        // A machine without memory devices refuses that question, each time in the same words.
+        Err(QmpError::Refused { desc, .. }) => Ok(desc),
+        answer => Ok(stable(answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?).to_string()),
+    }
 }
 
 /// Of what QEMU tells of its own migration only what blocks it belongs to the shape.

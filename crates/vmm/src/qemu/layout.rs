@@ -9,10 +9,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::qmp::QmpError;
+use super::qmp::{Qmp, QmpError, Ticket};
 use super::{COMMAND_WITHIN, Qemu};
 use crate::types::{Block, Layout, VmmError};
 
+/// The list of RAM blocks.
+const LIST: &str = "info ramblock";
+/// The memory map.
+const MAP: &str = "info mtree -f";
 /// How many pieces of one block are asked for. The firmware cuts the first megabyte of main memory into a dozen.
 const PIECES_MAX: usize = 32;
 /// How many answers are enough: more than one, since the guest may move a piece between the map and the question.
@@ -23,7 +27,7 @@ const TRIES_MAX: u32 = 4;
 const BLOCKS_MAX: usize = 4096;
 
 pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
-    let listed = qemu.hmp("info ramblock", "list its RAM blocks")?;
+    let listed = qemu.hmp(LIST, "list its RAM blocks")?;
     let mut blocks = parse_blocks(&listed)?;
     if blocks.iter().any(|block| block.hva.is_none()) {
         // The map is long and each piece a question: it is read again only for a block that would be missed.
@@ -39,7 +43,27 @@ pub(super) fn layout(qemu: &mut Qemu) -> Result<Layout, VmmError> {
         }
     }
     blocks.sort_by(|a, b| a.name.cmp(&b.name));
+    qemu.late = blocks.iter().any(|block| block.hva.is_none() && !block.is_rebuilt());
     Ok(Layout { blocks })
+}
+
+/// Sends the first questions of a layout in which nothing is missing any more, if something was: a load brings it.
+pub(super) fn ask_ahead(qemu: &mut Qemu) -> Result<(), QmpError> {
+    if qemu.late {
+        for line in [LIST, MAP] {
+            let ticket = qemu.qmp.hmp_begin(line, COMMAND_WITHIN)?;
+            qemu.ahead.insert(line, ticket);
+        }
+    }
+    Ok(())
+}
+
+/// Forgets such of these questions: those that QEMU answered too early, and all once the VM runs.
+pub(super) fn forget_ahead(qemu: &mut Qemu, such: impl Fn(&Qmp, &Ticket) -> bool) {
+    let Qemu { ahead, qmp, .. } = qemu;
+    let these: Vec<Ticket> =
+        ahead.extract_if(.., |_, ticket| such(qmp, ticket)).map(|(_, ticket)| ticket).collect();
+    these.iter().for_each(|ticket| qmp.forget(ticket));
 }
 
 /// The addresses that the memory map gives away, by the blocks' names: of all blocks but those that are `known`.
@@ -65,7 +89,7 @@ fn addresses_once(
     blocks: &[Block],
     known: &BTreeSet<String>,
 ) -> Result<BTreeMap<String, u64>, VmmError> {
-    let map = qemu.hmp("info mtree -f", "show its memory map")?;
+    let map = qemu.hmp(MAP, "show its memory map")?;
     let mut pieces: BTreeMap<&str, Vec<Piece>> = BTreeMap::new();
     for piece in parse_pieces(&map) {
         if let Some(block) = block_of(&piece, blocks) {
@@ -97,19 +121,26 @@ impl Qemu {
 /// Where a block begins, by each of its pieces; nothing when none of them is there any more.
 fn base(qemu: &mut Qemu, name: &str, pieces: &[Piece]) -> Result<Option<u64>, VmmError> {
     let (mut bases, mut answers) = (BTreeSet::new(), 0);
-    for piece in pieces.iter().take(PIECES_MAX) {
-        if answers == ANSWERS {
-            break;
+    let pieces = pieces.get(..PIECES_MAX).unwrap_or(pieces);
+    let operation = "translate an address";
+    for pieces in pieces.chunks(ANSWERS) {
+        // All of them before the first is waited for.
+        let mut ask =
+            |piece: &Piece| qemu.qmp.hmp_begin(&format!("gpa2hva {:#x}", piece.gpa), COMMAND_WITHIN);
+        let asked: Result<Vec<_>, _> = pieces.iter().map(&mut ask).collect();
+        for (piece, ticket) in pieces.iter().zip(asked.map_err(|error| qemu.explain(operation, error))?) {
+            // The guest may have put something else there meanwhile, or nothing (an error): another piece will tell.
+            let answer = match qemu.qmp.hmp_finish(&ticket, COMMAND_WITHIN) {
+                Err(QmpError::Refused { .. }) => continue,
+                answer => answer.map_err(|error| qemu.explain(operation, error))?,
+            };
+            if let Some(hva) = parse_hva(&answer, &piece.region) {
+                bases.insert(hva.wrapping_sub(piece.offset));
+                answers += 1;
+            }
         }
-        let line = format!("gpa2hva {:#x}", piece.gpa);
-        // The guest may have put something else there meanwhile, or nothing (an error): another piece will tell.
-        let answer = match qemu.qmp.hmp(&line, COMMAND_WITHIN) {
-            Err(QmpError::Refused { .. }) => continue,
-            answer => answer.map_err(|error| qemu.explain("translate an address", error))?,
-        };
-        if let Some(hva) = parse_hva(&answer, &piece.region) {
-            bases.insert(hva.wrapping_sub(piece.offset));
-            answers += 1;
+        if answers >= ANSWERS {
+            break;
         }
     }
     if bases.len() > 1 {

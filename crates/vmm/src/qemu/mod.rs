@@ -47,7 +47,7 @@ pub use readconfig::expand;
 
 use crate::Vmm;
 use crate::process::ProcessId;
-use crate::types::{Fingerprint, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
+use crate::types::{Fingerprint, Glance, Layout, LentFd, Reason, RunState, SaveTicket, Shape, VmmError};
 use devices::Devices;
 
 /// How long an ordinary command may take. QEMU answers in a millisecond; its main thread can be held up for seconds
@@ -75,8 +75,12 @@ pub struct Qemu {
     firmware: Option<BTreeSet<String>>,
     /// The cgroup that was made for it, to be removed after it.
     cgroup: Option<PathBuf>,
-    /// Questions for the VM's shape that are under way.
-    shape: Vec<Ticket>,
+    /// Questions for a glance at the VM that are under way.
+    glance: Vec<Ticket>,
+    /// Whether there is RAM that was not found when it was looked for last.
+    late: bool,
+    /// Lines of the human monitor that were sent ahead of who asks.
+    ahead: BTreeMap<&'static str, Ticket>,
     /// Answers that were given during one look at the VM.
     seen: Option<BTreeMap<String, Value>>,
 }
@@ -113,7 +117,9 @@ impl Qemu {
             devices,
             firmware: None,
             cgroup,
-            shape: Vec::new(),
+            glance: Vec::new(),
+            late: false,
+            ahead: BTreeMap::new(),
             seen: None,
         })
     }
@@ -199,7 +205,11 @@ impl Qemu {
     }
 
     fn hmp(&mut self, line: &str, operation: &'static str) -> Result<String, VmmError> {
-        self.qmp.hmp(line, COMMAND_WITHIN).map_err(|error| self.explain(operation, error))
+        let answer = match self.ahead.remove(line) {
+            Some(ticket) => self.qmp.hmp_finish(&ticket, COMMAND_WITHIN),
+            None => self.qmp.hmp(line, COMMAND_WITHIN),
+        };
+        answer.map_err(|error| self.explain(operation, error))
     }
 
     fn qom(&mut self, path: &str, property: &str, operation: &'static str) -> Result<Value, VmmError> {
@@ -268,12 +278,16 @@ impl Vmm for Qemu {
         fingerprint::fingerprint(self)
     }
 
-    fn shape_begin(&mut self) -> Result<(), VmmError> {
-        fingerprint::shape_begin(self)
+    fn shape(&mut self) -> Result<Shape, VmmError> {
+        fingerprint::shape(self)
     }
 
-    fn shape_finish(&mut self) -> Result<Shape, VmmError> {
-        fingerprint::shape_finish(self)
+    fn glance_begin(&mut self) -> Result<(), VmmError> {
+        fingerprint::glance_begin(self)
+    }
+
+    fn glance_finish(&mut self) -> Result<Glance, VmmError> {
+        fingerprint::glance_finish(self)
     }
 
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError> {
@@ -303,6 +317,14 @@ impl Vmm for Qemu {
 
     fn pause(&mut self) -> Result<RunState, VmmError> {
         devices::pause(self)
+    }
+
+    fn ready_to_pause(&mut self) -> Result<RunState, VmmError> {
+        devices::ready_to_pause(self)
+    }
+
+    fn pause_and_save(&mut self) -> Result<(RunState, SaveTicket), VmmError> {
+        devices::pause_and_save(self)
     }
 
     fn drain(&mut self) -> Result<(), VmmError> {

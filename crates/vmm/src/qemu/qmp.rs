@@ -5,6 +5,11 @@
 //!
 //! QMP talks to one client per socket and hangs while QEMU's main thread does. So every wait has a deadline, also
 //! the wait for the greeting, which a socket that another client holds never sends.
+//!
+//! QEMU's monitor takes one byte at a time from its socket (`monitor_can_read` in QEMU's `monitor/monitor.c`), and makes seven
+//! system calls for each: some 3 us a byte. What must be done at an instant is therefore typed ahead: [`Qmp::type_ahead`].
+//! Out-of-band execution is asked for where QEMU offers it, although no command of ours is: its monitor then goes on reading
+//! while a command runs.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::fmt;
@@ -38,6 +43,10 @@ const READ_ON: Duration = Duration::from_millis(100);
 const READ_BYTES: usize = 64 << 10;
 /// How much of an answer that is no JSON is shown.
 const EXCERPT_CHARS: usize = 80;
+/// What ends a command that was typed ahead.
+const END: &[u8] = b"}\n";
+/// What ends one that is not wanted any more: QEMU refuses it for the member that no command has.
+const WITHDRAWN: &[u8] = b",\"withdrawn\":true}\n";
 
 /// What went wrong between us and QEMU.
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +158,14 @@ pub struct Ticket {
     command: String,
 }
 
+/// A command that QEMU has read but for its end.
+#[derive(Debug)]
+struct Typed {
+    id: u64,
+    command: String,
+    args: Value,
+}
+
 /// A point in time by which a wait ends, with its length for the error's text.
 #[derive(Clone, Copy)]
 struct Deadline {
@@ -180,6 +197,7 @@ pub struct Qmp {
     input: Vec<u8>,
     /// How much of `input` holds no end of a line for sure.
     scanned: usize,
+    typed: Option<Typed>,
     waiting: BTreeSet<u64>,
     answers: HashMap<u64, Result<Value, (String, String)>>,
     events: VecDeque<Event>,
@@ -212,14 +230,17 @@ impl Qmp {
             version: Version::new(0, 0),
             input: Vec::new(),
             scanned: 0,
+            typed: None,
             waiting: BTreeSet::new(),
             answers: HashMap::new(),
             events: VecDeque::new(),
             broken: false,
         };
         let line = qmp.next_line(greeting, deadline)?;
-        qmp.version = parse_greeting(&line)?;
-        let ticket = qmp.send_by("qmp_capabilities", Value::Null, &[], deadline)?;
+        let (version, out_of_band) = parse_greeting(&line)?;
+        qmp.version = version;
+        let enable = if out_of_band { json!({ "enable": ["oob"] }) } else { Value::Null };
+        let ticket = qmp.send_by("qmp_capabilities", enable, &[], deadline)?;
         match qmp.wait_by(&ticket, deadline) {
             // A client that was here before us has sent the same, gone, and been obeyed only now.
             Err(QmpError::Refused { class, .. }) if class == "CommandNotFound" => Ok(qmp),
@@ -266,6 +287,19 @@ impl Qmp {
         self.send_by(command, args, &[], Deadline::after(within))
     }
 
+    /// Lets QEMU read all of a command but its end, so that [`Qmp::send`] of the same command costs it a single byte. Any other
+    /// command withdraws this one, and so does the end of the connection: QEMU then begins with an empty line.
+    pub fn type_ahead(&mut self, command: &str, args: Value, within: Duration) -> Result<(), QmpError> {
+        let deadline = Deadline::after(within);
+        self.withdraw(deadline)?;
+        let id = next_id();
+        let text = message(command, &args, id);
+        let text = text.strip_suffix('}').unwrap_or(&text);
+        self.write(text.as_bytes(), &[], command, deadline)?;
+        self.typed = Some(Typed { id, command: command.to_owned(), args });
+        Ok(())
+    }
+
     /// Waits for the answer to a command that was sent. After a timeout it can be waited for again.
     pub fn wait(&mut self, ticket: &Ticket, within: Duration) -> Result<Value, QmpError> {
         self.wait_by(ticket, Deadline::after(within))
@@ -289,6 +323,15 @@ impl Qmp {
         }
     }
 
+    /// Whether an event with one of these names has come by now.
+    pub fn has_event(&mut self, names: &[&str]) -> Result<bool, QmpError> {
+        match self.next_event(names, Duration::ZERO) {
+            Ok(_) => Ok(true),
+            Err(QmpError::TimedOut { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Forgets the events that came so far.
     pub fn forget_events(&mut self) {
         self.events.clear();
@@ -296,9 +339,26 @@ impl Qmp {
 
     /// Runs a command of the human monitor and returns what it prints.
     pub fn hmp(&mut self, line: &str, within: Duration) -> Result<String, QmpError> {
-        let answer = self.execute("human-monitor-command", json!({ "command-line": line }), within)?;
-        let text = answer.as_str().ok_or_else(|| protocol(format!("the answer to \"{line}\" is no text")))?;
-        Ok(text.to_owned())
+        let ticket = self.hmp_begin(line, within)?;
+        self.hmp_finish(&ticket, within)
+    }
+
+    /// Sends one and does not wait for what it prints.
+    pub fn hmp_begin(&mut self, line: &str, within: Duration) -> Result<Ticket, QmpError> {
+        self.send("human-monitor-command", json!({ "command-line": line }), within)
+    }
+
+    /// Waits for what it prints.
+    pub fn hmp_finish(&mut self, ticket: &Ticket, within: Duration) -> Result<String, QmpError> {
+        match self.wait(ticket, within)? {
+            Value::String(text) => Ok(text),
+            _ => Err(protocol("the answer of the human monitor is no text".into())),
+        }
+    }
+
+    /// Whether the answer to a command that was sent has been seen by now.
+    pub(super) fn has_answered(&self, ticket: &Ticket) -> bool {
+        !self.waiting.contains(&ticket.id)
     }
 
     fn send_by(
@@ -308,21 +368,43 @@ impl Qmp {
         fds: &[BorrowedFd<'_>],
         deadline: Deadline,
     ) -> Result<Ticket, QmpError> {
-        if self.broken {
-            return Err(QmpError::Broken);
-        }
-        let id = next_id();
-        let mut message = json!({ "execute": command, "id": id });
-        if !args.is_null() {
-            message["arguments"] = args;
-        }
-        self.write(format!("{message}\n").as_bytes(), fds, command, deadline)
-            .inspect_err(|_| self.broken = true)?;
+        let same = |typed: &mut Typed| fds.is_empty() && typed.command == command && typed.args == args;
+        let id = match self.typed.take_if(same) {
+            Some(typed) => {
+                self.write(END, fds, command, deadline)?;
+                typed.id
+            }
+            None => {
+                self.withdraw(deadline)?;
+                let id = next_id();
+                self.write(format!("{}\n", message(command, &args, id)).as_bytes(), fds, command, deadline)?;
+                id
+            }
+        };
         self.waiting.insert(id);
         Ok(Ticket { id, command: command.to_owned() })
     }
 
+    /// Makes QEMU forget what was typed ahead. Its refusal is an answer to nothing that is waited for.
+    fn withdraw(&mut self, deadline: Deadline) -> Result<(), QmpError> {
+        self.typed.take().map_or(Ok(()), |typed| self.write(WITHDRAWN, &[], &typed.command, deadline))
+    }
+
+    /// What was begun cannot be ended after a failure: the connection is useless then.
     fn write(
+        &mut self,
+        bytes: &[u8],
+        fds: &[BorrowedFd<'_>],
+        command: &str,
+        deadline: Deadline,
+    ) -> Result<(), QmpError> {
+        if self.broken {
+            return Err(QmpError::Broken);
+        }
+        self.write_all(bytes, fds, command, deadline).inspect_err(|_| self.broken = true)
+    }
+
+    fn write_all(
         &mut self,
         mut bytes: &[u8],
         mut fds: &[BorrowedFd<'_>],
@@ -451,11 +533,21 @@ impl Qmp {
     }
 }
 
-/// An id that no other connection of ours has, nor one of an agent before us: an answer to those may still come.
+/// A command as it is written, in one line.
+fn message(command: &str, args: &Value, id: u64) -> String {
+    let mut message = json!({ "execute": command, "id": id });
+    if !args.is_null() {
+        message["arguments"] = args.clone();
+    }
+    message.to_string()
+}
+
+/// An id that no other connection of ours has, nor one of an agent before us: an answer to those may still come. Short, since each digit takes
+/// QEMU a few microseconds.
 fn next_id() -> u64 {
     static COUNT: AtomicU64 = AtomicU64::new(1);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    (u64::from(std::process::id()) << 32) | (count & u64::from(u32::MAX))
+    (u64::from(std::process::id()) << 16) | (count & u64::from(u16::MAX))
 }
 
 /// Connects as soon as somebody listens, and greets later: [`Qmp::over`].
@@ -502,12 +594,15 @@ fn parse(line: &[u8]) -> Result<Value, QmpError> {
     }
 }
 
-fn parse_greeting(line: &[u8]) -> Result<Version, QmpError> {
+/// The version, and whether QEMU offers out-of-band execution.
+fn parse_greeting(line: &[u8]) -> Result<(Version, bool), QmpError> {
     let message = parse(line)?;
+    let mut offers = message["QMP"]["capabilities"].as_array().into_iter().flatten();
+    let out_of_band = offers.any(|offer| offer == "oob");
     let version = &message["QMP"]["version"]["qemu"];
     let part = |name| version[name].as_u64().and_then(|n| u32::try_from(n).ok());
     match (part("major"), part("minor"), part("micro")) {
-        (Some(major), Some(minor), Some(micro)) => Ok(Version { major, minor, micro }),
+        (Some(major), Some(minor), Some(micro)) => Ok((Version { major, minor, micro }, out_of_band)),
         _ => Err(protocol(format!("no greeting of QEMU's: {}", excerpt(line)))),
     }
 }
