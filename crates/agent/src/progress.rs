@@ -5,7 +5,7 @@ use crate::pages::SendCounters;
 use crate::registry::Vm;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use sterna_engine::Source;
 use sterna_engine::handoff::{Activity, MigrationId};
 use sterna_engine::policy::RateLimits;
@@ -15,10 +15,15 @@ use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
 use sterna_engine::wire::message::Faults;
 use tokio::sync::watch;
 
+/// A stop that takes longer is shown while it lasts.
+const QUIET: Duration = Duration::from_millis(20);
+
 /// What a migration publishes about itself.
 pub(crate) struct View {
     shown: Arc<watch::Sender<MigrationView>>,
     stopped: bool,
+    /// While the VM stands still and is to stand still no longer than a moment, nobody is woken up.
+    quiet_until: Option<Instant>,
     died: bool,
     split: Vec<Span>,
     sent: Duration,
@@ -68,7 +73,15 @@ impl View {
     }
 
     fn on(shown: Arc<watch::Sender<MigrationView>>) -> Self {
-        Self { shown, stopped: false, died: false, split: Vec::new(), sent: Duration::ZERO, verified: None }
+        Self {
+            shown,
+            stopped: false,
+            quiet_until: None,
+            died: false,
+            split: Vec::new(),
+            sent: Duration::ZERO,
+            verified: None,
+        }
     }
 
     /// The same publication, for the next stage of the migration.
@@ -77,26 +90,32 @@ impl View {
     }
 
     pub(crate) fn set_downtime_limit(&self, limit: Duration) {
-        self.shown.send_modify(|view| view.downtime_limit = limit.as_millis() as u64);
+        self.publish(|view| view.downtime_limit = limit.as_millis() as u64);
     }
 
     /// What the VM does, but for the migration's own stop.
     pub(crate) fn set_run_state(&self, word: &str) {
-        self.shown.send_if_modified(|view| {
-            let changed = view.run_state != word;
-            view.run_state = word.into();
-            changed
-        });
+        self.publish(|view| view.run_state = word.into());
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
         self.stopped
     }
 
+    /// Those who watch are woken up, unless that would take processors from the VM's stop: they see it with the next change.
+    fn publish(&self, change: impl FnOnce(&mut MigrationView)) {
+        let loud = self.quiet_until.is_none_or(|until| Instant::now() >= until);
+        self.shown.send_if_modified(|view| {
+            change(view);
+            loud
+        });
+    }
+
     /// The VM is being stopped.
     pub(crate) fn stopping(&mut self) {
         self.stopped = true;
-        self.shown.send_modify(|view| {
+        self.quiet_until = Some(Instant::now() + QUIET);
+        self.publish(|view| {
             view.status = Status::Device.word().into();
             view.runs_at = String::new();
         });
@@ -104,7 +123,7 @@ impl View {
 
     /// An earlier life of this agent has handed the VM over, with this limit.
     pub(crate) fn came_back(&self, serves: bool, max_bandwidth: Option<u64>) {
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             view.max_bandwidth = max_bandwidth;
             if serves {
                 view.status = Status::PostcopyPaused.word().into();
@@ -115,32 +134,32 @@ impl View {
 
     /// Nobody knows whether the target runs the VM.
     pub(crate) fn unresolved(&self, why: &str) {
-        self.shown.send_modify(|view| view.error_desc = Some(why.to_owned()));
+        self.publish(|view| view.error_desc = Some(why.to_owned()));
     }
 
     /// The guest has given so many bytes away for the move.
     pub(crate) fn ballooned(&self, bytes: u64) {
-        self.shown.send_modify(|view| view.ram.balloon_bytes = bytes);
+        self.publish(|view| view.ram.balloon_bytes = bytes);
     }
 
     /// So many bytes of its template were sent, of so many.
     pub(crate) fn template_sent(&self, sent: u64, of: u64) {
-        self.shown.send_modify(|view| (view.ram.template_bytes, view.ram.template_total) = (sent, of));
+        self.publish(|view| (view.ram.template_bytes, view.ram.template_total) = (sent, of));
     }
 
     /// So much time has passed, of which nobody else knows yet.
     pub(crate) fn elapsed(&self, time: Duration) {
-        self.shown.send_modify(|view| view.total_time = time.as_secs_f64() * 1e3);
+        self.publish(|view| view.total_time = time.as_secs_f64() * 1e3);
     }
 
     /// So many pages are at the target already, in its template.
     pub(crate) fn template_pages(&self, pages: u64) {
-        self.shown.send_modify(|view| view.ram.template_pages = pages);
+        self.publish(|view| view.ram.template_pages = pages);
     }
 
     /// So many pages are in common with others and not sent; so many could not be mapped at the target.
     pub(crate) fn common(&self, pages: u64, unmapped: u64) {
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             view.ram.common_pages = pages;
             view.ram.common_fallback_pages += unmapped;
         });
@@ -148,7 +167,7 @@ impl View {
 
     /// So many pages are in common with others, and would take more mappings than there are; for those that do not, so many bytes were sent.
     pub(crate) fn fallbacks(&self, pages: u64, bytes: u64) {
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             view.ram.common_fallback_pages = pages;
             view.ram.common_bytes = bytes;
         });
@@ -156,12 +175,12 @@ impl View {
 
     /// What memory its QEMU uses, and what there is.
     pub(crate) fn memory(&self, tell: impl FnOnce(&mut MemoryReport)) {
-        self.shown.send_modify(|view| tell(&mut view.memory));
+        self.publish(|view| tell(&mut view.memory));
     }
 
     /// Something that was asked for cannot be done.
     pub(crate) fn notice(&self, text: &str) {
-        self.shown.send_modify(|view| view.notices.push(text.to_owned()));
+        self.publish(|view| view.notices.push(text.to_owned()));
     }
 
     /// The VM's QEMU here has ended by itself: nobody runs it.
@@ -194,13 +213,14 @@ impl View {
 
     /// The target owns the VM, this long after it had loaded it.
     pub(crate) fn committed(&mut self, since_load: Duration, record: Duration, resume: Duration) {
+        self.quiet_until = None;
         self.split("record", record);
         self.split("resume", resume);
         self.split("hand-off", since_load.saturating_sub(record + resume));
     }
 
     pub(crate) fn device_state(&self, bytes: u64) {
-        self.shown.send_modify(|view| view.device_state = bytes);
+        self.publish(|view| view.device_state = bytes);
     }
 
     /// Copies the machine's figures.
@@ -214,7 +234,7 @@ impl View {
     ) {
         let progress = machine.progress();
         let (normal, status) = (counters.normal.load(Ordering::Relaxed), machine.status(now));
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             // The last word is said by `finish`, complete: who watches goes away with the first final status.
             if !status.is_final() {
                 view.status = status.word().into();
@@ -259,7 +279,7 @@ impl View {
 
     /// The VM runs at the target, and so much of it is still to go there.
     pub(crate) fn postcopy(&self, requests: u64, pushed: u64, remaining: u64) {
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             let known = view.postcopy.get_or_insert_default();
             (known.requests, known.pushed) = (requests, pushed);
             view.ram.remaining = remaining;
@@ -268,7 +288,7 @@ impl View {
 
     /// How long the guest has waited for pages.
     pub(crate) fn faults(&self, faults: &Faults) {
-        self.shown.send_modify(|view| {
+        self.publish(|view| {
             let known = view.postcopy.get_or_insert_default();
             known.faults = Some(faults.count);
             let (mean, p50, p99, max) = (faults.mean_us, faults.p50_us, faults.p99_us, faults.max_us);

@@ -256,18 +256,14 @@ impl Vmm for FakeVmm {
     }
 
     fn shape(&mut self) -> Result<Shape, VmmError> {
-        let glance = self.glance_finish()?;
+        let glance = self.glance()?;
         self.call("shape", |state| {
             let lasting = *blake3::hash(format!("{:?}", state.layout).as_bytes()).as_bytes();
             Ok(Shape { lasting, glance })
         })
     }
 
-    fn glance_begin(&mut self) -> Result<(), VmmError> {
-        Ok(())
-    }
-
-    fn glance_finish(&mut self) -> Result<Glance, VmmError> {
+    fn glance(&mut self) -> Result<Glance, VmmError> {
         self.call("glance", |state| {
             let text = format!("{:?}", state.fingerprint);
             Ok(Glance(*blake3::hash(text.as_bytes()).as_bytes()))

@@ -63,11 +63,11 @@ pub trait Vmm: Send {
     /// QEMU does not know that we migrate, and lets everybody plug things in and out.
     fn shape(&mut self) -> Result<Shape, VmmError>;
 
-    /// Begins to ask for [`Shape::glance`] and does not wait: the answers come while other things are done.
-    fn glance_begin(&mut self) -> Result<(), VmmError>;
-
-    /// Waits for the answers. Out of order without [`Vmm::glance_begin`].
-    fn glance_finish(&mut self) -> Result<Glance, VmmError>;
+    /// Tells [`Shape::glance`], quickly enough for the downtime.
+    ///
+    /// # Errors
+    /// [`VmmError::WrongState`] after [`pause_and_save`](Vmm::pause_and_save) of a VM that is not paused: it stopped by itself.
+    fn glance(&mut self) -> Result<Glance, VmmError>;
 
     /// Gives the VMM a descriptor to keep, and tells its number in the VMM's process.
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError>;
@@ -95,7 +95,7 @@ pub trait Vmm: Send {
     }
 
     /// [`pause`](Vmm::pause) and [`save_begin`](Vmm::save_begin) in one go. That the VM became paused, and did not stop for a reason of its
-    /// own, may be known only at [`save_finish`](Vmm::save_finish).
+    /// own, may be known only at [`glance`](Vmm::glance).
     fn pause_and_save(&mut self) -> Result<(RunState, SaveTicket), VmmError> {
         Ok((self.pause()?, self.save_begin()?))
     }
@@ -120,7 +120,7 @@ pub trait Vmm: Send {
     /// A second save needs a [`restore`](Vmm::restore) in between: QEMU 7.2 aborts without, and takes the VM along.
     fn save_begin(&mut self) -> Result<SaveTicket, VmmError>;
 
-    /// Waits for the save, of a VM that is paused, and returns the device state, as [`load`](Vmm::load) takes it.
+    /// Waits for the save and returns the device state, as [`load`](Vmm::load) takes it.
     fn save_finish(&mut self, ticket: SaveTicket) -> Result<Vec<u8>, VmmError>;
 
     /// Makes a waiting target ready, so that [`load`](Vmm::load) has nothing to do but to load.

@@ -118,8 +118,6 @@ impl Outgoing {
             return Err(format!("the VM was {found} by the time it was to be stopped; try again"));
         }
         self.split("stop");
-        // What has changed since the last scan is asked in the same breath: QEMU reads it, slowly, while it saves.
-        self.qemu(|qemu| qemu.glance_begin())?;
         let collector = self.collector()?;
         collector.scan()?;
         collector.stands_still();
@@ -169,9 +167,10 @@ impl Outgoing {
         Ok(())
     }
 
-    /// Whether anything changed behind our back: there is time for that while the target loads.
+    /// Whether anything changed behind our back: there is time for that while the target loads, and not before, since QEMU keeps a processor busy
+    /// with each question.
     pub(super) fn look_again(&mut self) -> Result<Pages, String> {
-        let seen = self.qemu(|qemu| qemu.glance_finish())?;
+        let seen = self.qemu(|qemu| qemu.glance())?;
         is_as_it_was(self.shape.map(|shape| shape.glance) == Some(seen))?;
         self.collector()?.peek().map(Pages)
     }

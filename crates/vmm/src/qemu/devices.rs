@@ -55,8 +55,8 @@ pub(super) struct Devices {
     ready: bool,
     prepared: Option<Prepared>,
     saving: Option<Ticket>,
-    /// The question after the state of a VM that was stopped and saved in one go.
-    stopped: Option<Ticket>,
+    /// A VM was stopped and saved in one go, and it was not asked yet whether it became paused by that.
+    unsure: bool,
     saves: u64,
     /// Our end of the pipe into a waiting target.
     incoming: Option<OwnedFd>,
@@ -159,6 +159,9 @@ pub(super) fn pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
     }
 }
 
+/// In this time QEMU has read what was typed ahead, and its main thread rests on a processor of its own.
+const READS_WITHIN: Duration = Duration::from_micros(300);
+
 /// What QEMU tells when a VM that ran does not run any more.
 const STANDS: [&str; 4] = ["STOP", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"];
 
@@ -168,6 +171,7 @@ pub(super) fn ready_to_pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
     if state == RunState::Running {
         let typed = qemu.qmp.type_ahead("stop", Value::Null, COMMAND_WITHIN);
         typed.map_err(|e| qemu.explain("get ready to stop the VM", e))?;
+        std::thread::sleep(READS_WITHIN);
     }
     qemu.devices.ready = state == RunState::Running;
     Ok(state)
@@ -180,29 +184,25 @@ pub(super) fn pause_and_save(qemu: &mut Qemu) -> Result<(RunState, SaveTicket), 
         let state = pause(qemu)?;
         return Ok((state, save_begin(qemu)?));
     }
-    // All in one go: QEMU reads the second command while it does the first. The third tells whether it was us who stopped the VM, which can
+    // All in one go: QEMU reads the second command while it does the first. A glance tells later whether it was us who stopped the VM, which can
     // stop for reasons of its own until we do; a save harms none that stands.
     let stop = qemu.qmp.send("stop", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
     (qemu.devices.held, qemu.devices.disks) = (Held::Stopped, Disks::Ours);
     let save = save_begin(qemu)?;
-    let status = qemu.qmp.send("query-status", Value::Null, COMMAND_WITHIN);
-    qemu.devices.stopped = Some(status.map_err(|e| qemu.explain(operation, e))?);
+    qemu.devices.unsure = true;
     qemu.qmp.wait(&stop, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
     Ok((RunState::Running, save))
 }
 
-/// Whether a VM that was stopped and saved in one go is paused, as it is if nothing else stopped it.
-fn check_stopped(qemu: &mut Qemu) -> Result<(), VmmError> {
-    let Some(asked) = qemu.devices.stopped.take() else { return Ok(()) };
-    let operation = "pause";
-    let answer = qemu.qmp.wait(&asked, COMMAND_WITHIN).map_err(|e| qemu.explain(operation, e))?;
-    let state = answer["status"].as_str().unwrap_or("silent");
-    match RunState::from(state.to_owned()) {
+/// Whether a VM that was stopped and saved in one go is paused, as it is if nothing else stopped it: what it does now is known.
+pub(super) fn check_stopped(qemu: &mut Qemu, state: RunState) -> Result<(), VmmError> {
+    match state {
+        _ if !std::mem::take(&mut qemu.devices.unsure) => Ok(()),
         RunState::Paused => Ok(()),
         // The disk can fail, or the guest can panic, while it is being stopped.
         state => {
             qemu.devices.held = Held::Standing;
-            Err(VmmError::WrongState { operation, state, detail: "it did not become paused" })
+            Err(VmmError::WrongState { operation: "pause", state, detail: "it did not become paused" })
         }
     }
 }
@@ -230,7 +230,7 @@ pub(super) fn restore(qemu: &mut Qemu) -> Result<(), VmmError> {
 
 pub(super) fn take_disks(qemu: &mut Qemu) -> Result<(), VmmError> {
     disks::activate(qemu)?;
-    qemu.devices.disks = Disks::Ours;
+    (qemu.devices.disks, qemu.devices.unsure) = (Disks::Ours, false);
     Ok(())
 }
 
@@ -264,9 +264,7 @@ pub(super) fn save_finish(qemu: &mut Qemu, ticket: SaveTicket) -> Result<Vec<u8>
         return Err(out_of_order);
     }
     let Some(waited) = qemu.devices.saving.take() else { return Err(out_of_order) };
-    let saved = qemu.qmp.wait(&waited, DRAIN_WITHIN);
-    check_stopped(qemu)?;
-    saved.map_err(|e| qemu.explain("save its devices", e))?;
+    qemu.qmp.wait(&waited, DRAIN_WITHIN).map_err(|e| qemu.explain("save its devices", e))?;
     let Some(prepared) = &qemu.devices.prepared else { return Err(out_of_order) };
     complete(&read_whole(&prepared.file)?, &prepared.machine)
 }
@@ -289,7 +287,7 @@ pub(super) fn resume(qemu: &mut Qemu) -> Result<(), VmmError> {
             done.map_err(|e| qemu.explain("run the VM", e)).map(drop)?;
         }
     }
-    qemu.devices.held = Held::Not;
+    (qemu.devices.held, qemu.devices.unsure) = (Held::Not, false);
     qemu.devices.disks = Disks::Ours;
     layout::forget_ahead(qemu, |_, _| true);
     drop_prepared(qemu);

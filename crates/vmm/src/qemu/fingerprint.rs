@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use serde_json::{Value, json};
 
 use super::qmp::{QmpError, Ticket};
-use super::{COMMAND_WITHIN, Qemu};
+use super::{COMMAND_WITHIN, Qemu, devices};
 use crate::Vmm;
 use crate::types::{Fingerprint, Glance, Shape, VmmError};
 
@@ -62,8 +62,10 @@ const SHAPE: [(&str, &str); 3] =
     [(HMP, "info ramblock"), ("query-memory-devices", ""), ("query-cpus-fast", "")];
 
 /// Those of it that are asked within the downtime too, for QEMU reads a question slowly ([`super::qmp`]): no device comes or goes, no disk changes
-/// and nothing forbids a migration without one of them. The last is the one for the disks.
-const GLANCE: [(&str, &str); 4] = [
+/// and nothing forbids a migration without one of them. The first is not a part of the shape, but
+/// tells whether a VM that was stopped is paused; the last is the one for the disks.
+const GLANCE: [(&str, &str); 5] = [
+    ("query-status", ""),
     ("qom-list", DEVICE_ROOTS[0]),
     ("qom-list", DEVICE_ROOTS[1]),
     ("query-migrate", ""),
@@ -73,30 +75,23 @@ const GLANCE: [(&str, &str); 4] = [
 const HMP: &str = "human-monitor-command";
 
 pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
-    let tickets = ask(qemu, &SHAPE)?;
-    glance_begin(qemu)?;
+    let (lasting, glance) = (ask(qemu, &SHAPE)?, ask(qemu, &GLANCE)?);
     let mut hasher = blake3::Hasher::new();
-    for ticket in &tickets {
+    for ticket in &lasting {
         hash_text(&mut hasher, &answer(qemu, ticket)?);
     }
-    let glance = glance_finish(qemu)?;
-    Ok(Shape { lasting: *hasher.finalize().as_bytes(), glance })
+    Ok(Shape { lasting: *hasher.finalize().as_bytes(), glance: glance_of(qemu, &glance)? })
 }
 
-pub(super) fn glance_begin(qemu: &mut Qemu) -> Result<(), VmmError> {
-    // Those of a try that has ended meanwhile.
-    for ticket in std::mem::take(&mut qemu.glance) {
-        qemu.qmp.forget(&ticket);
-    }
-    qemu.glance = ask(qemu, &GLANCE)?;
-    Ok(())
+pub(super) fn glance(qemu: &mut Qemu) -> Result<Glance, VmmError> {
+    let tickets = ask(qemu, &GLANCE)?;
+    glance_of(qemu, &tickets)
 }
 
-pub(super) fn glance_finish(qemu: &mut Qemu) -> Result<Glance, VmmError> {
-    let tickets = std::mem::take(&mut qemu.glance);
-    let Some((disks, tickets)) = tickets.split_last() else {
-        return Err(VmmError::Order { operation: TELL_SHAPE, detail: "ask first" });
-    };
+fn glance_of(qemu: &mut Qemu, tickets: &[Ticket; GLANCE.len()]) -> Result<Glance, VmmError> {
+    let [state, tickets @ .., disks] = tickets;
+    let state = qemu.qmp.wait(state, COMMAND_WITHIN).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
+    devices::check_stopped(qemu, state["status"].as_str().unwrap_or("silent").to_owned().into())?;
     let mut hasher = blake3::Hasher::new();
     for ticket in tickets {
         hash_text(&mut hasher, &answer(qemu, ticket)?);
@@ -108,15 +103,16 @@ pub(super) fn glance_finish(qemu: &mut Qemu) -> Result<Glance, VmmError> {
 }
 
 /// All of them are under way at once.
-fn ask(qemu: &mut Qemu, questions: &[(&str, &str)]) -> Result<Vec<Ticket>, VmmError> {
+fn ask<const N: usize>(qemu: &mut Qemu, questions: &[(&str, &str); N]) -> Result<[Ticket; N], VmmError> {
     let args = |command, about| match command {
         HMP => json!({ "command-line": about }),
         "qom-list" => json!({ "path": about }),
         _ => Value::Null,
     };
     let mut send = |&(command, about)| qemu.qmp.send(command, args(command, about), COMMAND_WITHIN);
-    let sent: Result<_, _> = questions.iter().map(&mut send).collect();
-    sent.map_err(|e| qemu.explain(TELL_SHAPE, e))
+    let sent: Result<Vec<_>, _> = questions.iter().map(&mut send).collect();
+    let sent = sent.map_err(|e| qemu.explain(TELL_SHAPE, e))?;
+    sent.try_into().map_err(|_| VmmError::Order { operation: TELL_SHAPE, detail: "ask for each" })
 }
 
 fn answer(qemu: &mut Qemu, ticket: &Ticket) -> Result<String, VmmError> {

@@ -75,8 +75,6 @@ pub struct Qemu {
     firmware: Option<BTreeSet<String>>,
     /// The cgroup that was made for it, to be removed after it.
     cgroup: Option<PathBuf>,
-    /// Questions for a glance at the VM that are under way.
-    glance: Vec<Ticket>,
     /// Whether there is RAM that was not found when it was looked for last.
     late: bool,
     /// Lines of the human monitor that were sent ahead of who asks.
@@ -117,7 +115,6 @@ impl Qemu {
             devices,
             firmware: None,
             cgroup,
-            glance: Vec::new(),
             late: false,
             ahead: BTreeMap::new(),
             seen: None,
@@ -282,12 +279,8 @@ impl Vmm for Qemu {
         fingerprint::shape(self)
     }
 
-    fn glance_begin(&mut self) -> Result<(), VmmError> {
-        fingerprint::glance_begin(self)
-    }
-
-    fn glance_finish(&mut self) -> Result<Glance, VmmError> {
-        fingerprint::glance_finish(self)
+    fn glance(&mut self) -> Result<Glance, VmmError> {
+        fingerprint::glance(self)
     }
 
     fn lend_fd(&mut self, fd: BorrowedFd<'_>) -> Result<LentFd, VmmError> {
