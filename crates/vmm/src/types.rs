@@ -163,7 +163,7 @@ pub struct Shape {
 }
 
 /// A part of a [`Shape`] that is told quickly.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Glance(pub(crate) [u8; 32]);
 
 /// What the fingerprints of `source` and `target` do not share, for a person to read. Empty means that they agree.

@@ -117,6 +117,18 @@ impl CommandLine {
         Self::parse_any(argv)
     }
 
+    /// Whether one monitor is all that a QEMU with this command line has. It makes one by itself only where it is told of none.
+    pub(super) fn has_one_monitor(&self) -> bool {
+        let is_monitor = |option: &&Opt| match option.name.as_str() {
+            "mon" | "qmp" | "qmp-pretty" => true,
+            "monitor" => option.value.as_deref() != Some("none"),
+            // `-serial mon:stdio`, or whatever a file says.
+            "readconfig" => true,
+            _ => option.value.as_deref().is_some_and(|value| value.starts_with("mon:")),
+        };
+        self.options.iter().filter(is_monitor).count() == 1
+    }
+
     /// The command line as it was read.
     pub fn to_argv(&self) -> Vec<String> {
         let mut argv = vec![self.program.clone()];
@@ -411,6 +423,13 @@ fn translate(option: &Opt, host: Host<'_>) -> Result<Opt, Why> {
     };
     let value = option.value.is_some().then_some(translated);
     Ok(Opt { name: option.name.clone(), dashes: option.dashes, value })
+}
+
+/// The arguments that a process was started with.
+pub(super) fn argv_of(pid: i32) -> std::io::Result<Vec<String>> {
+    let line = std::fs::read(format!("/proc/{pid}/cmdline"))?;
+    let args = line.strip_suffix(b"\0").unwrap_or(&line).split(|byte| *byte == 0);
+    Ok(args.map(|arg| String::from_utf8_lossy(arg).into()).collect())
 }
 
 fn qmp_args(run_dir: &Path) -> [String; 4] {

@@ -19,6 +19,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 use serde_json::{Value, json};
 
+use super::cmdline::argv_of;
 use super::qmp::{QmpError, Ticket};
 use super::{COMMAND_WITHIN, Qemu, devices};
 use crate::Vmm;
@@ -57,70 +58,80 @@ pub(super) fn fingerprint(qemu: &mut Qemu) -> Result<Fingerprint, VmmError> {
     Ok(Fingerprint { lines, firmware, needs_firmware })
 }
 
+/// A question for QEMU: the command, and what it is about.
+type Question = (&'static str, &'static str);
+
 /// What tells whether a VM is still the one whose fingerprint was taken: a question or two for each kind of thing that can be plugged in.
-const SHAPE: [(&str, &str); 3] =
+const LASTING: [Question; 3] =
     [(HMP, "info ramblock"), ("query-memory-devices", ""), ("query-cpus-fast", "")];
 
-/// Those of it that are asked within the downtime too, for QEMU reads a question slowly ([`super::qmp`]): no device comes or goes, no disk changes
-/// and nothing forbids a migration without one of them. The first is not a part of the shape, but
-/// tells whether a VM that was stopped is paused; the last is the one for the disks.
-const GLANCE: [(&str, &str); 5] = [
-    ("query-status", ""),
-    ("qom-list", DEVICE_ROOTS[0]),
-    ("qom-list", DEVICE_ROOTS[1]),
-    ("query-migrate", ""),
-    ("query-block", ""),
-];
+/// Those of it without one of which no device comes or goes and no disk changes: asked after the stop too, where others than we can have told QEMU to.
+const PARTS: [Question; 3] = [(LIST, DEVICE_ROOTS[0]), (LIST, DEVICE_ROOTS[1]), (DISKS, "")];
+
+/// What the guest alone can change too: whether anything forbids a migration, and whether the VM runs.
+const GUEST: [Question; 2] = [("query-migrate", ""), (STATUS, "")];
+
+/// What QEMU tells when a guest opens a drive, or lets go of a device that it was asked for.
+const GUEST_CHANGED: [&str; 2] = ["DEVICE_TRAY_MOVED", "DEVICE_DELETED"];
 
 const HMP: &str = "human-monitor-command";
+const LIST: &str = "qom-list";
+const DISKS: &str = "query-block";
+const STATUS: &str = "query-status";
 
 pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
-    let (lasting, glance) = (ask(qemu, &SHAPE)?, ask(qemu, &GLANCE)?);
-    let mut hasher = blake3::Hasher::new();
-    for ticket in &lasting {
-        hash_text(&mut hasher, &answer(qemu, ticket)?);
-    }
-    Ok(Shape { lasting: *hasher.finalize().as_bytes(), glance: glance_of(qemu, &glance)? })
+    let lasting = if qemu.alone { [&LASTING[..], &PARTS].concat() } else { LASTING.into() };
+    let (lasting, glance) = (ask(qemu, lasting)?, ask(qemu, at_a_glance(qemu))?);
+    Ok(Shape { lasting: answers(qemu, lasting)?, glance: Glance(answers(qemu, glance)?) })
 }
 
 pub(super) fn glance(qemu: &mut Qemu) -> Result<Glance, VmmError> {
-    let tickets = ask(qemu, &GLANCE)?;
-    glance_of(qemu, &tickets)
+    let glance = ask(qemu, at_a_glance(qemu))?;
+    let seen = Glance(answers(qemu, glance)?);
+    let changed = qemu.qmp.has_event(&GUEST_CHANGED).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
+    Ok(if changed { Glance::default() } else { seen })
 }
 
-fn glance_of(qemu: &mut Qemu, tickets: &[Ticket; GLANCE.len()]) -> Result<Glance, VmmError> {
-    let [state, tickets @ .., disks] = tickets;
-    let state = qemu.qmp.wait(state, COMMAND_WITHIN).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
-    devices::check_stopped(qemu, state["status"].as_str().unwrap_or("silent").to_owned().into())?;
-    let mut hasher = blake3::Hasher::new();
-    for ticket in tickets {
-        hash_text(&mut hasher, &answer(qemu, ticket)?);
-    }
-    // The rest of that answer changes all the time.
-    let disks = qemu.qmp.wait(disks, COMMAND_WITHIN).map_err(|e| qemu.explain(TELL_SHAPE, e))?;
-    drive_parts(&disks).for_each(|part| hash_text(&mut hasher, &part));
-    Ok(Glance(*hasher.finalize().as_bytes()))
+/// Each question keeps QEMU's monitor busy for a quarter of a millisecond ([`super::qmp`]): what nobody else can have told QEMU is not asked.
+fn at_a_glance(qemu: &Qemu) -> Vec<Question> {
+    if qemu.alone { GUEST.into() } else { [&GUEST[..], &PARTS].concat() }
 }
 
 /// All of them are under way at once.
-fn ask<const N: usize>(qemu: &mut Qemu, questions: &[(&str, &str); N]) -> Result<[Ticket; N], VmmError> {
-    let args = |command, about| match command {
-        HMP => json!({ "command-line": about }),
-        "qom-list" => json!({ "path": about }),
-        _ => Value::Null,
-    };
-    let mut send = |&(command, about)| qemu.qmp.send(command, args(command, about), COMMAND_WITHIN);
-    let sent: Result<Vec<_>, _> = questions.iter().map(&mut send).collect();
-    let sent = sent.map_err(|e| qemu.explain(TELL_SHAPE, e))?;
-    sent.try_into().map_err(|_| VmmError::Order { operation: TELL_SHAPE, detail: "ask for each" })
+fn ask(qemu: &mut Qemu, questions: Vec<Question>) -> Result<Vec<(Question, Ticket)>, VmmError> {
+    let mut asked = Vec::new();
+    for question in questions {
+        let (command, about) = question;
+        let args = match command {
+            HMP => json!({ "command-line": about }),
+            LIST => json!({ "path": about }),
+            _ => Value::Null,
+        };
+        let sent = qemu.qmp.send(command, args, COMMAND_WITHIN);
+        asked.push((question, sent.map_err(|e| qemu.explain(TELL_SHAPE, e))?));
+    }
+    Ok(asked)
 }
 
-fn answer(qemu: &mut Qemu, ticket: &Ticket) -> Result<String, VmmError> {
-    match qemu.qmp.wait(ticket, COMMAND_WITHIN) {
-        // A machine without memory devices refuses that question, each time in the same words.
-        Err(QmpError::Refused { desc, .. }) => Ok(desc),
-        answer => Ok(stable(answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?).to_string()),
+fn answers(qemu: &mut Qemu, asked: Vec<(Question, Ticket)>) -> Result<[u8; 32], VmmError> {
+    let mut hasher = blake3::Hasher::new();
+    for ((command, _), ticket) in asked {
+        let answer = match qemu.qmp.wait(&ticket, COMMAND_WITHIN) {
+            // A machine without memory devices refuses that question, each time in the same words.
+            Err(QmpError::Refused { desc, .. }) => Value::String(desc),
+            answer => answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?,
+        };
+        match command {
+            STATUS => {
+                let state = answer["status"].as_str().unwrap_or("silent");
+                devices::check_stopped(qemu, state.to_owned().into())?;
+            }
+            // The rest of that answer changes all the time.
+            DISKS => drive_parts(&answer).for_each(|part| hash_text(&mut hasher, &part)),
+            _ => hash_text(&mut hasher, &stable(answer).to_string()),
+        }
     }
+    Ok(*hasher.finalize().as_bytes())
 }
 
 /// Of what QEMU tells of its own migration only what blocks it belongs to the shape.
@@ -434,9 +445,7 @@ fn is_shortage(errno: i32) -> bool {
 
 /// The folders that a QEMU searches for firmware: its own program says (`-L help`), told the same `-L`.
 fn data_folders(pid: i32) -> io::Result<Vec<PathBuf>> {
-    let args = std::fs::read(format!("/proc/{pid}/cmdline"))?;
-    let args: Vec<String> =
-        args.split(|byte| *byte == 0).map(|arg| String::from_utf8_lossy(arg).into()).collect();
+    let args = argv_of(pid)?;
     let program = std::fs::read_link(format!("/proc/{pid}/exe"))?;
     let mut line = vec![program.to_string_lossy().into_owned()];
     for pair in args.windows(2) {

@@ -71,6 +71,8 @@ pub struct Qemu {
     /// Addresses of RAM blocks that were found before. They never change, but may become hard to find.
     addresses: BTreeMap<String, u64>,
     devices: Devices,
+    /// Whether our monitor is its only one: nobody else can tell it anything.
+    alone: bool,
     /// The firmware files' part of the fingerprint, once it was found.
     firmware: Option<BTreeSet<String>>,
     /// The cgroup that was made for it, to be removed after it.
@@ -106,6 +108,8 @@ impl Qemu {
             return Err(VmmError::WrongProcess { found, expected });
         }
         let cgroup = launch::own_cgroup(expected);
+        let alone = cmdline::argv_of(expected)
+            .is_ok_and(|argv| CommandLine::parse_any(argv).is_some_and(|line| line.has_one_monitor()));
         let (addresses, devices) = (BTreeMap::new(), Devices::default());
         Ok(Self {
             qmp,
@@ -113,6 +117,7 @@ impl Qemu {
             log,
             addresses,
             devices,
+            alone,
             firmware: None,
             cgroup,
             late: false,
