@@ -67,7 +67,7 @@ pub(crate) fn sinks(
     }
     let bytes = offer.blocks.iter().map(|block| if block.travels { block.bytes } else { 0 });
     let missing = Mutex::new(vec![Vec::new(); offer.blocks.len()]);
-    let installer = RwLock::new(installer);
+    let installer = RwLock::new(Some(installer));
     Ok(Sinks { layout: batch::Layout::new(bytes), blocks, installer, regions, guessed, missing })
 }
 
@@ -115,7 +115,7 @@ pub(crate) fn settle_late(
     process: &Process,
     offer: &Offer,
     layout: &Layout,
-    blocks: Vec<Sink>,
+    blocks: &[Sink],
     guessed: &[FetchRegion],
 ) -> Result<(), String> {
     for region in guessed {
@@ -127,7 +127,7 @@ pub(crate) fn settle_late(
     }
     for (offered, sink) in offer.blocks.iter().zip(blocks) {
         let Sink::Staged(buffer) = sink else { continue };
-        let bytes = buffer.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let bytes = std::mem::take(&mut *buffer.lock().unwrap_or_else(PoisonError::into_inner));
         let base = layout.block(&offered.name).and_then(|block| block.hva);
         let base =
             base.ok_or_else(|| format!("QEMU does not tell where its RAM block {} is", offered.name))?;

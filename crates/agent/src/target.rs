@@ -73,6 +73,8 @@ struct Arriving<'a> {
     offer: Offer,
     sinks: Option<Arc<Sinks>>,
     receivers: BTreeMap<u32, Receiver>,
+    /// Those that have done their work: they are ended when no VM waits for that.
+    ended: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
     /// From the first of it until the VM runs.
     awake: Awake,
@@ -236,6 +238,7 @@ impl<'a> Arriving<'a> {
             offer: Offer::default(),
             sinks: None,
             receivers: BTreeMap::new(),
+            ended: BTreeMap::new(),
             state: Vec::new(),
             awake: Awake::default(),
             template: None,
@@ -416,6 +419,7 @@ impl Arriving<'_> {
             }
             TargetAction::Announce => {
                 self.announce();
+                self.drop_streams();
                 None
             }
             TargetAction::Strand(why) => {
@@ -544,40 +548,45 @@ impl Arriving<'_> {
 
     fn drop_streams(&mut self) {
         // All of them before the first is waited for.
-        self.receivers.values().for_each(Receiver::cut);
-        self.receivers.clear();
+        self.ended.append(&mut self.receivers);
+        self.ended.values().for_each(Receiver::cut);
+        self.ended.clear();
     }
 
     /// Loads the device state, then the blocks that only now have an address, and compares digests.
     fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
         let began = Instant::now();
-        self.drop_streams();
+        self.ended = std::mem::take(&mut self.receivers);
+        if end.postcopy {
+            // A pager writes from here on.
+            self.drop_streams();
+        }
         self.paused = end.paused;
         check_digests(end)?;
         let state = std::mem::take(&mut self.state);
         if state.len() as u64 != end.bytes {
             return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
         }
-        let sinks = self.sinks.take().and_then(Arc::into_inner).ok_or("the page streams have not ended")?;
-        let Sinks { layout, blocks, installer, missing, guessed, .. } = sinks;
-        let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let sinks = self.sinks.take().ok_or("nothing is ready")?;
+        let Sinks { blocks, guessed, .. } = &*sinks;
+        let installer = sinks.close().ok_or("it was loaded before")?;
         installer.finish().map_err(|why| explain(&why))?;
         let closed = began.elapsed();
         let awaits = self.awaits_template(end.postcopy)?;
         if end.postcopy {
-            self.begin_fetch(end, layout, &lock(&missing), awaits)?;
+            self.begin_fetch(end, sinks.layout.clone(), &lock(&sinks.missing), awaits)?;
         } else {
             self.need_no_fetch();
         }
         let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
         let process = process_of(qemu)?;
         let (staged, there): (Vec<_>, Vec<_>) =
-            end.digests.iter().partition(|digest| is_staged(&blocks, digest));
+            end.digests.iter().partition(|digest| is_staged(blocks, digest));
         // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
         let mut verified = 0;
         if !there.is_empty() && !end.postcopy {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
-            let layout = with_guesses(layout, &self.offer, &guessed);
+            let layout = with_guesses(layout, &self.offer, guessed);
             verified += verify(&process, &self.offer, &layout, &there)?;
         }
         let ready = began.elapsed();
@@ -585,7 +594,7 @@ impl Arriving<'_> {
         let loaded = began.elapsed();
         if !guessed.is_empty() || blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
             let layout = qemu.layout().map_err(|why| explain(&why))?;
-            settle_late(&self.host, &process, &self.offer, &layout, blocks, &guessed)?;
+            settle_late(&self.host, &process, &self.offer, &layout, blocks, guessed)?;
             if !end.postcopy {
                 verified += verify(&process, &self.offer, &layout, &staged)?;
             }

@@ -3,7 +3,7 @@
 use super::Ahead;
 use crate::registry::FetchRegion;
 use lz4_flex::block::decompress_into;
-use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use sterna_engine::wire::WireError;
@@ -12,7 +12,7 @@ use sterna_engine::wire::batch::{
     Layout, PAYLOAD_BYTES_MAX,
 };
 use sterna_engine::wire::patch;
-use sterna_memory::{Installer, PAGE, PageRun};
+use sterna_memory::{InstallError, Installer, PAGE, PageRun};
 use sterna_transport::Shutdown;
 
 /// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
@@ -67,8 +67,9 @@ pub(crate) trait Install: Send + Sync {
 pub(crate) struct Sinks {
     pub(crate) layout: Layout,
     pub(crate) blocks: Vec<Sink>,
-    /// Held alone only while what is in common is mapped, which no page is sent before.
-    pub(crate) installer: RwLock<Installer>,
+    /// Held alone only while what is in common is mapped, which no page is sent before. Taken away when the last page is in its place: then
+    /// nobody writes the QEMU's memory any more.
+    pub(crate) installer: RwLock<Option<Installer>>,
     /// The installer's regions, with the places of their blocks in the offer.
     pub(crate) regions: Vec<FetchRegion>,
     /// Those of them of which QEMU tells only after the load whether they are where we believe.
@@ -271,8 +272,8 @@ impl Install for Sinks {
         self.install(block, &others, &[])?;
         match &self.blocks[block] {
             Sink::Region(region) => {
-                let patched = self.installer().patch(*region, changes, bytes);
-                patched.map_err(|why| Received::Failed(why.to_string()))?;
+                let patched = self.with_installer(|installer| installer.patch(*region, changes, bytes));
+                patched.map_err(Received::Failed)?;
             }
             Sink::Staged(buffer) => {
                 let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -290,8 +291,19 @@ impl Install for Sinks {
 }
 
 impl Sinks {
-    fn installer(&self) -> RwLockReadGuard<'_, Installer> {
-        self.installer.read().unwrap_or_else(PoisonError::into_inner)
+    /// Takes the installer away; what the source still sends is refused.
+    pub(crate) fn close(&self) -> Option<Installer> {
+        self.installer.write().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn with_installer(
+        &self,
+        what: impl FnOnce(&Installer) -> Result<(), InstallError>,
+    ) -> Result<(), String> {
+        match &*self.installer.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(installer) => what(installer).map_err(|why| why.to_string()),
+            None => Err("the source sent pages after the last round".into()),
+        }
     }
 
     fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
@@ -300,10 +312,10 @@ impl Sinks {
         match &self.blocks[block] {
             Sink::Region(region) => {
                 if !pages.is_empty() {
-                    self.installer().install(*region, &pages, payload).map_err(|why| why.to_string())?;
+                    self.with_installer(|installer| installer.install(*region, &pages, payload))?;
                 }
                 if !holes.is_empty() {
-                    self.installer().discard(*region, &holes).map_err(|why| why.to_string())?;
+                    self.with_installer(|installer| installer.discard(*region, &holes))?;
                 }
                 if !missing.is_empty() {
                     crate::registry::lock(&self.missing)[block].extend(missing);

@@ -76,7 +76,8 @@ impl Arriving<'_> {
             let qemu = self.qemu.as_mut().ok_or("no QEMU waits")?;
             let lent = qemu.lend_fd(store.memory.file().as_fd()).map_err(|why| explain(&why))?;
             let mut installer = sinks.installer.write().unwrap_or_else(PoisonError::into_inner);
-            let done = installer.map_common(lent.number, &wanted);
+            let done =
+                installer.as_mut().ok_or("the last page is in its place")?.map_common(lent.number, &wanted);
             drop(installer);
             qemu.take_back_fd(lent).map_err(|why| explain(&why))?;
             count = done.map_err(|why| explain(&why))?;

@@ -129,14 +129,14 @@ fn load(
     is_untouched(&process, &layout, manifest.main_block())?;
     let sinks = sinks(host, &process, &offer, &layout, None)?;
     fill(template, &sinks)?;
-    let Sinks { blocks, installer, guessed, .. } = sinks;
-    let installer = installer.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let installer = sinks.close().ok_or("it was filled before")?;
     installer.finish().map_err(|why| explain(&why))?;
+    let Sinks { blocks, guessed, .. } = sinks;
     let state = template.pages.state().map_err(|why| explain(&why))?;
     qemu.load(&state).map_err(failed)?;
     if !guessed.is_empty() || blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
         let layout = qemu.layout().map_err(failed)?;
-        settle_late(host, &process, &offer, &layout, blocks, &guessed)?;
+        settle_late(host, &process, &offer, &layout, &blocks, &guessed)?;
     }
     qemu.resume().map_err(failed)
 }

@@ -43,8 +43,10 @@ const READ_ON: Duration = Duration::from_millis(100);
 const READ_BYTES: usize = 64 << 10;
 /// How much of an answer that is no JSON is shown.
 const EXCERPT_CHARS: usize = 80;
+/// How many ids there are after the first: far more than commands are under way.
+const IDS: u64 = 9_999;
 /// What ends a command that was typed ahead.
-const END: &[u8] = b"}\n";
+const END: &[u8] = b"}";
 /// What ends one that is not wanted any more: QEMU refuses it for the member that no command has.
 const WITHDRAWN: &[u8] = b",\"withdrawn\":true}\n";
 
@@ -198,6 +200,8 @@ pub struct Qmp {
     /// How much of `input` holds no end of a line for sure.
     scanned: usize,
     typed: Option<Typed>,
+    /// The next command's: short, for each digit takes QEMU a few microseconds.
+    id: u64,
     waiting: BTreeSet<u64>,
     answers: HashMap<u64, Result<Value, (String, String)>>,
     events: VecDeque<Event>,
@@ -231,6 +235,7 @@ impl Qmp {
             input: Vec::new(),
             scanned: 0,
             typed: None,
+            id: first_id(),
             waiting: BTreeSet::new(),
             answers: HashMap::new(),
             events: VecDeque::new(),
@@ -292,7 +297,7 @@ impl Qmp {
     pub fn type_ahead(&mut self, command: &str, args: Value, within: Duration) -> Result<(), QmpError> {
         let deadline = Deadline::after(within);
         self.withdraw(deadline)?;
-        let id = next_id();
+        let id = self.next_id();
         let text = message(command, &args, id);
         let text = text.strip_suffix('}').unwrap_or(&text);
         self.write(text.as_bytes(), &[], command, deadline)?;
@@ -376,13 +381,18 @@ impl Qmp {
             }
             None => {
                 self.withdraw(deadline)?;
-                let id = next_id();
+                let id = self.next_id();
                 self.write(format!("{}\n", message(command, &args, id)).as_bytes(), fds, command, deadline)?;
                 id
             }
         };
         self.waiting.insert(id);
         Ok(Ticket { id, command: command.to_owned() })
+    }
+
+    fn next_id(&mut self) -> u64 {
+        let after = if self.id < IDS { self.id + 1 } else { 1 };
+        std::mem::replace(&mut self.id, after)
     }
 
     /// Makes QEMU forget what was typed ahead. Its refusal is an answer to nothing that is waited for.
@@ -542,12 +552,12 @@ fn message(command: &str, args: &Value, id: u64) -> String {
     message.to_string()
 }
 
-/// An id that no other connection of ours has, nor one of an agent before us: an answer to those may still come. Short, since each digit takes
-/// QEMU a few microseconds.
-fn next_id() -> u64 {
+/// An id that no other connection of ours has, nor one of an agent before us: an answer to those may still come while we are greeted. QEMU does
+/// one command after the other, so that none comes later, and short ids will do.
+fn first_id() -> u64 {
     static COUNT: AtomicU64 = AtomicU64::new(1);
     let count = COUNT.fetch_add(1, Ordering::Relaxed);
-    (u64::from(std::process::id()) << 16) | (count & u64::from(u16::MAX))
+    (u64::from(std::process::id()) << 32) | (count & u64::from(u32::MAX))
 }
 
 /// Connects as soon as somebody listens, and greets later: [`Qmp::over`].
