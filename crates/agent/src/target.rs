@@ -3,11 +3,11 @@
 use crate::awake::Awake;
 use crate::config::PageStreams;
 use crate::control::{Arrival, Control, explain};
-use crate::fit::{check_digests, is_staged, settle_late, sinks, verify, with_guesses};
+use crate::fit::sinks;
 use crate::host::{Host, fingerprint_of, ram_of};
 use crate::incoming::Incoming;
-use crate::pages::{Ahead, Fetched, Received, Receiver, Sink, Sinks};
-use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable, lock};
+use crate::pages::{Ahead, Fetched, Received, Receiver, Sinks};
+use crate::registry::{Claim, NAME_RULE, Vm, VmRecord, is_usable};
 use crate::templates::{Base, StoredBlock};
 use std::collections::BTreeMap;
 use std::sync::{Arc, mpsc};
@@ -16,15 +16,16 @@ use sterna_engine::handoff::{Journal, MigrationId, Record, Role};
 use sterna_engine::target::{TargetAction, TargetInput};
 use sterna_engine::wire::Message;
 use sterna_engine::wire::control::STATE_BYTES_MAX;
-use sterna_engine::wire::message::{Block, Hello, Image, Offer, Reason, StateEnd};
+use sterna_engine::wire::message::{Block, Hello, Image, Offer, Reason};
 use sterna_engine::{Generation, Target};
 use sterna_memory::Process;
 use sterna_transport::Connection;
 use sterna_vmm::qemu::{CommandLine, HugePages, ImageProof, Qemu, is_upgrade, older_qemu};
-use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
+use sterna_vmm::{Code, Vmm, VmmError, difference};
 
 mod admission;
 mod common;
+mod load;
 mod postcopy;
 mod template;
 
@@ -551,77 +552,6 @@ impl Arriving<'_> {
         self.ended.append(&mut self.receivers);
         self.ended.values().for_each(Receiver::cut);
         self.ended.clear();
-    }
-
-    /// Loads the device state, then the blocks that only now have an address, and compares digests.
-    fn load(&mut self, end: &StateEnd) -> Result<u32, String> {
-        let began = Instant::now();
-        self.ended = std::mem::take(&mut self.receivers);
-        if end.postcopy {
-            // A pager writes from here on.
-            self.drop_streams();
-        }
-        self.paused = end.paused;
-        check_digests(end)?;
-        let state = std::mem::take(&mut self.state);
-        if state.len() as u64 != end.bytes {
-            return Err(format!("{} of {} bytes of device state arrived", state.len(), end.bytes));
-        }
-        let sinks = self.sinks.take().ok_or("nothing is ready")?;
-        let Sinks { blocks, guessed, .. } = &*sinks;
-        let installer = sinks.close().ok_or("it was loaded before")?;
-        installer.finish().map_err(|why| explain(&why))?;
-        let closed = began.elapsed();
-        let awaits = self.awaits_template(end.postcopy)?;
-        if end.postcopy {
-            self.begin_fetch(end, sinks.layout.clone(), &lock(&sinks.missing), awaits)?;
-        } else {
-            self.need_no_fetch();
-        }
-        let Some(qemu) = &mut self.qemu else { return Err("no QEMU waits".into()) };
-        let process = process_of(qemu)?;
-        let (staged, there): (Vec<_>, Vec<_>) =
-            end.digests.iter().partition(|digest| is_staged(blocks, digest));
-        // Before the load: a device may write RAM as it is loaded, as KVM's clock does.
-        let mut verified = 0;
-        if !there.is_empty() && !end.postcopy {
-            let layout = qemu.layout().map_err(|why| explain(&why))?;
-            let layout = with_guesses(layout, &self.offer, guessed);
-            verified += verify(&process, &self.offer, &layout, &there)?;
-        }
-        let ready = began.elapsed();
-        qemu.load(&state).map_err(|why| explain(&why))?;
-        let loaded = began.elapsed();
-        if !guessed.is_empty() || blocks.iter().any(|sink| matches!(sink, Sink::Staged(_))) {
-            let layout = qemu.layout().map_err(|why| explain(&why))?;
-            settle_late(&self.host, &process, &self.offer, &layout, blocks, guessed)?;
-            if !end.postcopy {
-                verified += verify(&process, &self.offer, &layout, &staged)?;
-            }
-        }
-        let settled = began.elapsed();
-        tracing::debug!(
-            vm = self.offer.vm,
-            ?closed,
-            ?ready,
-            ?loaded,
-            ?settled,
-            "target: the parts of the load"
-        );
-        Ok(verified)
-    }
-
-    fn resume(&mut self) -> TargetInput {
-        let began = Instant::now();
-        let Some(qemu) = &mut self.qemu else { return TargetInput::RunFailed("no QEMU waits".into()) };
-        let done = if self.paused { qemu.take_disks() } else { qemu.resume() };
-        self.awake.let_go();
-        match done {
-            Ok(()) => TargetInput::Running(began.elapsed()),
-            // An answer that is lost or late says nothing: what counts is whether it runs.
-            Err(_) if matches!(qemu.status(), Ok(RunState::Running)) => TargetInput::Running(began.elapsed()),
-            Err(why) => TargetInput::RunFailed(explain(&why)),
-        }
     }
 
     /// On a thread of its own: a QEMU whose guest waits for a page may answer only when that has come, on connections that are taken here.

@@ -1,11 +1,14 @@
 //! VMs like each other that move by turns: one of ours, one of each peer's.
 //!
-//! They are booted once and go there and back, so that a pair is two moves under the same weather. A guest that works all the
+//! They are booted once and go there and back, so that a pair is two moves under the same weather; while one moves the others' processes
+//! stand still (SIGSTOP), for an idle guest too takes a processor now and then. A guest that works all the
 //! time would take processors from the others' moves: such VMs are booted for each move, and end with it.
 
 use std::time::Duration;
 
+use rustix::process::Signal;
 use sterna_lab::GuestSpec;
+use sterna_lab::process::ProcessId;
 
 use crate::BenchError;
 use crate::figures::Metric;
@@ -53,6 +56,14 @@ impl Vm {
         }
     }
 
+    /// Its QEMU, where it is now.
+    fn qemu(&self, stage: &Stage) -> Result<ProcessId, BenchError> {
+        match self {
+            Vm::Ours(vm) => stage.agents(vm.way).0.qemu(&vm.name),
+            Vm::Stock(vm, _) => Ok(vm.qemu.process()),
+        }
+    }
+
     pub(crate) fn console(&self, stage: &Stage) -> String {
         match self {
             Vm::Ours(vm) => vm.console(stage),
@@ -76,6 +87,22 @@ impl Vm {
                 Ok(())
             }
         }
+    }
+}
+
+/// Processes that stand still as long as this lives.
+struct Still(Vec<ProcessId>);
+
+impl Still {
+    fn hold(processes: Vec<ProcessId>) -> Self {
+        processes.iter().for_each(|process| process.signal(Signal::STOP));
+        Self(processes)
+    }
+}
+
+impl Drop for Still {
+    fn drop(&mut self) {
+        self.0.iter().for_each(|process| process.signal(Signal::CONT));
     }
 }
 
@@ -143,8 +170,16 @@ impl Contest<'_> {
             vms.push((Contender::named(way.name()), self.boot(Some(*way), 0, tap)?));
         }
         for pair in 1..=pairs {
-            for (contender, vm) in &mut vms {
-                self.turn(contender, vm)?;
+            for at in 0..vms.len() {
+                let others = vms.iter().enumerate().filter(|(other, _)| *other != at);
+                let still = others
+                    .map(|(_, (_, vm))| vm.qemu(self.stage))
+                    .collect::<Result<_, _>>()
+                    .map(Still::hold)?;
+                if let Some((contender, vm)) = vms.get_mut(at) {
+                    self.turn(contender, vm)?;
+                }
+                drop(still);
             }
             run.tell(&told(pair, pairs, vms.iter().map(|(c, _)| c)));
         }

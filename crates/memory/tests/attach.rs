@@ -9,7 +9,10 @@ use std::time::Duration;
 use common::{Random, Victim, attach, wait_until};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use sterna_memory::{AttachError, Process, ProcessError, TrackError, Tracker, WpAsyncTracker, footprint};
+use sterna_memory::{
+    AttachError, PAGE, PageRun, Process, ProcessError, Reader, Region, TrackError, Tracker, WpAsyncTracker,
+    footprint, populated, touch_heap,
+};
 
 /// Attaches and detaches once (tracking nothing).
 fn touch(process: &Process) -> Result<(), TrackError> {
@@ -347,4 +350,38 @@ fn preflight_is_fine_here_and_tells_what_an_ordinary_user_lacks() {
         told.starts_with("Err([") && told.contains("CAP_SYS_PTRACE and CAP_SYS_ADMIN is missing"),
         "{told}"
     );
+}
+
+/// What a process has in its heap stays; what of it was never written is there all the same.
+#[test]
+fn a_heap_is_there_before_it_is_written() {
+    let victim = Victim::start();
+    let maps = || std::fs::read_to_string(format!("/proc/{}/maps", victim.process.pid())).unwrap();
+    let line = |maps: &str| maps.lines().find(|line| line.ends_with("[heap]")).unwrap().to_owned();
+    let range = |line: &str| {
+        let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+        let [start, end] = [start, end].map(|text| u64::from_str_radix(text, 16).unwrap());
+        Region { base: start, bytes: end - start }
+    };
+    let heap = range(&line(&maps()));
+    let there = |region: &Region| {
+        let mut runs = Vec::new();
+        populated(&victim.process, region, &mut runs).unwrap();
+        runs
+    };
+    let before = there(&heap);
+    let pages = |runs: &[PageRun]| runs.iter().map(|run| run.pages).sum::<u64>();
+    assert!(pages(&before) < heap.bytes / PAGE, "some of a heap is never written: {before:?}");
+    let reader = Reader::new(&victim.process).unwrap();
+    let content = || {
+        let spans: Vec<_> = before.iter().map(|run| heap.span(*run)).collect();
+        let mut bytes = vec![0; (pages(&before) * PAGE) as usize];
+        reader.read(&spans, &mut bytes).unwrap();
+        bytes
+    };
+    let was = content();
+    touch_heap(&victim.process, &attach()).unwrap();
+    assert_eq!(range(&line(&maps())), heap);
+    assert_eq!(pages(&there(&heap)), heap.bytes / PAGE);
+    assert!(content() == was, "its heap has changed");
 }

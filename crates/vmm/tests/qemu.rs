@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::path::Path;
 
 use common::{Stage, Vm, WITHIN, chain, copy_blocks, copy_ram, eventually, is_alive, versions};
-use sterna_vmm::qemu::{Qemu, Version};
+use sterna_vmm::qemu::{Qemu, Qmp, Version};
 use sterna_vmm::{Code, RunState, Vmm, VmmError, difference};
 
 const VGA: [&str; 4] = ["-M", "q35", "-device", "VGA"];
@@ -428,5 +428,70 @@ fn direct_disks_are_known() {
         };
         assert!(direct("direct", ",cache.direct=on"));
         assert!(!direct("cached", ""));
+    }
+}
+
+/// Stopped, saved and looked at as the downtime has it; what others do at the last moment is seen.
+#[test]
+fn a_vm_is_stopped_and_saved_in_one_go() {
+    for binary in versions() {
+        let stage = Stage::new(&binary);
+        let (mut vm, mut target) = (stage.source(&VGA), stage.target("target", &VGA));
+        vm.wait_for_boot(1);
+        let shape = vm.qemu.shape().unwrap();
+        target.qemu.prepare_load().unwrap();
+        vm.qemu.prepare_save().unwrap();
+        // One that is not followed by a stop does nothing.
+        assert_eq!(vm.qemu.ready_to_pause().unwrap(), RunState::Running);
+        assert_eq!(vm.qemu.shape().unwrap(), shape);
+        assert_eq!(vm.qemu.ready_to_pause().unwrap(), RunState::Running);
+        let (state, ticket) = vm.qemu.pause_and_save().unwrap();
+        assert_eq!(state, RunState::Running);
+        let saved = vm.qemu.save_finish(ticket).unwrap();
+        assert_eq!(vm.qemu.glance().unwrap(), shape.glance);
+        assert_eq!(vm.qemu.status().unwrap(), RunState::Paused);
+        copy_ram(&mut vm, &mut target);
+        load(&mut target, &saved);
+        copy_blocks(&mut vm, &mut target, |name| name.ends_with("vga.vram"));
+        let stopped_at = target.loops();
+        target.qemu.resume().unwrap();
+        eventually("the target counts on", || target.loops() != stopped_at);
+    }
+}
+
+#[test]
+fn what_others_do_just_before_the_stop_is_seen() {
+    for binary in versions() {
+        let stage = Stage::new(&binary);
+        let folder = tempfile::tempdir().unwrap();
+        let other = folder.path().join("other.sock");
+        let listens = format!("unix:{},server=on,wait=off", other.display());
+        let extra = [&VGA[..], &["-device", "pcie-root-port,id=rp,chassis=1", "-qmp", &listens]].concat();
+        let mut vm = stage.source(&extra);
+        vm.wait_for_boot(1);
+        let mut other = Qmp::connect(&other, WITHIN).unwrap();
+        vm.qemu.prepare_save().unwrap();
+
+        // Its user pauses it: it was not us who stopped it.
+        assert_eq!(vm.qemu.ready_to_pause().unwrap(), RunState::Running);
+        other.execute("stop", serde_json::Value::Null, WITHIN).unwrap();
+        let (state, ticket) = vm.qemu.pause_and_save().unwrap();
+        assert_eq!(state, RunState::Paused);
+        vm.qemu.save_finish(ticket).unwrap();
+        vm.qemu.restore().unwrap();
+        assert_eq!(vm.qemu.status().unwrap(), RunState::Paused);
+        other.execute("cont", serde_json::Value::Null, WITHIN).unwrap();
+
+        // A device comes.
+        let shape = vm.qemu.shape().unwrap();
+        assert_eq!(vm.qemu.ready_to_pause().unwrap(), RunState::Running);
+        let device = serde_json::json!({ "driver": "virtio-rng-pci", "id": "hot", "bus": "rp" });
+        other.execute("device_add", device, WITHIN).unwrap();
+        vm.qemu.prepare_save().unwrap();
+        let (_, ticket) = vm.qemu.pause_and_save().unwrap();
+        vm.qemu.save_finish(ticket).unwrap();
+        assert_ne!(vm.qemu.glance().unwrap(), shape.glance);
+        vm.qemu.restore().unwrap();
+        assert_eq!(vm.qemu.status().unwrap(), RunState::Running);
     }
 }

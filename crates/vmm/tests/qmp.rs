@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use common::{Stage, WITHIN, versions};
 use serde_json::{Value, json};
-use sterna_vmm::qemu::{Qmp, QmpError, Version};
+use sterna_vmm::qemu::{Qemu, Qmp, QmpError, Version};
+use sterna_vmm::{RunState, Vmm};
 
 const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"micro": 3, "minor": 2, "major": 7}, "package": "x", "new": 1}, "capabilities": ["oob"]}}"#;
 const SHORT: Duration = Duration::from_millis(200);
@@ -267,4 +268,50 @@ fn a_real_qemu_answers_sends_events_and_takes_descriptors() {
         qmp.execute_with_fds("getfd", json!({ "fdname": "x" }), &[file.as_fd()], WITHIN).unwrap();
         assert!(vm.descriptors().iter().any(|link| link.ends_with("disk.raw")));
     }
+}
+
+/// It is done by its last byte, not before; any other command, and the end of the connection, take it back.
+#[test]
+fn what_is_typed_ahead_is_done_when_it_is_sent() {
+    const READ: Duration = Duration::from_millis(50);
+    for binary in versions() {
+        let stage = Stage::new(&binary);
+        let mut vm = stage.start("typed", stage.argv(&["-M", "q35"]));
+        let (id, socket) = (vm.qemu.process_id(), vm.run_dir.join("qmp.sock"));
+        let qmp = vm.qemu.qmp();
+        qmp.type_ahead("stop", Value::Null, WITHIN).unwrap();
+        std::thread::sleep(READ);
+        assert!(!qmp.has_event(&["STOP"]).unwrap());
+        qmp.execute("stop", Value::Null, WITHIN).unwrap();
+        assert!(qmp.has_event(&["STOP"]).unwrap());
+
+        qmp.type_ahead("cont", Value::Null, WITHIN).unwrap();
+        std::thread::sleep(READ);
+        let state = qmp.execute("query-status", Value::Null, WITHIN).unwrap();
+        assert_eq!(state["status"], "paused");
+        qmp.type_ahead("cont", Value::Null, WITHIN).unwrap();
+        qmp.type_ahead("query-status", json!({}), WITHIN).unwrap();
+        assert_eq!(qmp.execute("query-status", json!({}), WITHIN).unwrap()["status"], "paused");
+        assert!(!qmp.has_event(&["RESUME"]).unwrap());
+
+        qmp.type_ahead("quit", Value::Null, WITHIN).unwrap();
+        std::thread::sleep(READ);
+        qmp.shutdown();
+        let mut found = Qemu::attach(id, &socket, None, WITHIN).unwrap();
+        assert_eq!(found.status().unwrap(), RunState::Paused);
+        found.resume().unwrap();
+    }
+}
+
+#[test]
+fn ids_come_again_only_when_they_are_free() {
+    let answers = vec!["{\"return\": {}, \"id\": ID}\n"; 10_050];
+    let (mut qmp, thread) = client(&answers);
+    for _ in 0..10_050 {
+        qmp.execute("x", Value::Null, WITHIN).unwrap();
+    }
+    drop(qmp);
+    let ids: Vec<u64> = thread.join().unwrap().iter().map(|seen| seen["id"].as_u64().unwrap()).collect();
+    assert!(ids[0] > u64::from(u32::MAX), "no agent before us had it: {}", ids[0]);
+    assert!(ids[1..].iter().all(|id| (1..10_000).contains(id)));
 }

@@ -463,3 +463,33 @@ fn size_bytes(text: &str, shift: u32) -> Result<u64, CommandLineError> {
     let whole = whole.checked_mul(unit).ok_or_else(wrong)?;
     whole.checked_add((fraction * unit as f64) as u64).ok_or_else(wrong)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_who_has_no_other_monitor_has_one() {
+        let ours = qmp_args(Path::new("/run/x"));
+        let has_one = |more: &[&str]| {
+            let line =
+                ["qemu-system-x86_64"].iter().chain(more).map(|arg| (*arg).to_owned()).chain(ours.clone());
+            CommandLine::parse_any(line.collect()).unwrap().has_one_monitor()
+        };
+        // What `-mon` is given once, QEMU makes no other by itself.
+        for one in [&[][..], &["-nodefaults"], &["-monitor", "none"], &["-serial", "stdio"], &["-vnc", ":1"]]
+        {
+            assert!(has_one(one), "{one:?}");
+        }
+        for more in [
+            &["-qmp", "unix:/x,server=on"][..],
+            &["--monitor", "stdio"],
+            &["-serial", "mon:stdio"],
+            &["-chardev", "pty,id=x", "-mon", "x"],
+            &["-qmp-pretty", "stdio"],
+            &["-readconfig", "/x"],
+        ] {
+            assert!(!has_one(more), "{more:?}");
+        }
+    }
+}
