@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 /// Where wishes are told.
 const DEVICE: &str = "/dev/cpu_dma_latency";
 
-/// A wish that holds until it is let go, or for this long: the stop of a VM is over by then, or waits for something slower.
+/// A wish that holds until it is let go, or for this long: the stop of a VM is over by then, or waits for something slower. It is looked at between two
+/// steps: a save or load that takes longer keeps it until it is done.
 const HOLD: Duration = Duration::from_secs(1);
 
 /// How long a stop is awaited after a round: one that follows at once does within that.
@@ -33,8 +34,11 @@ impl Awake {
     }
 
     fn wish(&mut self, duration: Duration) {
-        let device = self.0.take().map(|(device, _)| device).or_else(wish);
-        self.0 = device.map(|device| (device, Instant::now() + duration));
+        let until = Instant::now() + duration;
+        self.0 = match self.0.take() {
+            Some((device, longest)) => Some((device, longest.max(until))),
+            None => wish().map(|device| (device, until)),
+        };
     }
 
     /// How long it holds still; lets go what is over.

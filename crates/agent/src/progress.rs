@@ -15,7 +15,7 @@ use sterna_engine::units::{Bytes, PAGE_BYTES, Pages, Rate};
 use sterna_engine::wire::message::Faults;
 use tokio::sync::watch;
 
-/// A stop that takes longer is shown while it lasts.
+/// A stop that takes longer is shown while it lasts, by whatever happens then, and by the API's own look.
 const QUIET: Duration = Duration::from_millis(20);
 
 /// What a migration publishes about itself.
@@ -95,7 +95,9 @@ impl View {
 
     /// What the VM does, but for the migration's own stop.
     pub(crate) fn set_run_state(&self, word: &str) {
-        self.publish(|view| view.run_state = word.into());
+        if self.shown.borrow().run_state != word {
+            self.publish(|view| view.run_state = word.into());
+        }
     }
 
     pub(crate) fn is_stopped(&self) -> bool {

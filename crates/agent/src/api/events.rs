@@ -20,6 +20,8 @@ use tokio_stream::wrappers::ReceiverStream;
 
 /// A silent stream says at least this often that it lives, so that a client can tell a quiet migration from a dead agent.
 pub const IDLE_BEAT: Duration = Duration::from_secs(5);
+/// How soon it is seen that a VM stands still for longer than a moment.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// Views on their way to one client: the next one waits in the watch, where it is overwritten by newer ones.
 const IN_FLIGHT: usize = 1;
@@ -64,20 +66,37 @@ async fn pump(
     let end = closed(closing);
     tokio::pin!(end);
     let mut beat = Beat::View(Box::new(views.borrow_and_update().clone()));
+    let mut shown = String::new();
     loop {
         let done = matches!(&beat, Beat::View(view) if is_final(view));
+        if let Beat::View(view) = &beat {
+            shown.clone_from(&view.status);
+        }
         if client.send(beat).await.is_err() || done {
             return;
         }
         beat = tokio::select! {
-            changed = tokio::time::timeout(IDLE_BEAT, views.changed()) => match changed {
-                Ok(Ok(())) => Beat::View(Box::new(views.borrow_and_update().clone())),
-                Ok(Err(_)) => return,
-                Err(_) => Beat::Idle,
+            next = next(&mut views, &shown) => match next {
+                Some(beat) => beat,
+                None => return,
             },
             () = client.closed() => return,
             () = &mut end => return,
         };
+    }
+}
+
+/// What is sent next; nothing when no more comes. Nobody is woken up at a stop, so it is looked for now and then.
+async fn next(views: &mut watch::Receiver<MigrationView>, shown: &str) -> Option<Beat> {
+    let idle = tokio::time::Instant::now() + IDLE_BEAT;
+    loop {
+        match tokio::time::timeout(LOOK, views.changed()).await {
+            Ok(changed) => changed.ok()?,
+            Err(_) if views.borrow().status != shown => {}
+            Err(_) if tokio::time::Instant::now() >= idle => return Some(Beat::Idle),
+            Err(_) => continue,
+        }
+        return Some(Beat::View(Box::new(views.borrow_and_update().clone())));
     }
 }
 

@@ -12,7 +12,7 @@ use sterna_engine::wire::batch::{
     Layout, PAYLOAD_BYTES_MAX,
 };
 use sterna_engine::wire::patch;
-use sterna_memory::{InstallError, Installer, PAGE, PageRun};
+use sterna_memory::{Installer, PAGE, PageRun};
 use sterna_transport::Shutdown;
 
 /// How long a stream may be silent. The machine's own deadlines come first; this ends a thread that they forgot.
@@ -270,23 +270,25 @@ impl Install for Sinks {
         let others: Vec<Descriptor> =
             runs.iter().copied().filter(|run| run.content != Content::Bytes).collect();
         self.install(block, &others, &[])?;
-        match &self.blocks[block] {
-            Sink::Region(region) => {
-                let patched = self.with_installer(|installer| installer.patch(*region, changes, bytes));
-                patched.map_err(Received::Failed)?;
-            }
-            Sink::Staged(buffer) => {
-                let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                let mut bytes = bytes;
-                for &(offset, len) in changes {
-                    let (now, rest) = bytes.split_at(len as usize);
-                    buffer[offset as usize..][..now.len()].copy_from_slice(now);
-                    bytes = rest;
+        let patched = self.with_installer(|installer| {
+            match &self.blocks[block] {
+                Sink::Region(region) => {
+                    installer.patch(*region, changes, bytes).map_err(|why| why.to_string())?;
                 }
+                Sink::Staged(buffer) => {
+                    let mut buffer = buffer.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let mut bytes = bytes;
+                    for &(offset, len) in changes {
+                        let (now, rest) = bytes.split_at(len as usize);
+                        buffer[offset as usize..][..now.len()].copy_from_slice(now);
+                        bytes = rest;
+                    }
+                }
+                Sink::Rebuilt => {}
             }
-            Sink::Rebuilt => {}
-        }
-        Ok(())
+            Ok(())
+        });
+        patched.map_err(Received::Failed)
     }
 }
 
@@ -296,26 +298,34 @@ impl Sinks {
         self.installer.write().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    fn with_installer(
-        &self,
-        what: impl FnOnce(&Installer) -> Result<(), InstallError>,
-    ) -> Result<(), String> {
+    /// Pages of all kinds come only as long as there is an installer.
+    fn with_installer(&self, what: impl FnOnce(&Installer) -> Result<(), String>) -> Result<(), String> {
         match &*self.installer.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(installer) => what(installer).map_err(|why| why.to_string()),
+            Some(installer) => what(installer),
             None => Err("the source sent pages after the last round".into()),
         }
     }
 
     fn put(&self, block: usize, runs: &[Descriptor], payload: &[u8]) -> Result<(), String> {
+        self.with_installer(|installer| self.put_by(installer, block, runs, payload))
+    }
+
+    fn put_by(
+        &self,
+        installer: &Installer,
+        block: usize,
+        runs: &[Descriptor],
+        payload: &[u8],
+    ) -> Result<(), String> {
         let (pages, holes) = (of(runs, Content::Bytes), of(runs, Content::Discard));
         let missing = of(runs, Content::Missing);
         match &self.blocks[block] {
             Sink::Region(region) => {
                 if !pages.is_empty() {
-                    self.with_installer(|installer| installer.install(*region, &pages, payload))?;
+                    installer.install(*region, &pages, payload).map_err(|why| why.to_string())?;
                 }
                 if !holes.is_empty() {
-                    self.with_installer(|installer| installer.discard(*region, &holes))?;
+                    installer.discard(*region, &holes).map_err(|why| why.to_string())?;
                 }
                 if !missing.is_empty() {
                     crate::registry::lock(&self.missing)[block].extend(missing);

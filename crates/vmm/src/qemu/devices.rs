@@ -122,6 +122,7 @@ impl Prepared {
 
 pub(super) fn pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
     let operation = "stop the VM";
+    qemu.devices.unsure = false;
     // Asked, stopped and asked again in one go: each answer that is waited for while the guest runs waits for the guest.
     let mut tickets = Vec::new();
     for command in ["query-status", "stop", "query-status"] {
@@ -166,11 +167,13 @@ const READS_WITHIN: Duration = Duration::from_micros(300);
 const STANDS: [&str; 4] = ["STOP", "SHUTDOWN", "GUEST_PANICKED", "SUSPEND"];
 
 pub(super) fn ready_to_pause(qemu: &mut Qemu) -> Result<RunState, VmmError> {
-    qemu.qmp.forget_events();
+    let operation = "get ready to stop the VM";
+    // What stopped it before is told by its state.
+    while qemu.qmp.has_event(&STANDS).map_err(|e| qemu.explain(operation, e))? {}
     let state = qemu.status()?;
     if state == RunState::Running {
         let typed = qemu.qmp.type_ahead("stop", Value::Null, COMMAND_WITHIN);
-        typed.map_err(|e| qemu.explain("get ready to stop the VM", e))?;
+        typed.map_err(|e| qemu.explain(operation, e))?;
         std::thread::sleep(READS_WITHIN);
     }
     qemu.devices.ready = state == RunState::Running;
@@ -221,6 +224,13 @@ pub(super) fn drain(qemu: &mut Qemu) -> Result<(), VmmError> {
 }
 
 pub(super) fn restore(qemu: &mut Qemu) -> Result<(), VmmError> {
+    if qemu.devices.unsure {
+        // It may have stopped by itself, and is left as it is then.
+        let state = qemu.status()?;
+        if let Err(why) = check_stopped(qemu, state) {
+            tracing::warn!(%why, "the VM stopped by itself while it was to be stopped");
+        }
+    }
     match (qemu.devices.held, qemu.devices.disks) {
         (Held::Stopped, _) => resume(qemu),
         (_, Disks::GivenUp) => take_disks(qemu),
@@ -231,6 +241,7 @@ pub(super) fn restore(qemu: &mut Qemu) -> Result<(), VmmError> {
 pub(super) fn take_disks(qemu: &mut Qemu) -> Result<(), VmmError> {
     disks::activate(qemu)?;
     (qemu.devices.disks, qemu.devices.unsure) = (Disks::Ours, false);
+    layout::forget_ahead(qemu, |_, _| true);
     Ok(())
 }
 

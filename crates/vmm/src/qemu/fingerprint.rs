@@ -80,6 +80,8 @@ const DISKS: &str = "query-block";
 const STATUS: &str = "query-status";
 
 pub(super) fn shape(qemu: &mut Qemu) -> Result<Shape, VmmError> {
+    // What comes from here on is seen by a glance, or by these answers.
+    qemu.qmp.forget_events();
     let lasting = if qemu.alone { [&LASTING[..], &PARTS].concat() } else { LASTING.into() };
     let (lasting, glance) = (ask(qemu, lasting)?, ask(qemu, at_a_glance(qemu))?);
     Ok(Shape { lasting: answers(qemu, lasting)?, glance: Glance(answers(qemu, glance)?) })
@@ -114,14 +116,21 @@ fn ask(qemu: &mut Qemu, questions: Vec<Question>) -> Result<Vec<(Question, Ticke
 }
 
 fn answers(qemu: &mut Qemu, asked: Vec<(Question, Ticket)>) -> Result<[u8; 32], VmmError> {
+    let found = hashed(qemu, &asked);
+    // Those that were not waited for, where one has failed.
+    asked.iter().for_each(|(_, ticket)| qemu.qmp.forget(ticket));
+    found
+}
+
+fn hashed(qemu: &mut Qemu, asked: &[(Question, Ticket)]) -> Result<[u8; 32], VmmError> {
     let mut hasher = blake3::Hasher::new();
     for ((command, _), ticket) in asked {
-        let answer = match qemu.qmp.wait(&ticket, COMMAND_WITHIN) {
+        let answer = match qemu.qmp.wait(ticket, COMMAND_WITHIN) {
             // A machine without memory devices refuses that question, each time in the same words.
             Err(QmpError::Refused { desc, .. }) => Value::String(desc),
             answer => answer.map_err(|e| qemu.explain(TELL_SHAPE, e))?,
         };
-        match command {
+        match *command {
             STATUS => {
                 let state = answer["status"].as_str().unwrap_or("silent");
                 devices::check_stopped(qemu, state.to_owned().into())?;

@@ -390,9 +390,16 @@ impl Qmp {
         Ok(Ticket { id, command: command.to_owned() })
     }
 
+    /// One that nothing under way has. What nobody waits for any more is forgotten when its id comes again.
     fn next_id(&mut self) -> u64 {
-        let after = if self.id < IDS { self.id + 1 } else { 1 };
-        std::mem::replace(&mut self.id, after)
+        loop {
+            let after = if self.id < IDS { self.id + 1 } else { 1 };
+            let id = std::mem::replace(&mut self.id, after);
+            if !self.waiting.contains(&id) {
+                self.answers.remove(&id);
+                return id;
+            }
+        }
     }
 
     /// Makes QEMU forget what was typed ahead. Its refusal is an answer to nothing that is waited for.
