@@ -356,6 +356,9 @@ fn preflight_is_fine_here_and_tells_what_an_ordinary_user_lacks() {
 #[test]
 fn a_heap_is_there_before_it_is_written() {
     let victim = Victim::start();
+    // read(2) of its standard input: it writes nothing by itself any more.
+    let call = || std::fs::read_to_string(format!("/proc/{}/syscall", victim.process.pid())).unwrap();
+    wait_until("it to wait for a line", || call().starts_with("0 0x0 "));
     let maps = || std::fs::read_to_string(format!("/proc/{}/maps", victim.process.pid())).unwrap();
     let line = |maps: &str| maps.lines().find(|line| line.ends_with("[heap]")).unwrap().to_owned();
     let range = |line: &str| {
