@@ -1,8 +1,8 @@
 //! Processors that do not fall asleep while a VM stands still.
 //!
-//! What a stop takes is a dozen threads that wake one another, each on a processor that was idle: 50 to 200 us each where idle processors sleep
-//! deeply, be it in hardware or because a hypervisor took them, and cold caches after it. The kernel is asked not to let them, for some
-//! milliseconds (Documentation/power/pm_qos_interface.rst). It forgets the wish when the file is closed, however that comes.
+//! What a stop takes is a dozen threads that wake one another, each on a processor that was idle and sleeps, be it in
+//! hardware or because a hypervisor took it: one question to a QEMU that had rested took 0.32 ms, and 0.18 where no processor slept. The kernel is asked
+//! not to let them, for some milliseconds (Documentation/power/pm_qos_interface.rst). It forgets the wish when the file is closed, however that comes.
 
 use std::fs::{File, OpenOptions};
 use std::io::Write as _;

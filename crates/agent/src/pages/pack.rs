@@ -111,7 +111,7 @@ mod tests {
         assert!(!is_even(&[0; SAMPLE_BYTES]) && is_even(&[7]));
     }
 
-    /// Of noise only the quick way looks at a sample; of text that no string of comes again both do.
+    /// Of noise only the quick way looks at a sample; of text in which no string comes again both do.
     #[test]
     fn noise_is_left_alone_and_dense_text_is_not() {
         let packer = || {

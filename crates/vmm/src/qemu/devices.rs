@@ -187,12 +187,13 @@ pub(super) fn pause_and_save(qemu: &mut Qemu) -> Result<(RunState, SaveTicket), 
         let state = pause(qemu)?;
         return Ok((state, save_begin(qemu)?));
     }
-    // All in one go: QEMU reads the second command while it does the first. A glance tells later whether it was us who stopped the VM, which can
-    // stop for reasons of its own until we do; a save harms none that stands.
+    // All in one go: QEMU reads the second command while it does the first. A glance tells later whether the VM is paused: it can
+    // stop for reasons of its own until we stop it; a save harms none that stands.
     let stop = qemu.qmp.send("stop", Value::Null, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
     (qemu.devices.held, qemu.devices.disks) = (Held::Stopped, Disks::Ours);
-    let save = save_begin(qemu)?;
+    // Also where the save cannot be begun: what is undone then may have stopped by itself.
     qemu.devices.unsure = true;
+    let save = save_begin(qemu)?;
     qemu.qmp.wait(&stop, DRAIN_WITHIN).map_err(|e| qemu.explain(operation, e))?;
     Ok((RunState::Running, save))
 }
