@@ -77,6 +77,8 @@ struct Arriving<'a> {
     /// Those that have done their work: they are ended when no VM waits for that.
     ended: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
+    /// When its QEMU's heap can be touched.
+    heap_due: Option<Instant>,
     /// From the first of it until the VM runs.
     awake: Awake,
     /// What the VM is a clone of.
@@ -241,6 +243,7 @@ impl<'a> Arriving<'a> {
             receivers: BTreeMap::new(),
             ended: BTreeMap::new(),
             state: Vec::new(),
+            heap_due: None,
             awake: Awake::default(),
             template: None,
             mapped: 0,
@@ -340,7 +343,10 @@ impl Arriving<'_> {
             Event::Fetched(fetched) => self.fetched(fetched),
             Event::Template(how) => self.template_known(how),
             Event::Lost(of, why) => self.lost_control(of, why),
-            Event::Received(Received::Pages) => Some(TargetInput::Received),
+            Event::Received(Received::Pages) => {
+                self.touch_heap();
+                Some(TargetInput::Received)
+            }
             Event::Received(Received::RoundEnd { stream, round }) => {
                 self.awake.hold_ahead();
                 Some(match self.drop_stale() {
@@ -532,13 +538,7 @@ impl Arriving<'_> {
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
-        if let Err(why) = sterna_memory::touch_heap(&process, &self.host.attach()) {
-            tracing::debug!(
-                vm = self.offer.vm,
-                why = explain(&why),
-                "the load will be slower: no heap ahead"
-            );
-        }
+        self.heap_due = Some(Instant::now() + load::HEAP_TRIMMED);
         let main = self.template.as_ref().map(|template| template.manifest.main_block());
         let shared = |main: &StoredBlock| self.offer.blocks.iter().position(|block| block.name == main.name);
         let shared = main.and_then(shared);

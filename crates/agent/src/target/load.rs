@@ -5,10 +5,14 @@ use crate::control::explain;
 use crate::fit::{check_digests, is_staged, settle_late, verify, with_guesses};
 use crate::pages::{Sink, Sinks};
 use crate::registry::lock;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use sterna_engine::target::TargetInput;
 use sterna_engine::wire::message::StateEnd;
 use sterna_vmm::{RunState, Vmm};
+
+/// When a QEMU that has started has given back what of its heap it does not need: it does so once, some 70 ms after its start
+/// (`call_rcu_thread` of util/rcu.c, by malloc_trim(3)), and would give back what was touched before.
+pub(super) const HEAP_TRIMMED: Duration = Duration::from_millis(200);
 
 impl Arriving<'_> {
     /// Loads the device state, then the blocks that only now have an address, and compares digests.
@@ -67,6 +71,20 @@ impl Arriving<'_> {
             "target: the parts of the load"
         );
         Ok(verified)
+    }
+
+    /// Once, while pages come and nobody waits: the load then finds its heap in its place.
+    pub(super) fn touch_heap(&mut self) {
+        if self.heap_due.is_none_or(|due| Instant::now() < due) {
+            return;
+        }
+        self.heap_due = None;
+        let Some(process) = self.qemu.as_ref().and_then(|qemu| process_of(qemu).ok()) else { return };
+        let (vm, began) = (&self.offer.vm, Instant::now());
+        match sterna_memory::touch_heap(&process, &self.host.attach()) {
+            Ok(()) => tracing::debug!(vm, took = ?began.elapsed(), "target: the heap is in its place"),
+            Err(why) => tracing::debug!(vm, why = explain(&why), "the load will be slower: no heap ahead"),
+        }
     }
 
     pub(super) fn resume(&mut self) -> TargetInput {
