@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail, ensure};
 use sterna_bench::ours::Progress;
+use sterna_bench::results::RowResult;
 use sterna_bench::{Extent, Kit, Results, Row, report, rows, table};
 
 use crate::cargo;
@@ -33,8 +34,20 @@ pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
     let extent = Extent { pairs, quick: bench.quick, progress: Progress::Sampled };
     let results = measured(&kit, rows, extent, bench.out.as_deref())?;
     println!("\n{}", table::summary(&results.rows));
-    ensure!(results.is_good(), "not all rows are as they should be");
+    let went = |row: &RowResult| row.not_run.is_none() && row.is_right();
+    ensure!(results.rows.iter().all(went), "not all rows ran, or what one measured went wrong: see above");
+    ensure!(results.is_good(), Missed);
     Ok(())
+}
+
+/// Everything ran and was right, and a goal is missed.
+#[derive(Debug, thiserror::Error)]
+#[error("every row ran and was right, and a goal is missed (exit code {code})", code = Missed::CODE)]
+pub(crate) struct Missed;
+
+impl Missed {
+    /// The exit code that tells this from a row that did not run (1) and from a wrong argument (2).
+    pub(crate) const CODE: u8 = 3;
 }
 
 fn measured(kit: &Kit, rows: &[Row], extent: Extent, out: Option<&Path>) -> anyhow::Result<Results> {
