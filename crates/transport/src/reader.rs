@@ -18,7 +18,7 @@ const WIRE_BUFFER_SIZE: usize = 256 * 1024;
 
 /// For how much of what is known to come a reader is not woken before it is there: a link that is slower than we are brings
 /// a few kilobytes at a time, and each waking costs more than copying them.
-const LOW_WATER_MAX: usize = 1024 * 1024;
+const LOW_WATER_MAX: usize = 256 * 1024;
 
 /// Receives. One thread may read while another writes.
 #[derive(Debug)]

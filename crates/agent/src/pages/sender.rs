@@ -26,15 +26,6 @@ const WRITE_WITHIN: Duration = Duration::from_secs(120);
 /// other end from the socket to the guest.
 const BATCH_PAGES_MAX: u64 = 64;
 
-/// Most of them where the link is slow: to be woken for each batch costs more than what leaves the cache.
-const SLOW_BATCH_PAGES_MAX: u64 = PAYLOAD_BYTES_MAX as u64 / PAGE;
-
-/// A stream that takes less than so many bytes in a second is slow.
-const SLOW: f64 = 200e6;
-
-/// How long a batch may take on a slow link.
-const SLOW_BATCH: f64 = 0.02;
-
 /// How much nicer (nice(2), for the thread alone) a sender is than the guest's processors while the guest runs: where both
 /// want the same core the guest gets nine tenths of it.
 const POLITE: i32 = 10;
@@ -203,7 +194,7 @@ impl Sender {
                 pages = 0;
             }
             while run.pages > 0 {
-                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, self.batch_pages_max());
+                let limit = (self.link.pacer.batch_limit() as u64 / PAGE).clamp(1, BATCH_PAGES_MAX);
                 let take = run.pages.min(limit.saturating_sub(pages));
                 if take > 0 {
                     self.pending.push(PageRun { first: run.first, pages: take });
@@ -217,17 +208,6 @@ impl Sender {
             }
         }
         self.send_pending(block, round)
-    }
-
-    /// How many pages travel at once.
-    fn batch_pages_max(&self) -> u64 {
-        match self.packer.rule.link() {
-            Some(rate) if (rate.0 as f64) < SLOW => {
-                let pages = rate.0 as f64 * SLOW_BATCH / PAGE as f64;
-                (pages as u64).clamp(BATCH_PAGES_MAX, SLOW_BATCH_PAGES_MAX)
-            }
-            _ => BATCH_PAGES_MAX,
-        }
     }
 
     /// Leaves out what was written again since the scan that found it: that scan's successor finds it anew, and it would be sent
