@@ -332,6 +332,7 @@ impl Arriving<'_> {
                 if self.state.len() as u64 + piece.len() as u64 > STATE_BYTES_MAX {
                     return Some(TargetInput::Disconnected("the source sent too much device state".into()));
                 }
+                self.heap_due = None;
                 self.awake.hold();
                 self.state.extend_from_slice(&piece);
                 Some(TargetInput::Received)
@@ -344,10 +345,11 @@ impl Arriving<'_> {
             Event::Template(how) => self.template_known(how),
             Event::Lost(of, why) => self.lost_control(of, why),
             Event::Received(Received::Pages) => {
-                self.touch_heap();
+                self.touch_heap_again();
                 Some(TargetInput::Received)
             }
             Event::Received(Received::RoundEnd { stream, round }) => {
+                self.heap_due = None;
                 self.awake.hold_ahead();
                 Some(match self.drop_stale() {
                     Ok(()) => TargetInput::RoundEnd { stream, round },
@@ -538,6 +540,7 @@ impl Arriving<'_> {
         }
         qemu.prepare_load().map_err(|why| explain(&why))?;
         let process = process_of(qemu)?;
+        self.touch_heap();
         self.heap_due = Some(Instant::now() + load::HEAP_TRIMMED);
         let main = self.template.as_ref().map(|template| template.manifest.main_block());
         let shared = |main: &StoredBlock| self.offer.blocks.iter().position(|block| block.name == main.name);

@@ -73,17 +73,23 @@ impl Arriving<'_> {
         Ok(verified)
     }
 
-    /// Once, while pages come and nobody waits: the load then finds its heap in its place.
-    pub(super) fn touch_heap(&mut self) {
-        if self.heap_due.is_none_or(|due| Instant::now() < due) {
-            return;
+    /// Lets the heap be in its place when the state is loaded: once when the QEMU waits, for a VM that comes quickly, and once more when it has
+    /// trimmed its heap, if the first round still goes on by then. After that a stop may be near.
+    pub(super) fn touch_heap_again(&mut self) {
+        if self.heap_due.is_some_and(|due| Instant::now() >= due) {
+            self.heap_due = None;
+            self.touch_heap();
         }
-        self.heap_due = None;
+    }
+
+    pub(super) fn touch_heap(&self) {
         let Some(process) = self.qemu.as_ref().and_then(|qemu| process_of(qemu).ok()) else { return };
-        let (vm, began) = (&self.offer.vm, Instant::now());
-        match sterna_memory::touch_heap(&process, &self.host.attach()) {
-            Ok(()) => tracing::debug!(vm, took = ?began.elapsed(), "target: the heap is in its place"),
-            Err(why) => tracing::debug!(vm, why = explain(&why), "the load will be slower: no heap ahead"),
+        if let Err(why) = sterna_memory::touch_heap(&process, &self.host.attach()) {
+            tracing::debug!(
+                vm = self.offer.vm,
+                why = explain(&why),
+                "the load will be slower: no heap ahead"
+            );
         }
     }
 
