@@ -18,10 +18,7 @@ pub(crate) fn demo(arguments: &crate::Demo) -> anyhow::Result<()> {
     let kit = kit(&arguments.built)?;
     let extent = Extent { pairs: 1, quick: false, progress: Progress::Shown };
     let results = measured(&kit, &[Row::Demo], extent, arguments.out.as_deref())?;
-    ensure!(
-        results.rows.iter().all(|r| r.not_run.is_none() && r.is_right()),
-        "the demo went wrong, see above"
-    );
+    ensure!(results.rows.iter().all(RowResult::went_right), "the demo went wrong, see above");
     Ok(())
 }
 
@@ -34,8 +31,10 @@ pub(crate) fn bench(bench: &Bench) -> anyhow::Result<()> {
     let extent = Extent { pairs, quick: bench.quick, progress: Progress::Sampled };
     let results = measured(&kit, rows, extent, bench.out.as_deref())?;
     println!("\n{}", table::summary(&results.rows));
-    let went = |row: &RowResult| row.not_run.is_none() && row.is_right();
-    ensure!(results.rows.iter().all(went), "not all rows ran, or what one measured went wrong: see above");
+    ensure!(
+        results.rows.iter().all(RowResult::went_right),
+        "not all rows ran, or what one measured went wrong: see above"
+    );
     ensure!(results.is_good(), Missed);
     Ok(())
 }

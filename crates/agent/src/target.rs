@@ -77,7 +77,7 @@ struct Arriving<'a> {
     /// Those that have done their work: they are ended when no VM waits for that.
     ended: BTreeMap<u32, Receiver>,
     state: Vec<u8>,
-    /// When its QEMU's heap can be touched.
+    /// When its QEMU's heap is to be touched once more.
     heap_due: Option<Instant>,
     /// From the first of it until the VM runs.
     awake: Awake,

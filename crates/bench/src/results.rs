@@ -257,10 +257,16 @@ impl RowResult {
         self.cases.iter().all(|c| c.losses() == (0, 0) && c.verified.as_ref().is_none_or(Verified::is_equal))
     }
 
-    /// It was measured, it is right, and all goals are met.
+    /// It was measured, and it is right.
+    #[must_use]
+    pub fn went_right(&self) -> bool {
+        self.not_run.is_none() && self.is_right()
+    }
+
+    /// The same, and all goals are met.
     #[must_use]
     pub fn is_good(&self) -> bool {
-        self.not_run.is_none() && self.is_right() && self.goals.iter().all(|g| g.met)
+        self.went_right() && self.goals.iter().all(|g| g.met)
     }
 }
 
